@@ -1,0 +1,205 @@
+"""CLIP models by name: everything open_clip has, and `tiny-face`, the small one that ships with the package."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pcmecl_fast import ops
+
+log = logging.getLogger("pcmecl_fast")
+
+TINY_FACE = "tiny-face"
+ASSETS = Path(__file__).parent / "assets"
+
+
+def load_clip(
+    name: str = TINY_FACE,
+    pretrained: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Clip:
+    """Load a frozen CLIP model.
+
+    Args:
+        name: `"tiny-face"` (built in: drawn faces, 64×64, no download) or any name open_clip knows, such as
+            `"ViT-B-32"`.
+        pretrained: a weights tag of open_clip (`"openai"`, `"laion2b_s34b_b79k"`, …) or a local checkpoint file.
+            None gives random weights, the same in every process, and a warning.
+        device: where the model lies; None is the CPU.
+        dtype: dtype of its parameters.
+
+    Raises:
+        ValueError: `name` or `pretrained` is unknown; the message has the closest known ones.
+        RuntimeError: the weights could not be fetched or read.
+    """
+    if name == TINY_FACE:
+        if pretrained is not None:
+            raise ValueError(f"pretrained: {TINY_FACE!r} has its weights built in and takes none, got {pretrained!r}")
+        model = tiny_face_model()
+        model.load_state_dict(tiny_face_state(load_file(ASSETS / "tiny-face.safetensors")))
+        config = tiny_face_config()
+        return Clip(model, name, "built-in", config["mean"], config["std"], SimpleTokenizer).to(
+            device=device, dtype=dtype
+        )
+
+    _check_name(name)
+    if pretrained is not None:
+        _check_pretrained(name, pretrained)
+    else:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:4]) or "a local file"
+        log.warning("%s has random weights, so its features mean nothing: pass pretrained= (%s).", name, tags)
+    # The same random tower in every process: a bank made with one must fit the other.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = open_clip.create_model(name, pretrained=pretrained, precision="fp32", weights_only=True)
+        except Exception as error:
+            raise RuntimeError(
+                f"pretrained: the weights {pretrained!r} of {name!r} could not be loaded ({_first_line(error)}). "
+                "They are fetched from a hub at first use; without a network pass the path of a downloaded file."
+            ) from error
+    preprocessing = open_clip.get_model_preprocess_cfg(model)
+    return Clip(
+        model,
+        name,
+        pretrained or "random",
+        preprocessing["mean"],
+        preprocessing["std"],
+        lambda: open_clip.get_tokenizer(name),
+    ).to(device=device, dtype=dtype)
+
+
+class Clip(nn.Module):
+    """A frozen CLIP model in eval mode: `train()` leaves it there and its parameters never require gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        pretrained: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        tokenizer: Callable[[], Any],
+    ) -> None:
+        super().__init__()
+        self.model: Any = model.requires_grad_(False).eval()
+        self.name = name
+        self.pretrained = pretrained
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._make_tokenizer = tokenizer
+        size = model.visual.image_size
+        self.image_size = int(size if isinstance(size, int) else size[0])
+        # Taken before any cast: a tower in bfloat16 is still the same tower.
+        self._text_hash: str | None = None
+
+    def encode_image(
+        self,
+        frames: Tensor,  # (B, 3, H, W) in [-1, 1], any H and W
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Image features (B, D), not normalised; gradients reach the frames."""
+        pixels = ops.clip_frames(frames, self.image_size, self.mean, self.std, backend=backend)
+        return self.model.encode_image(pixels.to(self.dtype))
+
+    @cached_property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """Strings to token ids, (n, context_length)."""
+        return self._make_tokenizer()
+
+    @cached_property
+    def embed_dim(self) -> int:
+        """D, the size of the features shared by images and texts."""
+        with torch.no_grad():
+            side = self.image_size
+            return self.model.encode_image(torch.zeros(1, 3, side, side, device=self.device, dtype=self.dtype)).shape[1]
+
+    @property
+    def logit_scale(self) -> float:
+        """exp of the learned temperature, at most 100."""
+        return min(float(self.model.logit_scale.exp()), 100.0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.visual.parameters()).dtype
+
+    def text_hash(self) -> str:
+        """A hash of the text tower's weights as loaded, which a prompt bank is tied to."""
+        if self._text_hash is None:
+            digest = hashlib.blake2b(digest_size=16)
+            for key, value in sorted(self.model.state_dict().items()):
+                if key.startswith("visual."):
+                    continue
+                digest.update(f"{key}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+            self._text_hash = digest.hexdigest()
+        return self._text_hash
+
+    def train(self, mode: bool = True) -> Clip:
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clip:
+        if fn(torch.zeros(1, dtype=self.dtype, device=self.device)).dtype != self.dtype:
+            self.text_hash()
+        return super()._apply(fn, recurse)
+
+
+def _check_name(name: str) -> None:
+    known = open_clip.list_models()
+    if name in known or name.startswith(("hf-hub:", "local-dir:")):
+        return
+    close = difflib.get_close_matches(name, [TINY_FACE, *known], n=4, cutoff=0.4)
+    hint = f"did you mean {', '.join(close)}?" if close else f"e.g. {TINY_FACE}, ViT-B-32, ViT-L-14."
+    raise ValueError(f"name: no CLIP model is called {name!r}; {hint}")
+
+
+def _check_pretrained(name: str, pretrained: str) -> None:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags or Path(pretrained).is_file() or name.startswith(("hf-hub:", "local-dir:")):
+        return
+    raise ValueError(
+        f"pretrained: {pretrained!r} is neither a file nor a weights tag of {name!r}; its tags are {', '.join(tags)}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def tiny_face_config() -> dict[str, Any]:
+    return json.loads((ASSETS / "tiny-face.json").read_text())
+
+
+def tiny_face_model() -> Any:
+    """The architecture of `tiny-face` with untrained weights: a 64×64 ViT and a causal text tower of 77 tokens."""
+    config = tiny_face_config()
+    return open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision"], text_cfg=config["text"])
+
+
+def tiny_face_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of the model from the stored half-precision tensors.
+
+    The 49,408 token embeddings, most of the model at this size, are stored as a product of two thin factors.
+    """
+    state = {key: value.float() for key, value in tensors.items()}
+    factors = state.pop("token_embedding.factors"), state.pop("token_embedding.basis")
+    state["token_embedding.weight"] = factors[0] @ factors[1]
+    return state

@@ -1,0 +1,276 @@
+"""Faces from folders of pictures and videos: `<root>/<individual>/<emotion>/<file>`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pcmecl_fast.data.base import KNOWN_EMOTIONS, FrameDataset, Indices, as_indices, name_some
+from pcmecl_fast.data.media import decode, is_hidden, is_media, is_video, need_av
+
+LAYOUT = "<root>/<individual>/<emotion>/<file>"
+
+logger = logging.getLogger(__name__)
+
+
+class FolderFaces(FrameDataset):
+    """Pictures and videos laid out as `<root>/<individual>/<emotion>/<file>`, as square frames.
+
+    Individuals may have different counts and lack emotions. Individuals and files are in natural order (2 before
+    10), emotions in the order of `KNOWN_EMOTIONS`. Hidden names (a leading "." or "__"), files that are neither
+    pictures nor videos, and folders of individuals without any are left out, the last with a warning.
+
+    A frame is turned upright (EXIF, video rotation), put on black where it is transparent, cropped to the centred
+    square and resized with an antialiasing Lanczos filter. Every file is decoded once on opening, since only that
+    finds a truncated one (but WebM and Matroska cut between two frames pass for shorter videos). The first frames,
+    up to `cache_bytes`, are kept as uint8; the others are decoded again when asked for, in a video from its
+    beginning: long ones want memory, or a larger `video_stride`.
+
+    Args:
+        root: the folder of individuals.
+        size: S, a frame's side in pixels.
+        emotions: the emotions and their order, where folders have other names than `KNOWN_EMOTIONS` or an emotion
+            without frames needs its place. By default those of `KNOWN_EMOTIONS` that have frames.
+        skip_broken: leave broken files out, with a warning that names them, instead of raising.
+        video_stride: k takes frames 0, k, 2k, … of a video.
+        cache: keep decoded frames in memory.
+        cache_bytes: at most so many bytes of them (a frame takes 3·S²).
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `root` is missing or no folder.
+        ImportError: there are videos and PyAV, which reads them, is not installed.
+        ValueError: an argument out of range; a folder that is no known emotion; files at the wrong level; broken
+            files, all in one message; nothing to read.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        size: int,
+        emotions: Sequence[str] | None = None,
+        skip_broken: bool = False,
+        video_stride: int = 1,
+        cache: bool = True,
+        cache_bytes: int = 2**30,
+    ) -> None:
+        _check_arguments(size, emotions, video_stride, cache_bytes)
+        self.root = Path(root)
+        self.size = size
+        known = KNOWN_EMOTIONS if emotions is None else tuple(emotions)
+        files = _list_files(self.root, known, explicit=emotions is not None)
+        self._places, self._pixels = _open_all(
+            files, size, video_stride, cache_bytes if cache else 0, skip_broken=skip_broken
+        )
+
+        found = {place.file.individual for place in self._places}
+        shown = {place.file.emotion for place in self._places}
+        self.individuals = [name for name in dict.fromkeys(file.individual for file in files) if name in found]
+        self.emotions = [name for name in known if emotions is not None or name in shown]
+        individual = {name: n for n, name in enumerate(self.individuals)}
+        emotion = {name: e for e, name in enumerate(self.emotions)}
+        self.individual_index = torch.tensor([individual[place.file.individual] for place in self._places])
+        self.emotion_index = torch.tensor([emotion[place.file.emotion] for place in self._places])
+        self.keys = [place.key(self.root) for place in self._places]
+
+    def frames(self, indices: Indices) -> Tensor:
+        rows = as_indices(indices, len(self))
+        pixels = torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
+        cached = rows < len(self._pixels)
+        pixels[cached] = self._pixels[rows[cached]]
+        self._decode_into(pixels, rows, (~cached).nonzero().squeeze(1).tolist())
+        return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+    def _decode_into(
+        self,
+        pixels: Tensor,  # (B, S, S, 3) uint8, written at slots
+        rows: Tensor,  # (B,) int64 frames
+        slots: list[int],
+    ) -> None:
+        # One pass over each file, however many of its frames are wanted.
+        wanted: dict[Path, dict[int, list[int]]] = {}
+        for slot in slots:
+            place = self._places[int(rows[slot])]
+            wanted.setdefault(place.file.path, {}).setdefault(place.number, []).append(slot)
+        for path, numbers in wanted.items():
+            for number, frame in decode(path, self.size, sorted(numbers)):
+                pixels[numbers.pop(number)] = torch.from_numpy(frame)
+            if numbers:
+                raise ValueError(f"{path}: changed since the data set was opened, frames {sorted(numbers)} are gone")
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    individual: str
+    emotion: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a frame comes from."""
+
+    file: _File
+    number: int  # in the file: 0 for a picture
+
+    def key(self, root: Path) -> str:
+        name = self.file.path.relative_to(root).as_posix()
+        return f"{name}#{self.number}" if is_video(self.file.path) else name
+
+
+def _check_arguments(size: int, emotions: Sequence[str] | None, video_stride: int, cache_bytes: int) -> None:
+    if size < 1:
+        raise ValueError(f"size: a frame's side is at least 1 pixel, got {size}")
+    if video_stride < 1:
+        raise ValueError(f"video_stride: takes 1 or more, got {video_stride}")
+    if cache_bytes < 0:
+        raise ValueError(f"cache_bytes: takes 0 or more, got {cache_bytes}")
+    # A string is a sequence of strings too: its letters.
+    if emotions is not None and (isinstance(emotions, str) or not emotions or len(set(emotions)) != len(emotions)):
+        raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
+
+
+def _list_files(root: Path, known: tuple[str, ...], *, explicit: bool) -> list[_File]:
+    """All pictures and videos in order, or one error that says how the layout differs from the one expected."""
+    if not root.exists():
+        raise FileNotFoundError(f"root: {root} does not exist; it takes a folder laid out as {LAYOUT}")
+    if not root.is_dir():
+        raise NotADirectoryError(f"root: {root} is a file; it takes a folder laid out as {LAYOUT}")
+    _check_no_media(root, "directly in the root folder")
+    people = _visible_folders(root)
+    _check_levels(root, people, known)
+
+    files: list[_File] = []
+    unknown: list[Path] = []
+    for person in people:
+        _check_no_media(person, f"in the folder of individual {person.name!r}, outside an emotion's folder")
+        folders = {folder.name: folder for folder in _visible_folders(person)}
+        unknown += [folder for name, folder in folders.items() if name not in known]
+        for emotion in known:
+            if emotion in folders:
+                _check_flat(folders[emotion])
+                files += [_File(path, person.name, emotion) for path in _media(folders[emotion])]
+    if unknown:
+        raise ValueError(_explain_unknown(root, unknown, known, explicit=explicit))
+    if not files:
+        raise ValueError(f"root: {root} holds no pictures or videos; files are expected at {LAYOUT}")
+    named = {file.individual for file in files}
+    empty = [person.name for person in people if person.name not in named]
+    if empty:
+        logger.warning("%s: no pictures or videos in %s", root, name_some(empty))
+    return files
+
+
+def _check_no_media(folder: Path, where: str) -> None:
+    if media := _media(folder):
+        raise ValueError(
+            f"root: {name_some([path.name for path in media], 3)} in {folder} lie {where}; expected {LAYOUT}"
+        )
+
+
+def _check_levels(root: Path, people: list[Path], known: tuple[str, ...]) -> None:
+    """Emotions where individuals belong: the root is too deep by one, or the two levels are swapped."""
+    for folder in people:
+        if folder.name not in known:
+            continue
+        if _media(folder):
+            raise ValueError(
+                f"root: {folder} is an emotion's folder with files where an individual's is expected ({LAYOUT}); "
+                f"if {root} is one individual, pass its parent folder"
+            )
+        inner = [child.name for child in _visible_folders(folder)]
+        if inner and not any(name in known for name in inner):
+            raise ValueError(
+                f"root: {folder} is an emotion's folder that holds {name_some(inner, 3)}: the levels are swapped, "
+                f"<emotion>/<individual> instead of {LAYOUT}"
+            )
+
+
+def _check_flat(folder: Path) -> None:
+    for inner in _visible_folders(folder):
+        for path, _, names in os.walk(inner):
+            if any(is_media(Path(name)) for name in names):
+                raise ValueError(
+                    f"root: {path} holds pictures or videos one level too deep; move them up to {folder}, since the "
+                    f"layout is {LAYOUT}"
+                )
+
+
+def _explain_unknown(root: Path, unknown: list[Path], known: tuple[str, ...], *, explicit: bool) -> str:
+    hints = []
+    for name in dict.fromkeys(folder.name for folder in unknown):
+        close = difflib.get_close_matches(name.lower(), known, n=1)
+        hints.append(f"{name!r}" + (f" (close to {close[0]!r})" if close else ""))
+    advice = "" if explicit else "; rename them, or pass emotions= with the names you use"
+    where = unknown[0].relative_to(root).as_posix()
+    return (
+        f"{'emotions' if explicit else 'root'}: folders in {root} that are no known emotion: {name_some(hints)}, "
+        f"first at {where}; known: {', '.join(known)}{advice}. Expected {LAYOUT}"
+    )
+
+
+def _visible_folders(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if p.is_dir() and not is_hidden(p)), key=_natural)
+
+
+def _media(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.iterdir() if is_media(p) and not p.is_dir()), key=_natural)
+
+
+def _natural(path: Path) -> tuple[list[str | int], str]:
+    """Sort key: numbers by value, letters without case; the name itself decides between 1.jpg and 01.jpg."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", path.name.casefold()))
+    parts[1::2] = [int(digits) for digits in parts[1::2]]
+    return parts, path.name
+
+
+def _open_all(
+    files: list[_File], size: int, video_stride: int, cache_bytes: int, *, skip_broken: bool
+) -> tuple[list[_Place], Tensor]:
+    """Decode every file once: the places of all L frames, and the first K frames, (K, S, S, 3) uint8."""
+    need_av([file.path for file in files])
+    places: list[_Place] = []
+    broken: list[str] = []
+    # A bytearray grows in place, so that no second copy is ever held.
+    pixels = bytearray()
+    every = range(0, 2**62, video_stride)
+    for file in tqdm(files, desc="reading faces", unit="file", disable=len(files) <= 500):
+        start, stored = len(places), len(pixels)
+        try:
+            for number, frame in decode(file.path, size, every):
+                # Once a frame does not fit none after it does: the kept frames are the first ones.
+                if len(pixels) + frame.nbytes <= cache_bytes:
+                    pixels += frame.tobytes()
+                places.append(_Place(file, number))
+        except ValueError as error:
+            del places[start:], pixels[stored:]
+            broken.append(str(error))
+    _report_broken(broken, len(files), skip_broken=skip_broken)
+    if not places:
+        raise ValueError(f"root: all {len(files)} files are broken: {name_some(broken)}")
+    kept = len(pixels) // (3 * size * size)
+    if cache_bytes > 0 and kept < len(places):
+        logger.info(
+            "cache_bytes=%d holds %d of %d frames; the others are decoded again", cache_bytes, kept, len(places)
+        )
+    shape = (kept, size, size, 3)
+    # frombuffer refuses an empty buffer.
+    return places, torch.frombuffer(pixels, dtype=torch.uint8).view(shape) if kept else torch.empty(shape).byte()
+
+
+def _report_broken(broken: list[str], total: int, *, skip_broken: bool) -> None:
+    if not broken:
+        return
+    summary = f"{len(broken)} of {total} files are broken: {name_some(broken)}"
+    if not skip_broken:
+        raise ValueError(f"root: {summary}; repair or remove them, or pass skip_broken=True to leave them out")
+    logger.warning("skipped, %s", summary)

@@ -1,0 +1,173 @@
+"""The built-in generator: a compact encoder–decoder that moves and repaints a face (ours).
+
+    edited = clamp( warp(frame, flow) + residual )
+
+`flow` and `residual` come from the decoder, modulated by the target emotion or by a reference frame, and start so
+close to zero that the untrained generator is the identity. A smooth flow can move brows and lip corners but cannot
+draw the high-frequency patterns that fool a CLIP tower; the residual opens eyes and shows teeth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcmecl_fast.files import load_tensors, save_tensors
+
+
+@dataclass
+class GeneratorConfig:
+    """The built-in generator."""
+
+    width: int = 24
+    """Channels at full resolution; doubled at each of the two coarser ones."""
+    blocks: int = 3
+    """Residual blocks at the coarsest resolution."""
+    reach: float = 0.16
+    """Largest displacement of the flow, as a fraction of the frame's side."""
+    residual: float = 0.8
+    """Largest change of a colour by the residual, of a range of 2."""
+    driven_by: Literal["emotion", "reference"] = "emotion"
+    """What tells the target: an emotion's index, or a frame of anyone who shows it."""
+
+
+class ExpressionGenerator(nn.Module):
+    """Edits frames to show another emotion.
+
+    Args:
+        emotions: E, the number of emotions.
+        config: sizes and what drives it.
+    """
+
+    def __init__(self, emotions: int, config: GeneratorConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or GeneratorConfig()
+        w, style = config.width, 64
+        if config.driven_by == "emotion":
+            self.target: nn.Module = nn.Embedding(emotions, style)
+        else:
+            self.target = _ReferenceEncoder(style)
+        self.stem = nn.Conv2d(5, w, 3, padding=1)
+        self.down1 = _Down(w, 2 * w)
+        self.down2 = _Down(2 * w, 4 * w)
+        self.middle = nn.ModuleList(_ModulatedBlock(4 * w, style) for _ in range(config.blocks))
+        self.up1 = _Up(4 * w, 2 * w, style)
+        self.up2 = _Up(2 * w, w, style)
+        self.to_flow = nn.Conv2d(2 * w, 2, 3, padding=1)
+        self.to_residual = nn.Conv2d(w, 3, 3, padding=1)
+        for layer in (self.to_flow, self.to_residual):
+            # Not exactly zero: a zero change has a zero gradient in a directional loss, and would never begin.
+            nn.init.normal_(layer.weight, std=1e-3)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        frames: Tensor,  # (B, 3, H, W) in [-1, 1], H and W divisible by 4
+        target: Tensor,  # (B,) int emotions, or (B, 3, H, W) reference frames
+    ) -> Tensor:
+        """Edited frames, (B, 3, H, W) in [-1, 1]."""
+        if frames.shape[-1] % 4 or frames.shape[-2] % 4:
+            raise ValueError(f"frames: takes a height and width divisible by 4, got {tuple(frames.shape)}")
+        style = self.target(target)
+        height, width = frames.shape[-2:]
+        steps_y = torch.linspace(-1, 1, height, device=frames.device, dtype=frames.dtype)
+        steps_x = torch.linspace(-1, 1, width, device=frames.device, dtype=frames.dtype)
+        place = torch.stack(torch.meshgrid(steps_y, steps_x, indexing="ij")).expand(len(frames), -1, -1, -1)
+        fine = self.stem(torch.cat([frames, place], dim=1))
+        half = self.down1(fine)
+        x = self.down2(half)
+        for block in self.middle:
+            x = block(x, style)
+        x = self.up1(x, half, style)
+        # The flow is drawn at half resolution and smoothed, so that it bends a face rather than shuffling its pixels.
+        flow = F.avg_pool2d(F.pad(self.to_flow(x), (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        flow = F.interpolate(flow, (height, width), mode="bilinear", align_corners=False)
+        x = self.up2(x, fine, style)
+        residual = self.config.residual * torch.tanh(self.to_residual(x))
+        return (warp(frames, 2 * self.config.reach * torch.tanh(flow)) + residual).clamp(-1, 1)
+
+
+def save_generator(path: str | Path, generator: ExpressionGenerator, emotions: Sequence[str], size: int) -> None:
+    """Write the weights, the emotions' names and the side of the frames it was trained on."""
+    header = {"emotions": list(emotions), "size": size, "generator": asdict(generator.config)}
+    save_tensors(path, "generator", generator.state_dict(), header)
+
+
+def load_generator(
+    path: str | Path, device: torch.device | str | None = None
+) -> tuple[ExpressionGenerator, list[str], int]:
+    """(generator in eval mode, emotions, side); raises as `files.load_tensors`."""
+    state, header = load_tensors(path, "generator")
+    generator = ExpressionGenerator(len(header["emotions"]), GeneratorConfig(**header["generator"]))
+    generator.load_state_dict(state)
+    return generator.eval().requires_grad_(False).to(device), header["emotions"], header["size"]
+
+
+def warp(
+    frames: Tensor,  # (B, C, H, W)
+    flow: Tensor,  # (B, 2, H, W) in units of half a side, x then y
+) -> Tensor:
+    """Each pixel takes the colour found at its own place plus `flow`, bilinearly."""
+    theta = torch.eye(2, 3, device=frames.device, dtype=frames.dtype).expand(len(frames), 2, 3)
+    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
+    return F.grid_sample(frames, grid + flow.movedim(1, -1), padding_mode="border", align_corners=False)
+
+
+class _Down(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(F.silu(x)))
+
+
+class _ModulatedBlock(nn.Module):
+    """Residual block whose normalised features are scaled and shifted by the target's style."""
+
+    def __init__(self, width: int, style: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm1, self.norm2 = nn.GroupNorm(8, width, affine=False), nn.GroupNorm(8, width, affine=False)
+        self.affine = nn.Linear(style, 4 * width)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        scale1, shift1, scale2, shift2 = self.affine(style)[..., None, None].chunk(4, dim=1)
+        y = self.conv1(F.silu(self.norm1(x) * (1 + scale1) + shift1))
+        return x + self.conv2(F.silu(self.norm2(y) * (1 + scale2) + shift2))
+
+
+class _Up(nn.Module):
+    def __init__(self, inputs: int, outputs: int, style: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs + outputs, outputs, 3, padding=1)
+        self.norm = nn.GroupNorm(8, outputs, affine=False)
+        self.affine = nn.Linear(style, 2 * outputs)
+
+    def forward(self, x: Tensor, skip: Tensor, style: Tensor) -> Tensor:
+        x = F.interpolate(x, skip.shape[-2:], mode="nearest")
+        scale, shift = self.affine(style)[..., None, None].chunk(2, dim=1)
+        return F.silu(self.norm(self.conv(torch.cat([x, skip], dim=1))) * (1 + scale) + shift)
+
+
+class _ReferenceEncoder(nn.Module):
+    def __init__(self, style: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(8, 32), nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.SiLU(),
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+            nn.Linear(64 * 16, style),
+        )  # fmt: skip
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.body(frames)

@@ -1,0 +1,18 @@
+"""PCMECL's operators: each takes `backend=` and follows the specification in `reference.py`."""
+
+from pcmecl_fast.ops.backend import backends, use_backend
+from pcmecl_fast.ops.correlation import correlation_loss
+from pcmecl_fast.ops.direction import direction_logits, direction_loss
+from pcmecl_fast.ops.frames import clip_frames
+from pcmecl_fast.ops.tree_attention import PromptTree, tree_attention
+
+__all__ = [
+    "PromptTree",
+    "backends",
+    "clip_frames",
+    "correlation_loss",
+    "direction_logits",
+    "direction_loss",
+    "tree_attention",
+    "use_backend",
+]

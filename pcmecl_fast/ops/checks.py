@@ -1,0 +1,141 @@
+"""Argument checks: one exception that names the argument, what it got and what it takes.
+
+TypeError for a wrong type or dtype, ValueError for a shape, a value or a mix of devices, IndexError for an index out
+of range. Sizes are letters: `sizes` remembers what each letter stood for the first time, and in which argument.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Sizes:
+    """What the letters of the shapes stand for in one call."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+        self._named_by: dict[str, str] = {}
+
+    def check(self, name: str, value: Tensor, dims: Sequence[str | int]) -> None:
+        """Raise unless `value` has these dimensions: a letter takes any size, the same in every argument."""
+        if value.dim() != len(dims):
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)}")
+        for dim, size in zip(dims, value.shape, strict=True):
+            if isinstance(dim, int):
+                if size != dim:
+                    raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)}")
+            elif dim not in self._sizes:
+                self._sizes[dim], self._named_by[dim] = size, name
+            elif size != self._sizes[dim]:
+                raise ValueError(
+                    f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)} with {dim} = {self._sizes[dim]}, "
+                    f"as in {self._named_by[dim]}"
+                )
+
+    def __getitem__(self, letter: str) -> int:
+        return self._sizes[letter]
+
+
+def check_float(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor of a supported float dtype."""
+    _check_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: got {value.dtype}; takes float16, bfloat16, float32 or float64")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise unless `value` is a bool tensor."""
+    _check_tensor(name, value)
+    if value.dtype != torch.bool:
+        raise TypeError(f"{name}: got {value.dtype}; takes torch.bool")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raise unless `value` is a tensor of an integer dtype (bool is none)."""
+    _check_tensor(name, value)
+    if value.dtype == torch.bool or value.dtype.is_floating_point or value.dtype.is_complex:
+        raise TypeError(f"{name}: got {value.dtype}; takes an integer dtype such as torch.int64")
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """Raise unless the tensors share one dtype, that of the first."""
+    (first_name, first), *others = tensors.items()
+    for name, value in others:
+        if value.dtype != first.dtype:
+            raise TypeError(f"{name}: got {value.dtype}; takes {first.dtype}, as {first_name} (convert one of them)")
+
+
+def check_one_device(**tensors: Tensor | None) -> None:
+    """Raise unless the tensors lie on one device, that of the first."""
+    (first_name, first), *others = tensors.items()
+    assert first is not None
+    for name, value in others:
+        if value is not None and value.device != first.device:
+            raise ValueError(f"{name}: got a tensor on {value.device}; takes {first.device}, as {first_name}")
+
+
+def check_scale(scale: Any) -> None:
+    """Raise unless `scale` is a positive number or a float tensor of no dimensions (whose value is not read)."""
+    if isinstance(scale, Tensor):
+        check_float("scale", scale)
+        if scale.dim() != 0:
+            raise ValueError(f"scale: got shape {tuple(scale.shape)}; takes a number or a tensor of shape ()")
+    else:
+        check_number("scale", scale)
+        if scale <= 0:
+            raise ValueError(f"scale: got {scale}; takes a number above 0")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite int or float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}; takes a finite number")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes True or False")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of these words."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}; takes one of {', '.join(choices)}")
+
+
+def check_index_range(name: str, index: Tensor, size: int, of: str) -> None:
+    """Raise IndexError unless 0 ≤ index < size.
+
+    On the CPU always. Elsewhere, and inside `torch.compile`, without waiting for the device: a device-side assertion
+    that stops the next synchronisation; PCMECL_CHECK=1 reads the indices on the host instead, to see which is wrong.
+    """
+    inside = (index >= 0) & (index < size)
+    on_host = index.device.type == "cpu" or (index.device.type != "meta" and os.environ.get("PCMECL_CHECK") == "1")
+    if torch.compiler.is_compiling() or not on_host:
+        message = f"{name}: an index is out of range; takes 0 to {size - 1} ({of})"
+        torch._assert_async(inside.all(), message)
+    elif not inside.all():
+        position = int(inside.logical_not().nonzero()[0, 0])
+        got = int(index[position])
+        raise IndexError(f"{name}: got {got} at position {position}; takes 0 to {size - 1} ({of})")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes a tensor")
+
+
+def _text(dims: Sequence[str | int]) -> str:
+    inner = ", ".join(str(dim) for dim in dims)
+    return f"({inner},)" if len(dims) == 1 else f"({inner})"

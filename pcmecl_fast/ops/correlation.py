@@ -1,0 +1,75 @@
+"""Every change of the image features against every change of the text features.
+
+Δv[i,ab] = unit(v[i,b] − v[i,a]),   Δt[i,ab] = unit(t[i,b] − t[i,a])      a ≠ b, both present for individual i
+L[(i,ab),(j,cd)] = scale · ⟨Δv[i,ab], Δt[j,cd]⟩                            unit(x) = x / |x|, 0 where |x| ≤ 1e-8
+loss = ½ · (mean over rows of CE + mean over columns of CE),               the positive is the same (i,ab)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pcmecl_fast.ops import checks, reference
+from pcmecl_fast.ops.backend import dispatch, register
+
+NEGATIVES = ("all", "within", "distinct")
+
+
+def correlation_loss(
+    visual: Tensor,  # (N, E, D)
+    text: Tensor,  # (N, E, D)
+    *,
+    scale: float | Tensor = 100.0,
+    mask: Tensor | None = None,  # (N, E) bool
+    negatives: str = "all",
+    backend: str | None = None,
+) -> Tensor:  # ()
+    """Match each individual's changes of image features to its own changes of text features, among all of them.
+
+    The loss is the symmetric cross entropy above over the valid directions: ordered pairs of different emotions that
+    are both present. `negatives` says what a direction (i, ab) is told apart from, in its row and in its column alike:
+
+    - "all": every valid (j, cd).
+    - "within": the individual's own (i, cd). An individual has either no direction or at least two (a→b and b→a), so
+      no row is left with its positive alone.
+    - "distinct": all but the same change in another individual, (j, ab) with j ≠ i, which is hardly a negative.
+
+    The mean is over all valid directions, each weighing the same. Without any (nobody has two emotions, or the batch
+    is empty) the loss is 0 and still has a graph. Two emotions with identical features (norm ≤ 1e-8) still make
+    directions: their logits are 0, and so is the gradient through them. Gradients flow to `visual`, `text` and a
+    tensor `scale`; a missing emotion's features are not read and their gradient is 0.
+
+    Args:
+        visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
+        text: unit text features, (N, E, D), the same dtype and device.
+        scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
+        mask: True where individual n has emotion e, (N, E) bool; None: everywhere.
+        negatives: "all", "within" or "distinct".
+        backend: see `use_backend`; None leaves the choice to it.
+
+    Returns:
+        A scalar; float32 for half inputs, else the inputs' dtype.
+
+    Raises:
+        TypeError: an argument's type or dtype, or dtypes that differ.
+        ValueError: a shape or value, devices that differ, an unknown backend or kind of negatives.
+        RuntimeError: a named backend that cannot run.
+
+    Source: the paper's feature differencing; the symmetric cross entropy of CLIP over all pairs is ours.
+    """
+    sizes = checks.Sizes()
+    checks.check_float("visual", visual)
+    sizes.check("visual", visual, "NED")
+    checks.check_float("text", text)
+    sizes.check("text", text, "NED")
+    checks.check_alike(visual=visual, text=text)
+    if mask is not None:
+        checks.check_bool("mask", mask)
+        sizes.check("mask", mask, "NE")
+    checks.check_scale(scale)
+    checks.check_one_device(visual=visual, text=text, mask=mask, scale=scale if isinstance(scale, Tensor) else None)
+    checks.check_choice("negatives", negatives, NEGATIVES)
+    return dispatch("correlation_loss", visual, text, scale=scale, mask=mask, negatives=negatives, backend=backend)
+
+
+register("correlation_loss", "reference", reference.correlation_loss)

@@ -1,0 +1,158 @@
+"""How far an edit moves a face's CLIP features along the change of emotion that was asked for.
+
+v̂, v̂'  = source and edited over their norms,   δ = v̂' − v̂
+d[e]   = bank[n, e] − bank[n, a]                              n the individual, a the source emotion
+c[e]   = ⟨unit(δ), unit(d[e])⟩                                 unit(x) = x / |x|, 0 where |x| ≤ 1e-8
+loss   = (1 − c[b]) + contrast · ( −log softmax_{e≠a}( scale · c[e] )[b] )    b the target emotion
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pcmecl_fast.ops import checks, reference
+from pcmecl_fast.ops.backend import dispatch, register
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def direction_logits(
+    source: Tensor,  # (B, D)
+    edited: Tensor,  # (B, D)
+    bank: Tensor,  # (N, E, D)
+    individual: Tensor,  # (B,)
+    source_emotion: Tensor,  # (B,)
+    *,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Tensor:  # (B, E)
+    """Cosines between an edit's change of image features and each change of emotion in the prompt bank.
+
+    c[e] = ⟨unit(δ), unit(d[e])⟩ as above, in [-1, 1] and without the logit scale. The column of the source emotion is
+    no change and is 0. An edit that changes nothing (|δ| ≤ 1e-8), and two emotions with the same text features, give
+    0 with gradient 0. Gradients flow to `source`, `edited` and `bank`.
+
+    Args:
+        source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
+        edited: image features of the edited frames, (B, D), the same dtype and device.
+        bank: unit text features of every individual and emotion, (N, E, D), taken as given, the same dtype and device.
+        individual: row of the bank of each sample, (B,), any integer dtype, 0 to N-1.
+        source_emotion: emotion a of each source frame, (B,), any integer dtype, 0 to E-1.
+        normalize: divide `source` and `edited` by their norms first; False takes them as given.
+        backend: see `use_backend`; None leaves the choice to it.
+
+    Returns:
+        (B, E), in the inputs' dtype (half types are computed in float32).
+
+    Raises:
+        TypeError: an argument's type or dtype, or dtypes that differ.
+        ValueError: a shape, devices that differ, an unknown backend.
+        IndexError: an individual or emotion out of range (on CUDA a device-side assertion, see PCMECL_CHECK).
+        RuntimeError: a named backend that cannot run.
+
+    Source: the paper's feature differencing; the directional loss of StyleGAN-NADA.
+    """
+    _check_features(source, edited, bank, normalize)
+    individual = _checked_index("individual", individual, source, bank.shape[0], "individuals in bank")
+    source_emotion = _checked_index("source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
+    return dispatch(
+        "direction_logits", source, edited, bank, individual, source_emotion, normalize=normalize, backend=backend
+    )
+
+
+def direction_loss(
+    source: Tensor,  # (B, D)
+    edited: Tensor,  # (B, D)
+    bank: Tensor,  # (N, E, D)
+    individual: Tensor,  # (B,)
+    source_emotion: Tensor,  # (B,)
+    target_emotion: Tensor,  # (B,)
+    *,
+    scale: float | Tensor = 100.0,
+    contrast: float = 0.0,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:  # () or (B,)
+    """Pull each edit's change of image features towards its change of emotion, and away from the other changes.
+
+    loss = (1 − c[b]) + contrast · (−log softmax over e ≠ a of scale · c[e], at b), with c of `direction_logits`. A
+    sample with target = source asks for no change: it is 0, its gradient is 0 and the mean leaves it out. A batch
+    without a valid sample, or empty, is 0 and still has a graph. A zero change (a generator that starts as the
+    identity) is finite with gradient 0. Gradients flow to `source`, `edited`, `bank` and a tensor `scale`.
+
+    Args:
+        source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
+        edited: image features of the edited frames, (B, D), the same dtype and device.
+        bank: unit text features of every individual and emotion, (N, E, D), taken as given, the same dtype and device.
+        individual: row of the bank of each sample, (B,), any integer dtype, 0 to N-1.
+        source_emotion: emotion a of each source frame, (B,), any integer dtype, 0 to E-1.
+        target_emotion: emotion b asked for, (B,), any integer dtype, 0 to E-1.
+        scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
+        contrast: weight of the contrast with the other target emotions, at least 0.
+        normalize: divide `source` and `edited` by their norms first; False takes them as given.
+        reduction: "mean" over the samples with b ≠ a, "sum", or "none".
+        backend: see `use_backend`; None leaves the choice to it.
+
+    Returns:
+        A scalar, or (B,) for "none"; float32 for half inputs, else the inputs' dtype.
+
+    Raises:
+        TypeError: an argument's type or dtype, or dtypes that differ.
+        ValueError: a shape or value, devices that differ, an unknown backend or reduction.
+        IndexError: an individual or emotion out of range (on CUDA a device-side assertion, see PCMECL_CHECK).
+        RuntimeError: a named backend that cannot run.
+
+    Source: the paper's feature differencing; the directional loss of StyleGAN-NADA; the contrast is ours.
+    """
+    _check_features(source, edited, bank, normalize)
+    checks.check_scale(scale)
+    if isinstance(scale, Tensor):
+        checks.check_one_device(source=source, scale=scale)
+    checks.check_number("contrast", contrast)
+    if contrast < 0:
+        raise ValueError(f"contrast: got {contrast}; takes a number of at least 0")
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    individual = _checked_index("individual", individual, source, bank.shape[0], "individuals in bank")
+    source_emotion = _checked_index("source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
+    target_emotion = _checked_index("target_emotion", target_emotion, source, bank.shape[1], "emotions in bank")
+    return dispatch(
+        "direction_loss",
+        source,
+        edited,
+        bank,
+        individual,
+        source_emotion,
+        target_emotion,
+        scale=scale,
+        contrast=contrast,
+        normalize=normalize,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def _check_features(source: Tensor, edited: Tensor, bank: Tensor, normalize: bool) -> None:
+    sizes = checks.Sizes()
+    for name, value, dims in (("source", source, "BD"), ("edited", edited, "BD"), ("bank", bank, "NED")):
+        checks.check_float(name, value)
+        sizes.check(name, value, dims)
+    checks.check_alike(source=source, edited=edited, bank=bank)
+    checks.check_one_device(source=source, edited=edited, bank=bank)
+    checks.check_flag("normalize", normalize)
+
+
+def _checked_index(name: str, index: Tensor, source: Tensor, size: int, of: str) -> Tensor:
+    """The index as int64, in range, one for each row of `source`."""
+    checks.check_integer(name, index)
+    sizes = checks.Sizes()
+    sizes.check("source", source, "BD")
+    sizes.check(name, index, "B")
+    checks.check_one_device(source=source, **{name: index})
+    index = index.long()
+    checks.check_index_range(name, index, size, of)
+    return index
+
+
+register("direction_logits", "reference", reference.direction_logits)
+register("direction_loss", "reference", reference.direction_loss)

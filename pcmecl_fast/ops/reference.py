@@ -1,0 +1,170 @@
+"""The operators in plain PyTorch: the specification that every backend is tested against.
+
+The wrappers beside this file check the arguments; these functions trust them. Three rules hold throughout:
+
+- Half types are computed in float32. Losses stay float32; logits, attention and frames return in the input's dtype.
+- `torch.autocast` changes nothing: the arithmetic runs with it switched off.
+- A vector no longer than ε = 1e-8 is no direction: its unit vector is 0, and so is the gradient through it. A plain
+  `x / max(|x|, ε)` would have the gradient 1/ε = 1e8 there, and `x / |x|` would have NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pcmecl_fast.ops.tree_attention import PromptTree
+
+EPS = 1e-8  # as in F.cosine_similarity
+
+
+def direction_logits(
+    source: Tensor,  # (B, D)
+    edited: Tensor,  # (B, D)
+    bank: Tensor,  # (N, E, D)
+    individual: Tensor,  # (B,)
+    source_emotion: Tensor,  # (B,)
+    *,
+    normalize: bool,
+) -> Tensor:  # (B, E)
+    with _autocast_off(source):
+        return _direction_cosines(source, edited, bank, individual, source_emotion, normalize).to(source.dtype)
+
+
+def direction_loss(
+    source: Tensor,  # (B, D)
+    edited: Tensor,  # (B, D)
+    bank: Tensor,  # (N, E, D)
+    individual: Tensor,  # (B,)
+    source_emotion: Tensor,  # (B,)
+    target_emotion: Tensor,  # (B,)
+    *,
+    scale: float | Tensor,
+    contrast: float,
+    normalize: bool,
+    reduction: str,
+) -> Tensor:  # () or (B,)
+    with _autocast_off(source):
+        cosines = _direction_cosines(source, edited, bank, individual, source_emotion, normalize)
+        valid = source_emotion != target_emotion
+        # Without a valid target nothing is masked, so that a bank of one emotion has no empty softmax.
+        not_a_change = valid[:, None] & (torch.arange(bank.shape[1], device=bank.device) == source_emotion[:, None])
+        logits = (scale * cosines).masked_fill(not_a_change, -torch.inf)
+        cross_entropy = logits.logsumexp(dim=1) - _pick(logits, target_emotion)
+        loss = torch.where(valid, 1 - _pick(cosines, target_emotion) + contrast * cross_entropy, 0.0)
+        if reduction == "none":
+            return loss
+        return loss.sum() / valid.sum().clamp(min=1) if reduction == "mean" else loss.sum()
+
+
+def correlation_loss(
+    visual: Tensor,  # (N, E, D)
+    text: Tensor,  # (N, E, D)
+    *,
+    scale: float | Tensor,
+    mask: Tensor | None,  # (N, E) bool
+    negatives: str,
+) -> Tensor:  # ()
+    individuals, emotions, _ = visual.shape
+    present = torch.ones_like(visual[..., 0], dtype=torch.bool) if mask is None else mask
+    before, after = _ordered_pairs(emotions, visual.device)
+    pairs = len(before)
+    valid = (present[:, before] & present[:, after]).flatten()
+
+    with _autocast_off(visual):
+        visual_change, text_change = (
+            _unit(x[:, after] - x[:, before]).flatten(0, 1)
+            for x in (_centred(visual, present), _centred(text, present))
+        )
+        logits = scale * (visual_change @ text_change.T)
+
+        who = torch.arange(individuals, device=visual.device).repeat_interleave(pairs)
+        change = torch.arange(pairs, device=visual.device).repeat(individuals)
+        same_individual, same_change = who[:, None] == who, change[:, None] == change
+        keep = valid[:, None] & valid
+        if negatives == "within":
+            keep = keep & same_individual
+        elif negatives == "distinct":
+            keep = keep & (same_individual | ~same_change)
+        # A row that is not valid keeps only its own logit: its cross entropy and its gradient are exactly 0.
+        logits = logits.masked_fill(~(keep | same_individual & same_change), -torch.inf)
+        rows_and_columns = logits.logsumexp(dim=1) + logits.logsumexp(dim=0) - 2 * logits.diagonal()
+        return 0.5 * rows_and_columns.sum() / valid.sum().clamp(min=1)
+
+
+def tree_attention(
+    qkv: Tensor,  # (N, S, 3, H, d)
+    layout: PromptTree,
+) -> Tensor:  # (N, S, H, d)
+    with _autocast_off(qkv):
+        query, key, value = _wide(qkv).permute(2, 0, 3, 1, 4)  # each (N, H, S, d)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask(qkv.device))
+        return out.transpose(1, 2).to(qkv.dtype).contiguous()
+
+
+def clip_frames(
+    frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:  # (B, 3, size, size)
+    with _autocast_off(frames):
+        unit_range = (_wide(frames) + 1) / 2
+        resized = F.interpolate(unit_range, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        # Not clamped: the resize overshoots at edges by a little, and a clamp would cut those pixels' gradients off.
+        per_channel = [(channel - m) / s for channel, m, s in zip(resized.unbind(dim=1), mean, std, strict=True)]
+        return torch.stack(per_channel, dim=1).to(frames.dtype)
+
+
+def _direction_cosines(
+    source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor, normalize: bool
+) -> Tensor:  # (B, E) in the computing dtype
+    source, edited = _wide(source), _wide(edited)
+    bank = _wide(bank)  # before the gather, so that the samples' gradients add up in float32
+    if normalize:
+        source, edited = _unit(source), _unit(edited)
+    delta = _unit(edited - source)
+    rows = bank[individual]  # (B, E, D)
+    directions = _unit(rows - bank[individual, source_emotion][:, None])
+    return (directions * delta[:, None]).sum(dim=-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension; 0 with gradient 0 where |x| ≤ ε. NaN stays NaN, so that it is seen."""
+    square = (x * x).sum(dim=-1, keepdim=True)
+    short = square <= EPS**2
+    return x.masked_fill(short, 0.0) / square.masked_fill(short, 1.0).sqrt()
+
+
+def _centred(x: Tensor, present: Tensor) -> Tensor:
+    """Take each individual's mean over its present emotions off: its differences stay, their low bits survive."""
+    x = torch.where(present[..., None], _wide(x), 0.0)  # what is not present may be anything, NaN included
+    mean = x.sum(dim=1, keepdim=True) / present.sum(dim=1).clamp(min=1)[:, None, None]
+    return x - mean
+
+
+def _ordered_pairs(emotions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Every (a, b) with a ≠ b, a changing slowest: two index tensors of E(E-1)."""
+    pair = torch.arange(emotions * (emotions - 1), device=device)
+    before = pair // max(emotions - 1, 1)
+    other = pair % max(emotions - 1, 1)
+    return before, other + (other >= before)
+
+
+def _pick(table: Tensor, column: Tensor) -> Tensor:
+    return table.gather(1, column[:, None])[:, 0]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -1,0 +1,195 @@
+"""The prompt bank: text features of every individual and emotion, computed once after the prompts are learned."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pcmecl_fast.files import load_tensors, save_tensors
+from pcmecl_fast.prompts.learner import PersonalizedPrompts
+
+if TYPE_CHECKING:
+    from pcmecl_fast.clip import Clip
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The CLIP model that a file of text features or prompts belongs to."""
+
+    name: str
+    pretrained: str
+    text_hash: str
+
+    @classmethod
+    def of(cls, clip: Clip) -> Tower:
+        return cls(clip.name, clip.pretrained, clip.text_hash())
+
+    def check(self, clip: Clip, path: Path) -> None:
+        if self.text_hash != clip.text_hash():
+            raise ValueError(
+                f"clip: {path} was made with {self.name!r} ({self.pretrained}, text tower {self.text_hash[:8]}), "
+                f"got {clip.name!r} ({clip.pretrained}, text tower {clip.text_hash()[:8]}); "
+                "load the same model and weights, or make the file again"
+            )
+
+
+class PromptBank:
+    """A table of unit text features, looked up by (individual, emotion).
+
+    Args:
+        features: that, (N, E, D), unit norm.
+        individuals: N different names; with `condition="frame"` the keys of N frames.
+        emotions: E different names.
+        descriptions: the E descriptions behind the emotions; the names themselves where None.
+        tower: which CLIP model made the features; None where unknown, and then the bank cannot be saved.
+        condition: "individual" or "frame", what a row stands for.
+
+    Raises:
+        ValueError: names that repeat or do not match the shape of `features`.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,  # (N, E, D)
+        individuals: Sequence[str],
+        emotions: Sequence[str],
+        *,
+        descriptions: Sequence[str] | None = None,
+        tower: Tower | None = None,
+        condition: str = "individual",
+    ) -> None:
+        if features.ndim != 3 or not features.is_floating_point():
+            raise ValueError(f"features: takes a float (N, E, D), got {features.dtype} {tuple(features.shape)}")
+        descriptions = emotions if descriptions is None else descriptions
+        lists = {"individuals": individuals, "emotions": emotions, "descriptions": descriptions}
+        for (name, values), count in zip(lists.items(), (*features.shape[:2], features.shape[1]), strict=True):
+            if len(values) != count or len(set(values)) != count:
+                raise ValueError(f"{name}: takes {count} different names for features {tuple(features.shape)}")
+        if condition not in ("individual", "frame"):
+            raise ValueError(f"condition: takes 'individual' or 'frame', got {condition!r}")
+        self.features = features
+        self.individuals, self.emotions = list(individuals), list(emotions)
+        self.descriptions = list(descriptions)
+        self.tower = tower
+        self.condition = condition
+        self._row = {name: i for i, name in enumerate(self.individuals)}
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls,
+        prompts: PersonalizedPrompts,
+        conditions: Tensor,  # (N, D) mean unit image features
+        individuals: Sequence[str],
+        emotions: Sequence[str],
+        *,
+        clip: Clip,
+        condition: str = "individual",
+        batch_size: int = 64,
+        backend: str | None = None,
+    ) -> PromptBank:
+        """Run learned prompts for every condition, `batch_size` rows at a time."""
+        rows = [prompts(chunk, backend=backend) for chunk in conditions.split(batch_size)]
+        width = clip.embed_dim
+        features = torch.cat(rows) if rows else conditions.new_empty(0, len(emotions), width)
+        return cls(
+            features,
+            individuals,
+            emotions,
+            descriptions=prompts.descriptions,
+            tower=Tower.of(clip),
+            condition=condition,
+        )
+
+    def rows(self, names: Sequence[str]) -> Tensor:  # (len(names),) int64
+        """Where the named individuals are in the table.
+
+        Raises:
+            KeyError: an individual that the bank does not have; the message has the closest names.
+        """
+        missing = [name for name in names if name not in self._row]
+        if missing:
+            close = difflib.get_close_matches(missing[0], self.individuals, n=3)
+            hint = f"; close to {', '.join(close)}" if close else ""
+            raise KeyError(
+                f"individual: {missing[0]!r} and {len(missing) - 1} more are not among the bank's "
+                f"{len(self.individuals)}{hint}; build a bank that holds them"
+            )
+        return torch.tensor([self._row[name] for name in names], dtype=torch.long)
+
+    def columns(self, emotions: Sequence[str]) -> Tensor:  # (len(emotions),) int64
+        """Where the named emotions are in the table; ValueError for one that it does not have."""
+        missing = [e for e in emotions if e not in self.emotions]
+        if missing:
+            raise ValueError(f"emotions: the bank has {', '.join(self.emotions)}, not {', '.join(missing)}")
+        return torch.tensor([self.emotions.index(e) for e in emotions], dtype=torch.long)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptBank:
+        return PromptBank(
+            self.features.to(device=device, dtype=dtype),
+            self.individuals,
+            self.emotions,
+            descriptions=self.descriptions,
+            tower=self.tower,
+            condition=self.condition,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the features, and a JSON header with all that says what they are."""
+        if self.tower is None:
+            raise ValueError("tower: this bank does not know its CLIP model; build it with PromptBank.build")
+        header = {
+            "individuals": self.individuals,
+            "emotions": self.emotions,
+            "descriptions": self.descriptions,
+            "condition": self.condition,
+            "tower": asdict(self.tower),
+        }
+        save_tensors(path, "bank", {"features": self.features}, header)
+
+    @classmethod
+    def load(cls, path: str | Path, clip: Clip) -> PromptBank:
+        """Read a bank that was made with this very text tower.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is broken, is no bank, or belongs to another tower.
+        """
+        tensors, header = load_tensors(path, "bank")
+        tower = Tower(**header["tower"])
+        tower.check(clip, Path(path))
+        return cls(
+            tensors["features"].to(clip.device),
+            header["individuals"],
+            header["emotions"],
+            descriptions=header["descriptions"],
+            tower=tower,
+            condition=header["condition"],
+        )
+
+
+def save_prompts(path: str | Path, prompts: PersonalizedPrompts, emotions: Sequence[str], clip: Clip) -> None:
+    """Write learned prompts (V and h), so that individuals met later can get their rows of the bank."""
+    header = {
+        "emotions": list(emotions),
+        "descriptions": prompts.descriptions,
+        "n_ctx": prompts.context.shape[-2],
+        "context": "shared" if prompts.context.ndim == 2 else "per-emotion",
+        "tower": asdict(Tower.of(clip)),
+    }
+    save_tensors(path, "prompts", prompts.state_dict(), header)
+
+
+def load_prompts(path: str | Path, clip: Clip) -> tuple[PersonalizedPrompts, list[str]]:
+    """Read learned prompts and the emotions they are for; raises as `PromptBank.load`."""
+    tensors, header = load_tensors(path, "prompts")
+    Tower(**header["tower"]).check(clip, Path(path))
+    prompts = PersonalizedPrompts(clip, header["descriptions"], n_ctx=header["n_ctx"], context=header["context"])
+    prompts.load_state_dict(tensors)
+    return prompts.to(clip.device), header["emotions"]

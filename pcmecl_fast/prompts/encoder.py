@@ -1,0 +1,312 @@
+"""Runs open_clip's frozen text towers on prompts whose context is embeddings, not words.
+
+`encode_padded` runs any tower through its own `encode_text`: it is the specification. `encode_tree` runs the towers
+that `tree_obstacle` has nothing against on packed prompts, with the same result for a fraction of the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    TextTransformer,
+    Transformer,
+)
+from torch import Tensor, nn
+
+from pcmecl_fast.ops import tree_attention
+
+from .tree import PackedPrompts
+
+
+def encode_padded(
+    model: nn.Module,
+    tokens: Tensor,  # (E, L)
+    context: Tensor,  # (N, M, W) or (N, E, M, W)
+    start: int = 1,
+) -> Tensor:
+    """Text features of N x E prompts by the model's own `encode_text`, at full context length.
+
+        prompt[n, e] = tokens[e], with the embeddings at start … start + M - 1 replaced by context[n] or context[n, e]
+
+    Args:
+        model: an open_clip model (`CLIP`, `CustomTextCLIP`, `CoCa`), with any text tower.
+        tokens: token ids, padded, with placeholders where the context goes. A placeholder's embedding is never used,
+            but its id is: towers find EOS and pads by id, so it must be the id of an ordinary word.
+        context: the embeddings of the context tokens; positions are added by the tower.
+        start: the position of the first context token: 1 after [SOS], 0 in a tower without one.
+
+    Returns:
+        (N, E, D), as `model.encode_text(..., normalize=False)` returns them: not normalized, in the tower's dtype.
+
+    While it runs, the model's token embedding carries a hook: not for one model in two threads at once.
+
+    Source: CoCoOp's `TextEncoder`, for any tower.
+    """
+    individuals, classes, length = context.shape[0], *tokens.shape
+    if context.dim() == 3:
+        context = context[:, None].expand(-1, classes, -1, -1)
+    n_ctx = context.shape[2]
+    rows = context.flatten(0, 1)
+
+    def insert_context(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
+        return torch.cat([embedded[:, :start], rows.to(embedded.dtype), embedded[:, start + n_ctx :]], dim=1)
+
+    # A hook, because then every line after the embedding is the tower's own: masks, class tokens, pooling, projection.
+    hook = token_embedding(model).register_forward_hook(insert_context)
+    try:
+        ids = tokens.expand(individuals, classes, length).reshape(individuals * classes, length)
+        features = model.encode_text(ids, normalize=False)  # type: ignore[operator]
+    finally:
+        hook.remove()
+    return features.unflatten(0, (individuals, classes))
+
+
+def encode_tree(
+    model: nn.Module,
+    packed: PackedPrompts,
+    context: Tensor,  # (N, M, W) if packed as shared, else (N, E, M, W)
+    *,
+    backend: str | None = None,
+    checkpoint: bool | None = None,
+) -> Tensor:
+    """What `encode_padded` returns, from packed prompts: equal to rounding, outputs and gradients.
+
+        x = embeddings of the trees' tokens + their positions;  x += attention(x), x += mlp(x) in every layer
+        features[n, e] = project(ln_final(x at EOS of e))
+
+    Args:
+        model: a model that `tree_obstacle` has nothing against; its text tower is frozen.
+        packed: the prompts' layout.
+        context: the embeddings of the context tokens.
+        backend: of `ops.tree_attention`.
+        checkpoint: recompute each block in the backward pass instead of keeping its activations. None does what
+            the tower's own `set_grad_checkpointing` says.
+
+    Returns:
+        (N, E, D), not normalized.
+
+    Source: ours.
+    """
+    tower = text_tower(model)
+    blocks = tower.transformer.resblocks
+    if checkpoint is None:
+        checkpoint = tower.transformer.grad_checkpointing
+
+    x = _embed(tower, packed, context)  # (N·T, S, W)
+    for block in blocks[:-1]:
+        if checkpoint:
+            x = torch.utils.checkpoint.checkpoint(_run_block, block, x, packed, backend, use_reentrant=False)
+        else:
+            x = _run_block(block, x, packed, backend)
+    x = tower.ln_final(_run_last_block(blocks[-1], x, packed))  # (N, E, W)
+
+    projection = tower.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def tree_obstacle(model: nn.Module) -> str | None:
+    """Why prompt trees would not give exactly what `model.encode_text` gives; None where they do.
+
+    They do in towers that are causal and pool at EOS, whose blocks are open_clip's: OpenAI's, LAION's, DataComp's,
+    MetaCLIP's, EVA's, PE's.
+    """
+    tower = text_tower(model)
+    if type(tower).forward not in (CLIP.forward, TextTransformer.forward):
+        return f"a {type(tower).__name__} is not open_clip's text tower"
+    if getattr(tower, "cls_emb", None) is not None:
+        return "the tower pools at a class token, which comes after the pads"
+    if pool_type(model) not in ("argmax", "eos"):
+        return f"the tower pools {pool_type(model)!r}, not at EOS"
+    if getattr(type(model), "encode_text", None) not in (CLIP.encode_text, CustomTextCLIP.encode_text):
+        return f"{type(model).__name__} encodes texts in its own way"
+    if tower.attn_mask is None or not _is_causal(tower.attn_mask):
+        return "the tower's attention is not causal"
+    if type(tower.transformer).forward is not Transformer.forward:
+        return f"a {type(tower.transformer).__name__} is not open_clip's transformer"
+    return next(filter(None, map(_block_obstacle, tower.transformer.resblocks)), None)
+
+
+def eos_positions(
+    model: nn.Module,
+    tokens: Tensor,  # (E, L)
+) -> Tensor:  # (E,)
+    """Where a tower that pools at EOS finds it, as `open_clip.transformer.text_global_pool` does."""
+    if pool_type(model) == "argmax":
+        return tokens.argmax(-1)
+    tower = text_tower(model)
+    eos: int = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))  # type: ignore[assignment]
+    return torch.eq(tokens, eos).int().argmax(-1)
+
+
+def text_tower(model: nn.Module) -> Any:
+    """The module that holds the text tower: `CLIP` itself (it unpacks the tower), else its `.text`."""
+    return getattr(model, "text", model)
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """The text tower's token embedding, whose output for ids (B, L) is (B, L, W)."""
+    tower = text_tower(model)
+    if hasattr(tower, "token_embedding"):
+        return tower.token_embedding
+    if hasattr(tower, "transformer") and hasattr(tower.transformer, "get_input_embeddings"):
+        return tower.transformer.get_input_embeddings()
+    raise TypeError(f"clip.model: found no token embedding in its text tower, a {type(tower).__name__}")
+
+
+def text_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The text tower's parameters; for `CLIP`, which unpacks the tower, all but the image tower's and the logit's."""
+    tower = text_tower(model)
+    if tower is not model:
+        return list(tower.parameters())
+    return [p for name, p in tower.named_parameters() if not name.startswith(("visual.", "logit_"))]
+
+
+def check_pooling(model: nn.Module) -> None:
+    """Raise ValueError for a tower whose pooled feature is not a function of the whole prompt."""
+    tower = text_tower(model)
+    if getattr(tower, "cls_emb", None) is not None:  # CoCa's class token overrides the pool type
+        return
+    pool = pool_type(model)
+    if pool == "none":
+        raise ValueError("clip.model: its text tower pools 'none': one feature per token, not one per prompt")
+    if pool == "first" and getattr(tower, "attn_mask", None) is not None:
+        raise ValueError("clip.model: its text tower is causal and pools the first token, which sees no prompt")
+
+
+def pool_type(model: nn.Module) -> str | None:
+    """open_clip's name for how the tower pools ('argmax', 'eos', 'first', 'last', 'none'); None where it has none."""
+    tower = text_tower(model)
+    return getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+
+
+def _embed(tower: Any, packed: PackedPrompts, context: Tensor) -> Tensor:
+    """(N·T, S, W): the trees' tokens with the context in its places, and their positions added."""
+    dtype = tower.transformer.get_cast_dtype()
+    individuals, width = context.shape[0], context.shape[-1]
+    if context.dim() == 3:
+        rows = context[:, None].expand(-1, packed.trees, -1, -1)
+    else:
+        rows = context.index_select(1, packed.classes)
+    words = tower.token_embedding(packed.tokens).to(dtype).flatten(0, 1)  # (T·S, W)
+    words = words.expand(individuals, -1, -1).index_copy(1, packed.context_at, rows.to(dtype).flatten(1, 2))
+    positions = tower.positional_embedding.to(dtype)[packed.positions]
+    return words.view(individuals * packed.trees, packed.length, width) + positions
+
+
+def _run_block(block: Any, x: Tensor, packed: PackedPrompts, backend: str | None) -> Tensor:
+    """One residual block on all tokens, (N·T, S, W) to the same."""
+    attention, normed = block.attn, block.ln_1(x)
+    qkv = _linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+    qkv = qkv.unflatten(-1, (3, attention.num_heads, -1))  # (N·T, S, 3, H, d)
+    if isinstance(attention, Attention):
+        query, key, value = qkv.unbind(2)
+        qkv = torch.stack([attention.ln_q(query), attention.ln_k(key), value], dim=2)
+    return _after_attention(block, x, tree_attention(qkv, packed.layout, backend=backend))
+
+
+def _run_last_block(block: Any, x: Tensor, packed: PackedPrompts) -> Tensor:
+    """The last block at EOS only, (N·T, S, W) to (N, E, W): queries of EOS, keys and values of all tokens."""
+    attention, normed, width = block.attn, block.ln_1(x), x.shape[-1]
+    individuals = len(x) // packed.trees
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    trees = (individuals, packed.trees * packed.length, width)  # an individual's trees laid end to end
+    query = _linear(normed.view(trees).index_select(1, packed.eos), weight[:width], bias_q)
+    query = query.view(len(x), packed.segments, width).unflatten(-1, (attention.num_heads, -1))  # (N·T, K, H, d)
+    key, value = _linear(normed, weight[width:], bias_kv).unflatten(-1, (2, attention.num_heads, -1)).unbind(2)
+    if isinstance(attention, Attention):
+        query, key = attention.ln_q(query), attention.ln_k(key)
+
+    mask = packed.eos_mask.repeat(individuals, 1, 1)[:, None] if packed.trees > 1 else packed.eos_mask
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+    in_order = packed.place
+    heads = mixed.reshape(individuals, packed.trees * packed.segments, *mixed.shape[2:]).index_select(1, in_order)
+    return _after_attention(block, x.view(trees).index_select(1, packed.eos[in_order]), heads)
+
+
+def _after_attention(block: Any, x: Tensor, heads: Tensor) -> Tensor:
+    """The rest of a block: x (…, S, W) and the mixed values of each head, (…, S, H, d)."""
+    attention = block.attn
+    if isinstance(attention, Attention):
+        if attention.head_scale is not None:
+            heads = heads * attention.head_scale.squeeze(-1)
+        mixed = block.ln_attn(_run(attention.out_proj, attention.ln_inner(heads.flatten(-2))))
+    else:
+        mixed = _run(attention.out_proj, heads.flatten(-2))
+    x = x + block.ls_1(mixed)
+    return x + block.ls_2(_run(block.mlp, block.ln_2(x)))
+
+
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), with the linear layers in it run by `_linear`."""
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            x = _run(child, x)
+        return x
+    if type(module).forward is not nn.Linear.forward:
+        return module(x)
+    linear: Any = module
+    return _linear(x, linear.weight, linear.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear with a frozen weight; in float32 on a CPU by oneDNN, unless `torch.backends.mkldnn` is off."""
+    onednn = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not weight.requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+    return _OneDNNLinear.apply(x, weight, bias) if onednn else F.linear(x, weight, bias)
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """A frozen linear layer in float32 by oneDNN, which uses AVX-512 on any CPU that has it.
+
+    F.linear calls MKL, which on AMD's CPUs takes AVX2: twice as long.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _OneDNNLinear.apply(grad, weight.t(), None), None, None
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether an additive mask lets each token see itself and all before it, no more and no less."""
+    causal = torch.full_like(mask, -torch.inf).triu_(1)
+    return torch.equal(mask, causal)
+
+
+def _block_obstacle(block: Any) -> str | None:
+    attention = block.attn
+    if type(block).forward is ResidualAttentionBlock.forward and type(attention) is nn.MultiheadAttention:
+        plain = attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn
+        return None if plain and not attention.dropout else "a block's attention has extra keys or dropout"
+    if type(block).forward is CustomResidualAttentionBlock.forward and type(attention) is Attention:
+        dropout = attention.attn_drop.p or attention.out_drop.p
+        return "a block's attention has cosine scores or dropout" if attention.scaled_cosine or dropout else None
+    return f"a {type(block).__name__} with a {type(attention).__name__} is not open_clip's block"

@@ -1,0 +1,315 @@
+"""The commands: each reads a config, does its work in one output folder, and returns its summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from pcmecl_fast import ops
+from pcmecl_fast.clip import Clip, load_clip
+from pcmecl_fast.data.base import EMOTIONS, FrameDataset, split
+from pcmecl_fast.data.features import individual_conditions, unit_features
+from pcmecl_fast.data.folder import FolderFaces
+from pcmecl_fast.data.media import is_media, read_frames, write_frames
+from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.evaluate.metrics import NOTES, clip_view, draw_trials, judge_edits
+from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
+from pcmecl_fast.files import write_atomically
+from pcmecl_fast.models import ExpressionGenerator, GeneratorConfig, load_generator, save_generator
+from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
+from pcmecl_fast.train.config import DataConfig, EditConfig, EvaluateConfig, PromptsConfig, RunConfig, TrainConfig
+from pcmecl_fast.train.generator import draw_references, train_generator
+from pcmecl_fast.train.prompts import learn_prompts
+
+log = logging.getLogger("pcmecl_fast")
+
+_EVALUATED_FRAMES = 336
+
+
+def run_prompts(config: PromptsConfig) -> dict[str, Any]:
+    """Stage 1 alone: `prompts.safetensors`, `bank.safetensors`, `summary.json`, `report.html`."""
+    started = time.monotonic()
+    config.out.mkdir(parents=True, exist_ok=True)
+    _save_config(config)
+    with ops.use_backend(config.backend):
+        clip = _load_clip(config)
+        dataset, held = open_data(config)
+        prompts, bank, loop = learn_prompts(clip, dataset, config)
+        bank = _with_rows_for(bank, prompts, held, clip)
+        trials = draw_trials(held, _EVALUATED_FRAMES)
+        seen = clip_view(lambda frames, target: frames, clip, bank, held, trials)
+    summary: dict[str, Any] = {k: seen[k] for k in ("zero_shot_accuracy", "prompt_accuracy")}
+    summary |= {"individuals": len(bank.individuals), "seconds": time.monotonic() - started}
+    _write_summary(config.out, summary)
+    report = Report("Personalized prompts", summary, NOTES, loop.curves, [], asdict(config))
+    write_report(config.out / "report.html", report)
+    return summary
+
+
+def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL") -> dict[str, Any]:
+    """Stage 2, and stage 1 where no prompts are given, then evaluation and the report."""
+    started = time.monotonic()
+    if config.size % 4:
+        raise ValueError(f"size: takes a multiple of 4, got {config.size}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    _save_config(config)
+    with ops.use_backend(config.backend):
+        clip = _load_clip(config)
+        dataset, held = open_data(config)
+        prompts, bank, curves = _prompts_for(config, clip, dataset)
+
+        def preview(generator: ExpressionGenerator) -> Tensor:
+            generator.eval()
+            picture = grid_image(_face_grid(generator, held, people=4, references=dataset))
+            generator.train()
+            return picture
+
+        generator, loop = train_generator(clip, bank, dataset, config, preview=preview)
+        save_generator(config.out / "generator.safetensors", generator, dataset.emotions, config.size)
+        curves |= loop.curves
+        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held)
+    summary["seconds"] = time.monotonic() - started
+    _publish(config.out, title, summary, curves, grids, config)
+    return summary
+
+
+def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Judge a finished run again, on its own data or on other data; writes `summary.json` and `report.html`."""
+    started = time.monotonic()
+    trained = _read_config(config.run)
+    if config.data is not None:
+        trained.data = config.data
+    trained.device, trained.backend = config.device, config.backend
+    out = config.out or config.run / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    with ops.use_backend(config.backend):
+        clip = _load_clip(trained)
+        generator, emotions, size = load_generator(config.run / "generator.safetensors", clip.device)
+        trained.emotions, trained.size = emotions, size
+        dataset, held = open_data(trained)
+        stage1 = trained.prompts or config.run / "prompts"
+        prompts, _ = load_prompts(stage1 / "prompts.safetensors", clip)
+        bank = PromptBank.load(stage1 / "bank.safetensors", clip)
+        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held)
+    summary["seconds"] = time.monotonic() - started
+    _publish(out, "Evaluation", summary, {}, grids, trained)
+    return summary
+
+
+def run_edit(config: EditConfig) -> dict[str, Any]:
+    """Edit pictures or a video with a trained generator; writes them to the output folder."""
+    device = _device(config.device)
+    generator, emotions, size = load_generator(config.run / "generator.safetensors", device)
+    if config.emotion not in emotions:
+        raise ValueError(f"emotion: this generator knows {', '.join(emotions)}, got {config.emotion!r}")
+    target = torch.tensor([emotions.index(config.emotion)], device=device)
+    if generator.config.driven_by == "reference":
+        if config.reference is None:
+            raise ValueError("reference: this generator is driven by a picture of somebody who shows the emotion")
+        target = read_frames(config.reference, size)[1][:1].to(device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    written = 0
+    files = sorted(p for p in config.input.iterdir() if is_media(p)) if config.input.is_dir() else [config.input]
+    if not files:
+        raise ValueError(f"input: {config.input} holds no picture or video")
+    for file in tqdm(files, desc="editing"):
+        rate, frames = read_frames(file, size)
+        edited = [generator(x.to(device), target.expand(len(x), *target.shape[1:])).cpu() for x in frames.split(32)]
+        write_frames(config.out / file.name, torch.cat(edited), rate)
+        written += len(frames)
+    return {"files": len(files), "frames": written, "out": str(config.out)}
+
+
+def evaluate(
+    generator: ExpressionGenerator,
+    clip: Clip,
+    prompts: PersonalizedPrompts,
+    bank: PromptBank,
+    dataset: FrameDataset,
+    held: FrameDataset,
+) -> tuple[dict[str, Any], dict[str, FaceGrid]]:
+    """All measures on frames held out of training, and pictures of them."""
+    bank = _with_rows_for(bank, prompts, held, clip)
+    trials = draw_trials(held, _EVALUATED_FRAMES)
+    references = _References(generator, dataset)
+
+    def edit(frames: Tensor, target: Tensor) -> Tensor:
+        return generator(frames, references(target, frames.device))
+
+    summary: dict[str, Any] = {}
+    if isinstance(held, SyntheticFaces):
+        summary |= judge_edits(edit, held, trials, device=clip.device)
+    summary |= clip_view(edit, clip, bank, held, trials)
+    return summary, {"faces": _face_grid(generator, held, people=8, references=dataset)}
+
+
+def open_data(config: DataConfig) -> tuple[FrameDataset, FrameDataset]:
+    """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder."""
+    if config.data == "synthetic":
+        common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.size}
+        lacking = _lacking(config)
+        train = SyntheticFaces(
+            config.individuals,
+            clips=config.clips,
+            frames_per_clip=config.frames_per_clip,
+            seed=1,
+            missing=lacking,
+            **common,
+        )
+        return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
+    folder = FolderFaces(config.data, size=config.size, emotions=config.emotions, skip_broken=config.skip_broken)
+    train, held = split(folder, by="frame", fraction=config.holdout)
+    return train, held
+
+
+def _lacking(config: DataConfig) -> list[tuple[int, int]]:
+    emotions = config.emotions or EMOTIONS
+    others = [i for i, e in enumerate(emotions) if e != "neutral"]
+    if not 0 <= config.missing < len(others):
+        raise ValueError(f"missing: takes 0 to {len(others) - 1} emotions, got {config.missing}")
+    return [(n, others[(n + k) % len(others)]) for n in range(config.individuals) for k in range(config.missing)]
+
+
+def _load_clip(config: RunConfig) -> Clip:
+    return load_clip(config.clip, config.clip_pretrained, device=_device(config.device))
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _prompts_for(
+    config: TrainConfig, clip: Clip, dataset: FrameDataset
+) -> tuple[PersonalizedPrompts, PromptBank, dict[str, list[tuple[int, float]]]]:
+    if config.prompts is not None:
+        prompts, _ = load_prompts(config.prompts / "prompts.safetensors", clip)
+        bank = PromptBank.load(config.prompts / "bank.safetensors", clip)
+        return prompts, _with_rows_for(bank, prompts, dataset, clip), {}
+    shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
+    shared |= {"steps": config.prompt_steps, "out": config.out / "prompts"}
+    prompts, bank, loop = learn_prompts(clip, dataset, PromptsConfig(**shared))
+    return prompts, bank, loop.curves
+
+
+def _with_rows_for(bank: PromptBank, prompts: PersonalizedPrompts, dataset: FrameDataset, clip: Clip) -> PromptBank:
+    """The bank with a row for everyone (or every frame) in `dataset`: those it lacks are made from their frames."""
+    wanted = dataset.keys if bank.condition == "frame" else dataset.individuals
+    known = set(bank.individuals)
+    new = [i for i, name in enumerate(wanted) if name not in known]
+    if not new:
+        return bank
+    conditions = unit_features(clip, dataset)
+    if bank.condition == "individual":
+        conditions = individual_conditions(conditions, dataset.individual_index, len(dataset.individuals))
+    names = [wanted[i] for i in new]
+    more = PromptBank.build(prompts, conditions[new], names, bank.emotions, clip=clip, condition=bank.condition)
+    return PromptBank(
+        torch.cat([bank.features.to(clip.device), more.features]),
+        bank.individuals + names,
+        bank.emotions,
+        descriptions=bank.descriptions,
+        tower=bank.tower,
+        condition=bank.condition,
+    )
+
+
+class _References:
+    """What drives the generator to an emotion: its index, or frames of people in the training data who show it."""
+
+    def __init__(self, generator: ExpressionGenerator, dataset: FrameDataset) -> None:
+        self.by_frame = generator.config.driven_by == "reference"
+        self.dataset = dataset
+
+    def __call__(self, target: Tensor, device: torch.device) -> Tensor:
+        if not self.by_frame:
+            return target.to(device)
+        random = torch.Generator().manual_seed(0)
+        index = draw_references(self.dataset.emotion_index, target.cpu(), random)
+        return self.dataset.frames(index).to(device)
+
+
+@torch.no_grad()
+def _face_grid(
+    generator: ExpressionGenerator, dataset: FrameDataset, *, people: int, references: FrameDataset
+) -> FaceGrid:
+    """One frame of each of the first people, in turns showing another emotion, edited to every emotion."""
+    device = next(generator.parameters()).device
+    driver = _References(generator, references)
+    chosen = []
+    for n in dataset.individual_index.unique().tolist()[:people]:
+        own = (dataset.individual_index == n).nonzero()[:, 0]
+        # Spread over what the person shows, so that the grid has different sources.
+        chosen.append(own[(len(own) * len(chosen) // people + len(chosen)) % len(own)])
+    index = torch.stack(chosen)
+    count, emotions = len(index), len(dataset.emotions)
+    source = dataset.frames(index)
+    target = torch.arange(emotions).repeat(count)
+    repeated = source.repeat_interleave(emotions, 0)
+    edited = generator(repeated.to(device), driver(target, device)).cpu().unflatten(0, (count, emotions))
+    truth = None
+    caption = "Top row of each person: edited. The source is on the left."
+    if isinstance(dataset, SyntheticFaces):
+        truth = dataset.truth(index.repeat_interleave(emotions), target).unflatten(0, (count, emotions))
+        caption = "Each person: edited above, and below it the same frame drawn with that emotion. Source on the left."
+    return FaceGrid(
+        "People held out of training" if truth is not None else "Frames held out of training",
+        caption,
+        [dataset.individuals[i] for i in dataset.individual_index[index].tolist()],
+        list(dataset.emotions),
+        source,
+        [dataset.emotions[i] for i in dataset.emotion_index[index].tolist()],
+        edited,
+        truth,
+    )
+
+
+def _save_config(config: RunConfig) -> None:
+    plain = {k: _plain(v) for k, v in asdict(config).items()}
+    write_atomically(config.out / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())  # type: ignore[attr-defined]
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _publish(
+    out: Path,
+    title: str,
+    summary: dict[str, Any],
+    curves: dict[str, list[tuple[int, float]]],
+    grids: dict[str, FaceGrid],
+    config: RunConfig,
+) -> None:
+    _write_summary(out, summary)
+    for name, grid in grids.items():
+        save_grid_png(out / f"{name}.png", grid)
+    write_report(out / "report.html", Report(title, summary, NOTES, curves, list(grids.values()), asdict(config)))
+
+
+def _read_config(run: Path) -> TrainConfig:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"run: {run} is not the output folder of `pcmecl-fast train` (no config.yaml)")
+    plain = yaml.safe_load(path.read_text())
+    if "generator" not in plain:
+        raise ValueError(f"run: {run} was written by `pcmecl-fast prompts`, not by `pcmecl-fast train`")
+    plain["generator"] = GeneratorConfig(**plain["generator"])
+    plain["out"], plain["prompts"] = Path(plain["out"]), plain["prompts"] and Path(plain["prompts"])
+    return TrainConfig(**plain)
+
+
+def _write_summary(out: Path, summary: dict[str, Any]) -> None:
+    finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in summary.items()}
+    write_atomically(out / "summary.json", (json.dumps(finite, indent=2) + "\n").encode())

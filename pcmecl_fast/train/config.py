@@ -1,0 +1,176 @@
+"""What every command can be told: typed defaults that become command lines and config files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pcmecl_fast.models.generator import GeneratorConfig
+
+
+@dataclass
+class DataConfig:
+    """Which frames."""
+
+    data: str = "synthetic"
+    """"synthetic" (drawn talking faces) or a folder <individual>/<emotion>/*.jpg|png|webp|mp4 …"""
+    size: int = 64
+    """Side in pixels that frames are brought to; divisible by 4."""
+    emotions: list[str] | None = None
+    """Emotions to use, in this order; by default those that the data has."""
+    individuals: int = 24
+    """synthetic: how many people to draw for training."""
+    clips: int = 2
+    """synthetic: clips for each individual and emotion."""
+    frames_per_clip: int = 5
+    """synthetic: frames of each clip."""
+    missing: int = 0
+    """synthetic: emotions (other than neutral) that each individual lacks in training."""
+    holdout: float = 0.2
+    """folder: the part of each individual's frames that is kept for evaluation."""
+    skip_broken: bool = False
+    """folder: leave unreadable files out, naming them, instead of stopping."""
+
+
+@dataclass
+class RunConfig(DataConfig):
+    """Where and how a run runs."""
+
+    clip: str = "tiny-face"
+    """tiny-face (built in) or any model name of open_clip, such as ViT-B-32."""
+    clip_pretrained: str | None = None
+    """A weights tag of open_clip (openai, laion2b_s34b_b79k …) or a checkpoint file."""
+    seed: int = 0
+    """Seed of the data, the weights and the order of the batches."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Implementation of every operator; "reference" is plain PyTorch."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Autocast of the towers and the networks; the operators stay in float32."""
+    resume: bool = False
+    """Go on from the last checkpoint in the output folder."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+
+@dataclass
+class PromptsOptions:
+    """Stage 1: what the prompts are and how they are learned."""
+
+    descriptions: list[str] | None = None
+    """One name or sentence for each emotion, in their order; by default the names."""
+    n_ctx: int = 8
+    """M, learned context tokens."""
+    context: Literal["shared", "per-emotion"] = "shared"
+    """One context for all emotions (CoCoOp) or one for each (CDRL)."""
+    condition: Literal["individual", "frame"] = "individual"
+    """What a prompt is personalized by: the mean of an individual's features, or one frame's."""
+    prompt_lr: float = 2e-3
+    """Learning rate of V and h (AdamW)."""
+    batch_individuals: int = 8
+    """Individuals a step, each with all the emotions it has."""
+    lambda_diff: float = 1.0
+    """Weight of the correlation of differences beside the matching loss."""
+    negatives: Literal["all", "within", "distinct"] = "all"
+    """Which other changes of emotion count as negatives."""
+
+
+@dataclass
+class GeneratorOptions:
+    """Stage 2: how the generator is trained."""
+
+    batch: int = 16
+    """Frames a step."""
+    lr: float = 1e-3
+    """Learning rate of the generator (Adam)."""
+    critic_lr: float = 4e-4
+    """Learning rate of the critic (Adam)."""
+    contrast: float = 0.2
+    """Weight of the contrast with other emotions inside PCMECL's loss."""
+    w_pcmecl: float = 4.0
+    """Weight of PCMECL's loss."""
+    w_adversarial: float = 0.2
+    """Weight of looking like a real frame."""
+    w_cycle: float = 6.0
+    """Weight of editing back to the source (L1)."""
+    w_identity: float = 6.0
+    """Weight of keeping who it is: L1 of frames averaged over 8×8 pixels."""
+    w_mouth: float = 6.0
+    """Weight of keeping the middle of the mouth, which speaks."""
+    mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])
+    """Left, top, right, bottom of the middle of the mouth, as fractions of the frame."""
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+
+
+@dataclass
+class PromptsConfig(RunConfig, PromptsOptions):
+    """Learn personalized prompts on a data set and write a prompt bank (stage 1)."""
+
+    steps: int = 200
+    """Optimiser steps."""
+    out: Path = Path("runs/prompts")
+    """Output folder."""
+
+
+@dataclass
+class TrainConfig(RunConfig, PromptsOptions, GeneratorOptions):
+    """Train the built-in generator under PCMECL (stage 2); learns the prompts first where none are given."""
+
+    steps: int = 300
+    """Optimiser steps of the generator."""
+    prompts: Path | None = None
+    """Output folder of `pcmecl-fast prompts`; by default the prompts are learned first, with the options above."""
+    prompt_steps: int = 200
+    """Optimiser steps of the prompts, where they are learned first."""
+    out: Path = Path("runs/train")
+    """Output folder."""
+
+
+@dataclass
+class DemoConfig(TrainConfig):
+    """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in some minutes on a laptop."""
+
+    out: Path = Path("runs/demo")
+    """Output folder."""
+
+
+@dataclass
+class EvaluateConfig:
+    """Judge a finished run of `pcmecl-fast train` or `demo` again."""
+
+    run: Path = Path("runs/demo")
+    """Output folder of the run."""
+    data: str | None = None
+    """Other data than the run's own: "synthetic" or a folder with the same emotions."""
+    out: Path | None = None
+    """Output folder; by default `evaluation` inside the run's."""
+    seed: int = 0
+    """Seed of the frames and targets that are tried."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Implementation of every operator."""
+
+
+@dataclass
+class EditConfig:
+    """Change the emotion in pictures or videos with a trained generator."""
+
+    input: Path
+    """A picture, a video, or a folder of them."""
+    emotion: str
+    """The emotion to show."""
+    run: Path = Path("runs/demo")
+    """Output folder of the run whose generator is used."""
+    reference: Path | None = None
+    """A picture of somebody who shows the emotion, for a generator that is driven by one."""
+    out: Path = Path("runs/edited")
+    """Output folder."""
+    seed: int = 0
+    """Not used by the built-in generators, which are deterministic."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
+    """Implementation of every operator."""

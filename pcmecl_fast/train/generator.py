@@ -1,0 +1,187 @@
+"""Stage 2: training a generator on unpaired frames, supervised by PCMECL.
+
+    loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back) + w_identity · (same person)
+         + w_mouth · (same speech)
+
+Every eighth target is the source's own emotion: there PCMECL is silent and the frame must stay as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcmecl_fast.clip import Clip
+from pcmecl_fast.criterion import PCMECLCriterion
+from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
+from pcmecl_fast.prompts import PromptBank
+from pcmecl_fast.train.config import TrainConfig
+from pcmecl_fast.train.loop import Loop
+
+
+def train_generator(
+    clip: Clip,
+    bank: PromptBank,
+    dataset: FrameDataset,
+    config: TrainConfig,
+    *,
+    preview: Callable[[ExpressionGenerator], Tensor] | None = None,
+) -> tuple[ExpressionGenerator, Loop]:
+    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then."""
+    device = clip.device
+    torch.manual_seed(config.seed)
+    generator = ExpressionGenerator(len(dataset.emotions), config.generator).to(device)
+    critic = PatchDiscriminator().to(device)
+    criterion = PCMECLCriterion(clip, bank, contrast=config.contrast)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    loop = Loop(
+        config.out,
+        "stage 2",
+        {
+            "generator": generator,
+            "critic": critic,
+            "optimizer": optimizer,
+            "critic_optimizer": critic_optimizer,
+            "scaler": scaler,
+        },
+        steps=config.steps,
+        seed=config.seed,
+        every=config.checkpoint_every,
+        resume=config.resume,
+        signature={
+            "clip": clip.text_hash(),
+            "data": config.data,
+            "generator": config.generator,
+            "batch": config.batch,
+            "seed": config.seed,
+            "steps": config.steps,
+        },
+    )
+    by_frame = config.generator.driven_by == "reference"
+    draw = _Batches(dataset, bank, with_reference=by_frame)
+    weights = {name: getattr(config, f"w_{name}") for name in ("pcmecl", "adversarial", "cycle", "identity", "mouth")}
+    autocast = torch.autocast(
+        device.type, dtype=torch.float16 if config.amp == "fp16" else torch.bfloat16, enabled=config.amp != "none"
+    )
+    for step in loop:
+        batch = draw(config.batch, loop.generator(step))
+        frames, reference = batch.frames.to(device), batch.reference.to(device)
+        row, source, target = batch.row.to(device), batch.source.to(device), batch.target.to(device)
+        to, back = (reference, frames) if by_frame else (target, source)
+        for group, rate in ((optimizer, config.lr), (critic_optimizer, config.critic_lr)):
+            group.param_groups[0]["lr"] = rate * _schedule(step, config.steps)
+
+        critic.requires_grad_(False)
+        with autocast:
+            edited = generator(frames, to)
+            again = generator(edited, back)
+            realism = critic(edited)
+            pcmecl = criterion(frames, edited, row, source, target)
+        same = (source == target)[:, None, None, None]
+        terms = {
+            "pcmecl": pcmecl,
+            "adversarial": -realism.float().mean(),
+            "cycle": F.l1_loss(again, frames) + _mean_where((edited - frames).abs(), same),
+            "identity": F.l1_loss(F.avg_pool2d(edited.float(), 8), F.avg_pool2d(frames, 8)),
+            "mouth": mouth_loss(frames, edited.float(), config.mouth_box),
+        }
+        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), device=device))
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
+        scaler.step(optimizer)
+
+        critic.requires_grad_(True)
+        with autocast:
+            real, fake = critic(frames), critic(edited.detach())
+            critic_loss = F.relu(1 - real).float().mean() + F.relu(1 + fake).float().mean()
+        critic_optimizer.zero_grad(set_to_none=True)
+        scaler.scale(critic_loss).backward()
+        scaler.step(critic_optimizer)
+        scaler.update()
+
+        loop.record(step, loss=loss, **terms, critic=critic_loss)
+        if preview is not None and (step + 1) % max(50, config.steps // 6) == 0:
+            loop.picture(step, "edits", preview(generator))
+    return generator.eval().requires_grad_(False), loop
+
+
+def mouth_loss(
+    source: Tensor,  # (B, 3, H, W) in [-1, 1]
+    edited: Tensor,  # (B, 3, H, W)
+    box: list[float],  # left, top, right, bottom as fractions of the frame
+) -> Tensor:
+    """L1 between the middles of the mouths, where speech opens and closes the lips and expressions hardly reach.
+
+    The strip's columns are averaged first, so that it is the lips' heights that are compared.
+    """
+    height, width = source.shape[-2:]
+    left, right = round(box[0] * width), round(box[2] * width)
+    top, bottom = round(box[1] * height), round(box[3] * height)
+    strip = (..., slice(top, bottom), slice(left, right))
+    return F.l1_loss(edited[strip].mean(-1), source[strip].mean(-1))
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    weight = where.to(values.dtype).expand_as(values)
+    return (values * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Full rate, then a linear descent over the last half."""
+    return min(1.0, (step + 1) / 20) * min(1.0, 2 * (steps - step) / steps)
+
+
+class _Batch:
+    def __init__(self, frames: Tensor, reference: Tensor, row: Tensor, source: Tensor, target: Tensor) -> None:
+        self.frames = frames  # (B, 3, S, S)
+        self.reference = reference  # (B, 3, S, S) frames that show the target; empty where nobody asked
+        self.row = row  # (B,) rows of the bank
+        self.source = source  # (B,) emotions shown
+        self.target = target  # (B,) emotions asked for
+
+
+class _Batches:
+    """Draws frames and target emotions; emotions are drawn evenly, so that rare ones are seen as often."""
+
+    def __init__(self, dataset: FrameDataset, bank: PromptBank, *, with_reference: bool) -> None:
+        self.dataset = dataset
+        self.with_reference = with_reference
+        counts = torch.bincount(dataset.emotion_index, minlength=len(dataset.emotions))
+        self.shown = (counts > 0).nonzero()[:, 0]
+        self.weight = 1.0 / counts[dataset.emotion_index]
+        if bank.emotions != list(dataset.emotions):
+            raise ValueError(f"bank: is for the emotions {bank.emotions}, the data set has {dataset.emotions}")
+        if bank.condition == "frame":
+            self.rows = bank.rows(dataset.keys)
+        else:
+            self.rows = bank.rows(dataset.individuals)[dataset.individual_index]
+
+    def __call__(self, count: int, generator: torch.Generator) -> _Batch:
+        index = torch.multinomial(self.weight, count, replacement=True, generator=generator)
+        source = self.dataset.emotion_index[index]
+        target = self.shown[torch.randint(len(self.shown), (count,), generator=generator)]
+        keep = torch.arange(count) % 8 == 7
+        target = torch.where(keep, source, target)
+        reference = index[:0]
+        if self.with_reference:
+            reference = draw_references(self.dataset.emotion_index, target, generator)
+        both = self.dataset.frames(torch.cat([index, reference]))
+        return _Batch(both[:count], both[count:], self.rows[index], source, target)
+
+
+def draw_references(
+    emotion_index: Tensor,  # (L,) int
+    target: Tensor,  # (B,) int
+    generator: torch.Generator,
+) -> Tensor:  # (B,) int
+    """For each target a frame of somebody, not necessarily the same person, who shows it."""
+    matches = (emotion_index[None] == target[:, None]).float()
+    return torch.multinomial(matches, 1, generator=generator)[:, 0]

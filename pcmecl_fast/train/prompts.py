@@ -1,0 +1,140 @@
+"""Stage 1: learning personalized prompts from unit image features.
+
+L_match = cross entropy of s·⟨v[n,e], that[n,·]⟩ over the individual's own prompts, and of s·⟨that[n,e], v[·,e]⟩ over
+the batch's individuals; L_diff = ops.correlation_loss(v, that); total = L_match + λ_diff · L_diff.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcmecl_fast import ops
+from pcmecl_fast.clip import Clip
+from pcmecl_fast.data.base import FrameDataset, check_trainable
+from pcmecl_fast.data.features import individual_conditions, unit_features
+from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, save_prompts
+from pcmecl_fast.train.config import PromptsConfig
+from pcmecl_fast.train.loop import Loop
+
+
+def learn_prompts(
+    clip: Clip, dataset: FrameDataset, config: PromptsConfig
+) -> tuple[PersonalizedPrompts, PromptBank, Loop]:
+    """Learn V and h on a data set; write `prompts.safetensors` and `bank.safetensors` to `config.out`.
+
+    Raises:
+        ValueError: data that has nothing to learn from, or descriptions that do not match its emotions.
+    """
+    check_trainable(dataset)
+    descriptions = config.descriptions or dataset.emotions
+    if len(descriptions) != len(dataset.emotions):
+        raise ValueError(
+            f"descriptions: takes one for each of the {len(dataset.emotions)} emotions "
+            f"({', '.join(dataset.emotions)}), got {len(descriptions)}"
+        )
+    torch.manual_seed(config.seed)
+    prompts = PersonalizedPrompts(clip, descriptions, n_ctx=config.n_ctx, context=config.context).to(clip.device)
+    features = unit_features(clip, dataset)
+    conditions = individual_conditions(features, dataset.individual_index, len(dataset.individuals))
+    frames_of = _FramesOf(dataset)
+    optimizer = torch.optim.AdamW(prompts.parameters(), lr=config.prompt_lr, weight_decay=0.01)
+    loop = Loop(
+        config.out,
+        "stage 1",
+        {"prompts": prompts, "optimizer": optimizer},
+        steps=config.steps,
+        seed=config.seed,
+        every=config.checkpoint_every,
+        resume=config.resume,
+        signature={
+            "clip": clip.text_hash(),
+            "data": config.data,
+            "descriptions": descriptions,
+            "context": config.context,
+            "n_ctx": config.n_ctx,
+            "seed": config.seed,
+        },
+    )
+    for step in loop:
+        generator = loop.generator(step)
+        individuals, frames, mask = frames_of.draw(config.batch_individuals, generator)
+        visual = features[frames]  # (n, E, D); rows without a frame are masked
+        condition = conditions[individuals]
+        if config.condition == "frame":
+            condition = features[frames_of.any_frame(individuals, generator)]
+        for group in optimizer.param_groups:
+            group["lr"] = config.prompt_lr * min(1.0, (step + 1) / 10) * (1 - step / config.steps)
+        text = prompts(condition)
+        match = matching_loss(visual, text, mask.to(visual.device), clip.logit_scale)
+        diff = ops.correlation_loss(
+            visual,
+            text.to(visual.dtype),
+            scale=clip.logit_scale,
+            mask=mask.to(visual.device),
+            negatives=config.negatives,
+        )
+        loss = match + config.lambda_diff * diff
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loop.record(step, loss=loss, match=match, diff=diff)
+    prompts.requires_grad_(False).eval()
+    if config.condition == "individual":
+        bank = PromptBank.build(prompts, conditions, dataset.individuals, dataset.emotions, clip=clip)
+    else:
+        bank = PromptBank.build(prompts, features, dataset.keys, dataset.emotions, clip=clip, condition="frame")
+    save_prompts(Path(config.out) / "prompts.safetensors", prompts, dataset.emotions, clip)
+    bank.save(Path(config.out) / "bank.safetensors")
+    return prompts, bank, loop
+
+
+def matching_loss(
+    visual: Tensor,  # (n, E, D) unit
+    text: Tensor,  # (n, E, D) unit
+    mask: Tensor,  # (n, E) bool: which visual features exist
+    scale: float,
+) -> Tensor:
+    """½ · (image → the individual's own prompts + prompt → the same emotion's images of the batch's individuals)."""
+    emotions = torch.arange(text.shape[1], device=text.device)
+    to_prompts = scale * torch.einsum("ned,nfd->nef", visual, text)
+    image_loss = F.cross_entropy(to_prompts[mask], emotions.expand(len(text), -1)[mask])
+    to_people = scale * torch.einsum("ned,med->enm", text, visual)
+    # A person who lacks the emotion is nobody's candidate.
+    to_people = to_people.masked_fill(~mask.T[:, None, :], float("-inf"))
+    people = torch.arange(len(text), device=text.device).expand(text.shape[1], -1)
+    prompt_loss = F.cross_entropy(to_people[mask.T], people[mask.T])
+    return (image_loss + prompt_loss) / 2
+
+
+class _FramesOf:
+    """Draws individuals and one frame for each emotion they have."""
+
+    def __init__(self, dataset: FrameDataset) -> None:
+        self.available = dataset.available()
+        self.people = self.available.any(1).nonzero()[:, 0]
+        order = torch.argsort(dataset.individual_index * len(dataset.emotions) + dataset.emotion_index, stable=True)
+        counts = torch.bincount(
+            dataset.individual_index * len(dataset.emotions) + dataset.emotion_index,
+            minlength=self.available.numel(),
+        )
+        self.order = order
+        self.counts = counts.view(self.available.shape)
+        self.starts = (counts.cumsum(0) - counts).view(self.available.shape)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Individuals (n,), a frame index for each emotion (n, E), and whether there is one (n, E)."""
+        chosen = self.people[torch.randperm(len(self.people), generator=generator)[:count]]
+        counts = self.counts[chosen]
+        offset = (torch.rand(counts.shape, generator=generator) * counts).long()
+        index = (self.starts[chosen] + offset).clamp(max=len(self.order) - 1)
+        return chosen, self.order[index], counts > 0
+
+    def any_frame(self, individuals: Tensor, generator: torch.Generator) -> Tensor:
+        """One frame of each individual, (n,)."""
+        counts = self.counts[individuals].sum(1)
+        offset = (torch.rand(len(individuals), generator=generator) * counts).long()
+        return self.order[self.starts[individuals, 0] + offset]
