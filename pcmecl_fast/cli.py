@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from tqdm import tqdm
 
 from pcmecl_fast.train.config import DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
 
@@ -51,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("PCMECL_TRACEBACK"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"pcmecl-fast {name}: {message}  (PCMECL_TRACEBACK=1 shows where)", file=sys.stderr)
+        command = f"pcmecl-fast {name}".strip()
+        # One line of its own: libraries write pages, and a progress bar may be standing there.
+        line = f"{command}: {' '.join(str(message).split())}  (PCMECL_TRACEBACK=1 shows where)"
+        tqdm.write(line, file=sys.stderr)
         return 1
     return 0
 
@@ -62,7 +66,7 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
     app = tyro.extras.SubcommandApp()
     for name, (config_class, _) in COMMANDS.items():
         default = _from_file(config_class, file.config) if file.config and rest[:1] == [name] else None
-        app.command(_returning(name, config_class, default), name=name)
+        app.command(name=name)(_returning(name, config_class, default))
     return app.cli(
         args=rest,
         prog="pcmecl-fast",
@@ -86,7 +90,10 @@ def _returning(name: str, config_class: type, default: Any) -> Callable[..., tup
 def _from_file(config_class: type, path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"config: there is no file {path}")
-    options = yaml.safe_load(path.read_text())
+    try:
+        options = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise ValueError(f"config: {path} holds no options, got {type(options).__name__}")
     try:

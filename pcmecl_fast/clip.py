@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def load_clip(
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:4]) or "a local file"
         log.warning("%s has random weights, so its features mean nothing: pass pretrained= (%s).", name, tags)
     # The same random tower in every process: a bank made with one must fit the other.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet_root(logging.ERROR if pretrained is None else logging.WARNING):
         torch.manual_seed(0)
         try:
             model = open_clip.create_model(name, pretrained=pretrained, precision="fp32", weights_only=True)
@@ -101,10 +102,12 @@ class Clip(nn.Module):
         self.pretrained = pretrained
         self.mean, self.std = tuple(mean), tuple(std)
         self._make_tokenizer = tokenizer
-        size = model.visual.image_size
+        visual: Any = model.visual
+        size = visual.image_size
         self.image_size = int(size if isinstance(size, int) else size[0])
         # Taken before any cast: a tower in bfloat16 is still the same tower.
         self._text_hash: str | None = None
+        self.eval()
 
     def encode_image(
         self,
@@ -162,6 +165,21 @@ class Clip(nn.Module):
         return super()._apply(fn, recurse)
 
 
+@contextmanager
+def _quiet_root(level: int) -> Iterator[None]:
+    """Drop what open_clip logs, below `level`, to the root logger: every step, and our own warning a second time."""
+
+    def important(record: logging.LogRecord) -> bool:
+        return record.levelno >= level
+
+    root = logging.getLogger()
+    root.addFilter(important)
+    try:
+        yield
+    finally:
+        root.removeFilter(important)
+
+
 def _check_name(name: str) -> None:
     known = open_clip.list_models()
     if name in known or name.startswith(("hf-hub:", "local-dir:")):
@@ -189,7 +207,7 @@ def tiny_face_config() -> dict[str, Any]:
 
 
 def tiny_face_model() -> Any:
-    """The architecture of `tiny-face` with untrained weights: a 64×64 ViT and a causal text tower of 77 tokens."""
+    """The architecture of `tiny-face` with untrained weights: a 64×64 ResNet and a causal text tower of 77 tokens."""
     config = tiny_face_config()
     return open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision"], text_cfg=config["text"])
 

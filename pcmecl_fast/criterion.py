@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +67,7 @@ class PCMECLCriterion(nn.Module):
         """The mean loss over samples (and frames of a clip) whose target differs from their source emotion.
 
         Raises:
-            ValueError: frames of another rank or of different shapes.
+            ValueError: frames of another rank or of different shapes, features that do not belong to them.
         """
         if edited_frames.ndim not in (4, 5) or edited_frames.shape[-3] != 3:
             raise ValueError(f"edited_frames: takes (B, 3, H, W) or (B, T, 3, H, W), got {tuple(edited_frames.shape)}")
@@ -73,6 +76,11 @@ class PCMECLCriterion(nn.Module):
                 f"source_frames: takes as many frames as edited_frames {tuple(edited_frames.shape)}, "
                 f"got {tuple(source_frames.shape)}"
             )
+        if source_features is not None:
+            takes = (*edited_frames.shape[:-3], self.features.shape[-1])
+            if source_features.shape != takes:
+                raise ValueError(f"source_features: takes {takes}, got {tuple(source_features.shape)}")
+            source_features = source_features.detach()
         if edited_frames.ndim == 5:
             clips, length = edited_frames.shape[:2]
             source_frames, edited_frames = source_frames.flatten(0, 1), edited_frames.flatten(0, 1)
@@ -87,7 +95,7 @@ class PCMECLCriterion(nn.Module):
             if source_features is not None:
                 source_features = source_features.flatten(0, 1)
         if source_features is None:
-            with torch.no_grad():
+            with torch.no_grad(), _attention_of_training():
                 source_features = self.clip.encode_image(source_frames, backend=self.backend)
         edited_features = self.clip.encode_image(edited_frames, backend=self.backend)
         return ops.direction_loss(
@@ -107,3 +115,21 @@ class PCMECLCriterion(nn.Module):
         if index.shape != (clips,):
             raise ValueError(f"{name}: takes one index a clip, ({clips},), got {tuple(index.shape)}")
         return index.repeat_interleave(length)
+
+
+@contextmanager
+def _attention_of_training() -> Iterator[None]:
+    """Without PyTorch's fused attention for inference, which rounds otherwise than the one that has a gradient.
+
+    An edit that changes nothing would else change 1e-7 of the features, in a direction made of noise, and have the
+    huge gradient that goes with so small a change.
+    """
+    if torch.compiler.is_compiling():  # which cannot trace the switch
+        yield
+        return
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

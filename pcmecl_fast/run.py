@@ -27,7 +27,7 @@ from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.models import ExpressionGenerator, GeneratorConfig, load_generator, save_generator
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
-from pcmecl_fast.train.config import DataConfig, EditConfig, EvaluateConfig, PromptsConfig, RunConfig, TrainConfig
+from pcmecl_fast.train.config import EditConfig, EvaluateConfig, PromptsConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import draw_references, train_generator
 from pcmecl_fast.train.prompts import learn_prompts
 
@@ -94,13 +94,13 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with ops.use_backend(config.backend):
         clip = _load_clip(trained)
-        generator, emotions, size = load_generator(config.run / "generator.safetensors", clip.device)
+        generator, emotions, size = load_generator(_file("run", config.run, "generator"), clip.device)
         trained.emotions, trained.size = emotions, size
         dataset, held = open_data(trained)
         stage1 = trained.prompts or config.run / "prompts"
-        prompts, _ = load_prompts(stage1 / "prompts.safetensors", clip)
-        bank = PromptBank.load(stage1 / "bank.safetensors", clip)
-        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held)
+        prompts, _ = load_prompts(_file("run", stage1, "prompts"), clip)
+        bank = PromptBank.load(_file("run", stage1, "bank"), clip)
+        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, seed=config.seed)
     summary["seconds"] = time.monotonic() - started
     _publish(out, "Evaluation", summary, {}, grids, trained)
     return summary
@@ -109,7 +109,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def run_edit(config: EditConfig) -> dict[str, Any]:
     """Edit pictures or a video with a trained generator; writes them to the output folder."""
     device = _device(config.device)
-    generator, emotions, size = load_generator(config.run / "generator.safetensors", device)
+    generator, emotions, size = load_generator(_file("run", config.run, "generator"), device)
     if config.emotion not in emotions:
         raise ValueError(f"emotion: this generator knows {', '.join(emotions)}, got {config.emotion!r}")
     target = torch.tensor([emotions.index(config.emotion)], device=device)
@@ -137,10 +137,12 @@ def evaluate(
     bank: PromptBank,
     dataset: FrameDataset,
     held: FrameDataset,
+    *,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, FaceGrid]]:
     """All measures on frames held out of training, and pictures of them."""
     bank = _with_rows_for(bank, prompts, held, clip)
-    trials = draw_trials(held, _EVALUATED_FRAMES)
+    trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
     references = _References(generator, dataset)
 
     def edit(frames: Tensor, target: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def evaluate(
     return summary, {"faces": _face_grid(generator, held, people=8, references=dataset)}
 
 
-def open_data(config: DataConfig) -> tuple[FrameDataset, FrameDataset]:
+def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
     """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder."""
     if config.data == "synthetic":
         common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.size}
@@ -162,17 +164,16 @@ def open_data(config: DataConfig) -> tuple[FrameDataset, FrameDataset]:
             config.individuals,
             clips=config.clips,
             frames_per_clip=config.frames_per_clip,
-            seed=1,
+            seed=2 * config.seed + 1,  # odd, so that nobody held out is ever among them
             missing=lacking,
             **common,
         )
         return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
     folder = FolderFaces(config.data, size=config.size, emotions=config.emotions, skip_broken=config.skip_broken)
-    train, held = split(folder, by="frame", fraction=config.holdout)
-    return train, held
+    return split(folder, by="frame", fraction=config.holdout)
 
 
-def _lacking(config: DataConfig) -> list[tuple[int, int]]:
+def _lacking(config: RunConfig) -> list[tuple[int, int]]:
     emotions = config.emotions or EMOTIONS
     others = [i for i, e in enumerate(emotions) if e != "neutral"]
     if not 0 <= config.missing < len(others):
@@ -194,8 +195,8 @@ def _prompts_for(
     config: TrainConfig, clip: Clip, dataset: FrameDataset
 ) -> tuple[PersonalizedPrompts, PromptBank, dict[str, list[tuple[int, float]]]]:
     if config.prompts is not None:
-        prompts, _ = load_prompts(config.prompts / "prompts.safetensors", clip)
-        bank = PromptBank.load(config.prompts / "bank.safetensors", clip)
+        prompts, _ = load_prompts(_file("prompts", config.prompts, "prompts"), clip)
+        bank = PromptBank.load(_file("prompts", config.prompts, "bank"), clip)
         return prompts, _with_rows_for(bank, prompts, dataset, clip), {}
     shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
     shared |= {"steps": config.prompt_steps, "out": config.out / "prompts"}
@@ -247,7 +248,7 @@ def _face_grid(
     """One frame of each of the first people, in turns showing another emotion, edited to every emotion."""
     device = next(generator.parameters()).device
     driver = _References(generator, references)
-    chosen = []
+    chosen: list[Tensor] = []
     for n in dataset.individual_index.unique().tolist()[:people]:
         own = (dataset.individual_index == n).nonzero()[:, 0]
         # Spread over what the person shows, so that the grid has different sources.
@@ -296,6 +297,14 @@ def _publish(
     for name, grid in grids.items():
         save_grid_png(out / f"{name}.png", grid)
     write_report(out / "report.html", Report(title, summary, NOTES, curves, list(grids.values()), asdict(config)))
+
+
+def _file(argument: str, folder: Path, name: str) -> Path:
+    """A file of a finished run; FileNotFoundError names the argument that led to it."""
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{argument}: {folder} holds no {path.name}; it takes the folder of a finished run")
+    return path
 
 
 def _read_config(run: Path) -> TrainConfig:

@@ -24,11 +24,11 @@ def unit_features(
     backend: str | None = None,
 ) -> Tensor:  # (L, D)
     """Unit image features of all L frames in float32, on the clip's device."""
+    if not len(dataset):
+        return torch.empty(0, clip.embed_dim, device=clip.device)
     chunks = torch.arange(len(dataset)).split(batch_size)
     bar = tqdm(chunks, desc="image features", disable=len(chunks) < 8, leave=False)
     features = [clip.encode_image(dataset.frames(c).to(clip.device), backend=backend).float() for c in bar]
-    if not features:
-        return torch.empty(0, clip.embed_dim, device=clip.device)
     return F.normalize(torch.cat(features), dim=-1)
 
 

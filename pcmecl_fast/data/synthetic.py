@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset
+from pcmecl_fast.data.base import EMOTIONS, FrameDataset, Indices, as_indices
 
 ACTION_UNITS = (
     "inner_brow_raise",  # AU1
@@ -227,6 +227,9 @@ class SyntheticFaces(FrameDataset):
         missing: Sequence[tuple[int, int]] = (),
         intensity: tuple[float, float] = (0.75, 1.0),
     ) -> None:
+        # A string is a sequence of strings too: its letters.
+        if isinstance(emotions, str) or not emotions or len(set(emotions)) != len(emotions):
+            raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
         unknown = [e for e in emotions if e not in _PROTOTYPES]
         if unknown:
             raise ValueError(f"emotions: {unknown} cannot be drawn; takes names out of {list(_PROTOTYPES)}")
@@ -265,17 +268,17 @@ class SyntheticFaces(FrameDataset):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def frames(self, indices: Tensor | Sequence[int]) -> Tensor:
+    def frames(self, indices: Indices) -> Tensor:
         """Frames in [-1, 1], (len(indices), 3, size, size)."""
-        return self._draw(self.parameters[torch.as_tensor(indices, dtype=torch.long)])
+        return self._draw(self.parameters[as_indices(indices, len(self))])
 
     def truth(
         self,
-        indices: Tensor | Sequence[int],
+        indices: Indices,
         emotion: Tensor,  # (len(indices),) int
     ) -> Tensor:
         """The same frames with another emotion: same person, speech, pose, light and noise. For evaluation only."""
-        index = torch.as_tensor(indices, dtype=torch.long)
+        index = as_indices(indices, len(self))
         parameters = self.parameters[index]
         swapped = {f.name: getattr(parameters, f.name) for f in fields(parameters)}
         swapped["action_units"] = self.true_action_units(index, emotion)

@@ -1,6 +1,6 @@
 """The built-in generator: a compact encoder–decoder that moves and repaints a face (ours).
 
-    edited = clamp( warp(frame, flow) + residual )
+    edited = clamp( warp(frame, window · flow) + window · residual )
 
 `flow` and `residual` come from the decoder, modulated by the target emotion or by a reference frame, and start so
 close to zero that the untrained generator is the identity. A smooth flow can move brows and lip corners but cannot
@@ -10,7 +10,7 @@ draw the high-frequency patterns that fool a CLIP tower; the residual opens eyes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -25,14 +25,16 @@ from pcmecl_fast.files import load_tensors, save_tensors
 class GeneratorConfig:
     """The built-in generator."""
 
-    width: int = 24
-    """Channels at full resolution; doubled at each of the two coarser ones."""
+    width: int = 32
+    """Channels at half resolution, the finest that is computed on; doubled at a quarter."""
     blocks: int = 3
-    """Residual blocks at the coarsest resolution."""
-    reach: float = 0.16
+    """Residual blocks at a quarter of the resolution."""
+    reach: float = 0.06
     """Largest displacement of the flow, as a fraction of the frame's side."""
     residual: float = 0.8
     """Largest change of a colour by the residual, of a range of 2."""
+    window: list[float] = field(default_factory=lambda: [0.5, 0.57, 0.27, 0.36])
+    """Centre x, y and half-axes of what may change, as fractions of the frame: expressions are not in hair or walls."""
     driven_by: Literal["emotion", "reference"] = "emotion"
     """What tells the target: an emotion's index, or a frame of anyone who shows it."""
 
@@ -53,17 +55,18 @@ class ExpressionGenerator(nn.Module):
             self.target: nn.Module = nn.Embedding(emotions, style)
         else:
             self.target = _ReferenceEncoder(style)
-        self.stem = nn.Conv2d(5, w, 3, padding=1)
-        self.down1 = _Down(w, 2 * w)
-        self.down2 = _Down(2 * w, 4 * w)
-        self.middle = nn.ModuleList(_ModulatedBlock(4 * w, style) for _ in range(config.blocks))
-        self.up1 = _Up(4 * w, 2 * w, style)
-        self.up2 = _Up(2 * w, w, style)
-        self.to_flow = nn.Conv2d(2 * w, 2, 3, padding=1)
-        self.to_residual = nn.Conv2d(w, 3, 3, padding=1)
+        # 2×2 pixels become channels: full resolution would take most of the time and add nothing to see.
+        self.stem = nn.Conv2d(4 * 3 + 2, w, 3, padding=1)
+        self.down = _Down(w, 2 * w)
+        self.middle = nn.ModuleList(_ModulatedBlock(2 * w, style) for _ in range(config.blocks))
+        self.up = _Up(2 * w, w, style)
+        self.to_flow = nn.Conv2d(w, 2, 3, padding=1)
+        # One channel: an expression shades a face, it does not tint it.
+        self.to_residual = nn.Conv2d(w, 4, 3, padding=1)
         for layer in (self.to_flow, self.to_residual):
             # Not exactly zero: a zero change has a zero gradient in a directional loss, and would never begin.
             nn.init.normal_(layer.weight, std=1e-3)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def forward(
@@ -76,21 +79,21 @@ class ExpressionGenerator(nn.Module):
             raise ValueError(f"frames: takes a height and width divisible by 4, got {tuple(frames.shape)}")
         style = self.target(target)
         height, width = frames.shape[-2:]
-        steps_y = torch.linspace(-1, 1, height, device=frames.device, dtype=frames.dtype)
-        steps_x = torch.linspace(-1, 1, width, device=frames.device, dtype=frames.dtype)
+        steps_y = torch.linspace(-1, 1, height // 2, device=frames.device, dtype=frames.dtype)
+        steps_x = torch.linspace(-1, 1, width // 2, device=frames.device, dtype=frames.dtype)
         place = torch.stack(torch.meshgrid(steps_y, steps_x, indexing="ij")).expand(len(frames), -1, -1, -1)
-        fine = self.stem(torch.cat([frames, place], dim=1))
-        half = self.down1(fine)
-        x = self.down2(half)
+        fine = self.stem(torch.cat([F.pixel_unshuffle(frames, 2), place], dim=1))
+        x = self.down(fine)
         for block in self.middle:
             x = block(x, style)
-        x = self.up1(x, half, style)
-        # The flow is drawn at half resolution and smoothed, so that it bends a face rather than shuffling its pixels.
+        x = self.up(x, fine, style)
+        # Smoothed, so that it bends a face rather than shuffling its pixels.
         flow = F.avg_pool2d(F.pad(self.to_flow(x), (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         flow = F.interpolate(flow, (height, width), mode="bilinear", align_corners=False)
-        x = self.up2(x, fine, style)
-        residual = self.config.residual * torch.tanh(self.to_residual(x))
-        return (warp(frames, 2 * self.config.reach * torch.tanh(flow)) + residual).clamp(-1, 1)
+        residual = self.config.residual * torch.tanh(F.pixel_shuffle(self.to_residual(x), 2))
+        window = soft_window(height, width, self.config.window).to(frames)
+        moved = warp(frames, window * 2 * self.config.reach * torch.tanh(flow))
+        return (moved + window * residual).clamp(-1, 1)
 
 
 def save_generator(path: str | Path, generator: ExpressionGenerator, emotions: Sequence[str], size: int) -> None:
@@ -109,14 +112,28 @@ def load_generator(
     return generator.eval().requires_grad_(False).to(device), header["emotions"], header["size"]
 
 
+def soft_window(
+    height: int,
+    width: int,
+    window: Sequence[float],  # centre x, y, half-axes, as fractions
+) -> Tensor:  # (H, W) in [0, 1]
+    """1 inside a rounded rectangle, falling smoothly to 0 around it."""
+    y = (torch.arange(height) + 0.5) / height
+    x = (torch.arange(width) + 0.5) / width
+    radius = ((x - window[0]) / window[2]) ** 4 + (((y - window[1]) / window[3]) ** 4)[:, None]
+    return ((1.4 - radius) / 0.8).clamp(0, 1)
+
+
 def warp(
     frames: Tensor,  # (B, C, H, W)
     flow: Tensor,  # (B, 2, H, W) in units of half a side, x then y
 ) -> Tensor:
-    """Each pixel takes the colour found at its own place plus `flow`, bilinearly."""
+    """Each pixel takes the colour found at its own place plus `flow`, bilinearly; NaN where the flow is."""
     theta = torch.eye(2, 3, device=frames.device, dtype=frames.dtype).expand(len(frames), 2, 3)
-    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
-    return F.grid_sample(frames, grid + flow.movedim(1, -1), padding_mode="border", align_corners=False)
+    grid = F.affine_grid(theta, list(frames.shape), align_corners=False) + flow.movedim(1, -1)
+    # At a NaN, PyTorch's backward on the CPU writes outside its memory (pytorch issue 24823).
+    warped = F.grid_sample(frames, grid.nan_to_num(), padding_mode="border", align_corners=False)
+    return warped.masked_fill(grid.isnan().any(-1)[:, None], torch.nan)
 
 
 class _Down(nn.Module):

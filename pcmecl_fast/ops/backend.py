@@ -93,7 +93,7 @@ def register(
 
 def dispatch(operator: str, *args: Any, backend: str | None, **kwargs: Any) -> Tensor:
     """Run an operator on the chosen backend; a named one that cannot run raises RuntimeError, "auto" goes on."""
-    name = _choose(backend)
+    name = choose(backend)
     if name != "auto":
         reason = _why_not(operator, name, args, kwargs)
         if reason is not None:
@@ -120,7 +120,7 @@ def _use_backend(name: str) -> Iterator[None]:
         _in_context.reset(token)
 
 
-def _choose(backend: str | None) -> str:
+def choose(backend: str | None) -> str:
     if backend is not None:
         return _check_name(backend, "backend")
     in_context = _in_context.get()

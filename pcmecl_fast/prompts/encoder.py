@@ -22,8 +22,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from pcmecl_fast.ops import tree_attention
-
-from .tree import PackedPrompts
+from pcmecl_fast.prompts.tree import PackedPrompts
 
 
 def encode_padded(

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcmecl_fast.ops.backend import _choose
-
-from .encoder import (
+from pcmecl_fast.ops.backend import choose
+from pcmecl_fast.prompts.encoder import (
     check_pooling,
     encode_padded,
     encode_tree,
@@ -21,7 +20,7 @@ from .encoder import (
     token_embedding,
     tree_obstacle,
 )
-from .tree import PackedPrompts
+from pcmecl_fast.prompts.tree import PackedPrompts
 
 if TYPE_CHECKING:
     from pcmecl_fast.clip import Clip
@@ -100,7 +99,8 @@ class PersonalizedPrompts(nn.Module):
         self.context = nn.Parameter(values.to(device, dtype).expand(shape).clone())
         last = nn.Linear(hidden, width)
         # h starts at zero, so that the prompts start at V exactly. PyTorch's default, which CoCoOp takes, draws the
-        # last bias with a deviation of 0.1, five times V's own: it would drown V and words given by `init`.
+        # last bias with a deviation of 0.1, five times V's own: it would drown V and words given by `init`. The first
+        # layer's gradient is zero for the first step only.
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.condition_net = nn.Sequential(nn.Linear(clip.embed_dim, hidden), nn.ReLU(), last).to(device, dtype)
@@ -129,7 +129,7 @@ class PersonalizedPrompts(nn.Module):
         self._check(condition)
         shift = self.shift(condition)[:, None]
         context = self.context + (shift if self.context.dim() == 2 else shift[:, None])
-        backend = _choose(backend)
+        backend = choose(backend)
         if backend == "reference" or self._packed is None:
             features = encode_padded(self.clip.model, self.tokens, context, self._start)
         else:
@@ -232,7 +232,7 @@ class _PromptFrame:
             needed = self.start + n_ctx + size + self.stop + self.end
             if needed > length:
                 raise ValueError(
-                    f"descriptions: {description!r} takes {size} tokens or more, and with n_ctx = {n_ctx} and "
+                    f"descriptions: {description!r} takes at least {size} tokens, and with n_ctx = {n_ctx} and "
                     f"{self.start + self.stop + self.end} special tokens is longer than the tower's {length}"
                 )
         placeholder = self._ordinary_id().expand(len(self.rows), n_ctx)

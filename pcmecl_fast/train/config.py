@@ -89,14 +89,18 @@ class GeneratorOptions:
     """Learning rate of the critic (Adam)."""
     contrast: float = 0.2
     """Weight of the contrast with other emotions inside PCMECL's loss."""
+    jitter: float = 0.06
+    """Random shift, zoom and noise, the same for source and edit, under which CLIP looks at them."""
     w_pcmecl: float = 4.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.2
     """Weight of looking like a real frame."""
-    w_cycle: float = 6.0
-    """Weight of editing back to the source (L1)."""
-    w_identity: float = 6.0
-    """Weight of keeping who it is: L1 of frames averaged over 8×8 pixels."""
+    w_cycle: float = 0.0
+    """Weight of editing back to the source (L1); takes a second pass of the generator."""
+    w_reconstruction: float = 5.0
+    """Weight of leaving a frame as it is when its own emotion is asked for (L1)."""
+    w_identity: float = 10.0
+    """Weight of keeping who it is: few changed pixels, and the same colours and shapes from afar."""
     w_mouth: float = 6.0
     """Weight of keeping the middle of the mouth, which speaks."""
     mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])

@@ -1,7 +1,7 @@
 """Stage 2: training a generator on unpaired frames, supervised by PCMECL.
 
-    loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back) + w_identity · (same person)
-         + w_mouth · (same speech)
+    loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back) + w_reconstruction · (nothing asked, nothing changed)
+         + w_identity · (same person) + w_mouth · (same speech)
 
 Every eighth target is the source's own emotion: there PCMECL is silent and the frame must stay as it is.
 """
@@ -21,6 +21,9 @@ from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
+
+
+_TERMS = ("pcmecl", "adversarial", "cycle", "reconstruction", "identity", "mouth")
 
 
 def train_generator(
@@ -65,7 +68,7 @@ def train_generator(
     )
     by_frame = config.generator.driven_by == "reference"
     draw = _Batches(dataset, bank, with_reference=by_frame)
-    weights = {name: getattr(config, f"w_{name}") for name in ("pcmecl", "adversarial", "cycle", "identity", "mouth")}
+    weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
     autocast = torch.autocast(
         device.type, dtype=torch.float16 if config.amp == "fp16" else torch.bfloat16, enabled=config.amp != "none"
     )
@@ -80,17 +83,19 @@ def train_generator(
         critic.requires_grad_(False)
         with autocast:
             edited = generator(frames, to)
-            again = generator(edited, back)
+            again = generator(edited, back) if config.w_cycle else None
             realism = critic(edited)
-            pcmecl = criterion(frames, edited, row, source, target)
+            pcmecl = criterion(*_seen_alike(frames, edited, config.jitter, loop.generator(~step)), row, source, target)
         same = (source == target)[:, None, None, None]
         terms = {
             "pcmecl": pcmecl,
             "adversarial": -realism.float().mean(),
-            "cycle": F.l1_loss(again, frames) + _mean_where((edited - frames).abs(), same),
-            "identity": F.l1_loss(F.avg_pool2d(edited.float(), 8), F.avg_pool2d(frames, 8)),
+            "reconstruction": _mean_where((edited - frames).abs(), same),
+            "identity": identity_loss(frames, edited.float()),
             "mouth": mouth_loss(frames, edited.float(), config.mouth_box),
         }
+        if again is not None:
+            terms["cycle"] = F.l1_loss(again, frames)
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), device=device))
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -111,6 +116,37 @@ def train_generator(
         if preview is not None and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(generator))
     return generator.eval().requires_grad_(False), loop
+
+
+def _seen_alike(
+    source: Tensor,  # (B, 3, H, W)
+    edited: Tensor,  # (B, 3, H, W)
+    jitter: float,
+    random: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Both under the same random shift, zoom and noise: CLIP must see the change wherever it looks."""
+    if not jitter:
+        return source, edited
+    count = len(source)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 + jitter * (torch.rand(count, generator=random) * 2 - 1)
+    theta[:, :, 2] = jitter * (torch.rand(count, 2, generator=random) * 2 - 1)
+    noise = jitter * torch.randn(source.shape, generator=random).to(source)
+    grid = F.affine_grid(theta.to(source), list(source.shape), align_corners=False)
+    views = (F.grid_sample(x, grid, padding_mode="border", align_corners=False) + noise for x in (source, edited))
+    first, second = views
+    return first, second
+
+
+def identity_loss(
+    source: Tensor,  # (B, 3, H, W) in [-1, 1]
+    edited: Tensor,  # (B, 3, H, W)
+) -> Tensor:
+    """L1 of the frames, which lets few pixels change, and twice that of their averages over 8×8 pixels.
+
+    An expression moves lines; colours and shapes as they look from afar are who it is.
+    """
+    return F.l1_loss(edited, source) + 2 * F.l1_loss(F.avg_pool2d(edited, 8), F.avg_pool2d(source, 8))
 
 
 def mouth_loss(

@@ -77,7 +77,7 @@ class Loop:
 
     def record(self, step: int, **scalars: Tensor | float) -> None:
         """Append to the curves; shown by the progress bar and TensorBoard."""
-        values = {k: float(v) for k, v in scalars.items()}
+        values = {k: v.item() if isinstance(v, Tensor) else float(v) for k, v in scalars.items()}
         for key, value in values.items():
             self.curves.setdefault(f"{self.name}/{key}", []).append((step, value))
             self.writer.add_scalar(key, value, step)
@@ -101,10 +101,14 @@ class Loop:
     def _load(self) -> int:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            missing = {"step", "states", "curves", "signature"} - set(saved)
+        # torch.load raises whatever damaged bytes make it trip over, with pages of advice.
         except Exception as error:
             raise ValueError(
-                f"resume: {self.path} is not a whole checkpoint ({error}); start without --resume"
+                f"resume: {self.path} is not a whole checkpoint ({type(error).__name__}); start without --resume"
             ) from error
+        if missing:
+            raise ValueError(f"resume: {self.path} is not a checkpoint of a training run; start without --resume")
         differing = [k for k, v in self.signature.items() if saved["signature"].get(k) != v]
         if differing:
             was = ", ".join(f"{k} was {saved['signature'].get(k)}, is {self.signature[k]}" for k in differing)

@@ -1,6 +1,6 @@
 """Trains `tiny-face`, the CLIP model that ships with the package, on drawn faces and varied captions (ours).
 
-    python -m pcmecl_fast.train.tiny_face [--steps 2500] [--out FOLDER]
+    python -m pcmecl_fast.train.tiny_face [--steps 2500] [--attack 0.1] [--out FOLDER]
 
 Three losses share the image features: CLIP's contrastive loss against detailed captions (emotion, action units with
 their strength and side, hair, skin, eyes, mouth), a cross entropy against one caption per emotion in many wordings,
@@ -14,7 +14,9 @@ import logging
 import math
 import random
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,8 @@ class TinyFaceConfig:
     """Peak learning rate (AdamW, cosine)."""
     seed: int = 20
     """Seed of people, captions and weights."""
+    attack: float = 0.1
+    """Largest change of a pixel, of a range of 2, by which frames are pushed away from their emotion."""
     out: Path = ASSETS
     """Folder that `tiny-face.safetensors` is written to."""
 
@@ -88,16 +92,16 @@ def train(config: TinyFaceConfig) -> float:
     model = _FactoredTower()
     targets = torch.cat([units, faces.parameters.speech], dim=1)
     readout = nn.Linear(model.clip.visual.output_dim, targets.shape[1])
-    # A transformer is slow to find small things like brows. A read-out that knows where each patch lies finds them in
-    # a tenth of the steps, and the pooled feature follows.
-    patch_readout = nn.LazyLinear(len(EMOTIONS) + targets.shape[1])
-    patch_readout(model.patches(pixels[:1].float()).flatten(1))
+    # Pooling is slow to find small things like brows. A read-out that knows where everything lies finds them at once,
+    # and the pooled feature follows.
+    map_readout = nn.LazyLinear(len(EMOTIONS) + targets.shape[1])
+    map_readout(model.image(pixels[:2].float())[1].flatten(1))
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": 0.1},
-            {"params": [*plain, *readout.parameters(), *patch_readout.parameters()], "weight_decay": 0.0},
+            {"params": [*plain, *readout.parameters(), *map_readout.parameters()], "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=(0.9, 0.98),
@@ -111,21 +115,26 @@ def train(config: TinyFaceConfig) -> float:
             order, position = torch.randperm(len(faces)), 0
         index = order[position : position + config.batch]
         position += config.batch
-        image, patches = model.image(_augment(pixels[index]))
         half = len(index) // 2  # captions cost more than frames
-        detailed = [describe(faces, i, words) for i in index[:half].tolist()]
-        by_emotion = [_emotion_caption(e, words, TEMPLATES) for _ in range(3) for e in EMOTIONS]
+        # The hard part comes after a third: words that mean nothing, and frames pushed away from their emotion.
+        hardness = min(max(3 * step / config.steps - 1, 0.0), 1.0)
+        detailed = [describe(faces, i, words, hardness) for i in index[:half].tolist()]
+        by_emotion = [_emotion_caption(e, words, hardness) for _ in range(3) for e in EMOTIONS]
         text = model.text(detailed + by_emotion)
+        prompts = text[half:].unflatten(0, (3, len(EMOTIONS)))
+        frames = _augment(pixels[index])
+        if config.attack * hardness > 0:
+            frames = _attacked(model, map_readout, frames, faces.emotion_index[index], config.attack * hardness)
+        image, maps = model.image(frames)
         scale = model.clip.logit_scale.exp().clamp(max=100)
         logits = scale * image[:half] @ text[:half].T
         diagonal = torch.arange(half)
         contrastive = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
-        prompts = text[half:].unflatten(0, (3, len(EMOTIONS)))
         zero_shot = scale * torch.einsum("bd,wed->bwe", image, prompts)
         labels = faces.emotion_index[index][:, None].expand(-1, 3)
         emotion = F.cross_entropy(zero_shot.flatten(0, 1), labels.flatten())
         style = F.mse_loss(readout(image * math.sqrt(image.shape[1])), targets[index])
-        local = patch_readout(patches.flatten(1))
+        local = map_readout(maps.flatten(1))
         local_emotion = F.cross_entropy(local[:, : len(EMOTIONS)], faces.emotion_index[index])
         local_style = F.mse_loss(local[:, len(EMOTIONS) :], targets[index])
         loss = contrastive + emotion + 10 * style + local_emotion + 10 * local_style
@@ -136,7 +145,7 @@ def train(config: TinyFaceConfig) -> float:
         schedule.step()
         if step % 20 == 0:
             progress.set_postfix(
-                clip=f"{contrastive.item():.2f}", emotion=f"{emotion.item():.2f}", style=f"{style.item():.3f}"
+                clip=f"{contrastive.item():.2f}", emotion=f"{emotion.item():.2f}/{local_emotion.item():.2f}", style=f"{style.item():.3f}"
             )
         if (step + 1) % 500 == 0 or step + 1 == config.steps:
             write_atomically(config.out / "tiny-face.safetensors", save(model.stored()))
@@ -145,7 +154,7 @@ def train(config: TinyFaceConfig) -> float:
     return accuracy
 
 
-def zero_shot_accuracy(model: nn.Module, *, individuals: int = 24, seed: int = 5) -> float:
+def zero_shot_accuracy(model: Any, *, individuals: int = 24, seed: int = 5) -> float:
     """Share of frames of unseen people whose nearest emotion prompt, in an unseen wording, is the right one."""
     faces = SyntheticFaces(individuals, clips=1, frames_per_clip=4, seed=seed)
     config = tiny_face_config()
@@ -161,7 +170,7 @@ def zero_shot_accuracy(model: nn.Module, *, individuals: int = 24, seed: int = 5
     return torch.stack(right).float().mean().item()
 
 
-def describe(faces: SyntheticFaces, index: int, words: random.Random) -> str:
+def describe(faces: SyntheticFaces, index: int, words: random.Random, distraction: float = 0.0) -> str:
     """A caption of one drawn frame: always its emotion, and some of what else can be seen."""
     who = int(faces.individual_index[index])
     identity = faces.identities
@@ -179,7 +188,7 @@ def describe(faces: SyntheticFaces, index: int, words: random.Random) -> str:
     ]
     parts += words.sample(looks, k=words.randint(1, 4))
     words.shuffle(parts)
-    emotion = _emotion_caption(EMOTIONS[int(faces.emotion_index[index])], words, TEMPLATES)
+    emotion = _emotion_caption(EMOTIONS[int(faces.emotion_index[index])], words, distraction)
     return emotion + words.choice((", ", " with ")) + ", ".join(parts)
 
 
@@ -205,8 +214,22 @@ def _mouth_phrase(openness: float, spread: float) -> str:
     return "wide lips" if spread > 0.5 else "closed mouth"
 
 
-def _emotion_caption(emotion: str, words: random.Random, templates: tuple[str, ...]) -> str:
-    return words.choice(templates).format(words.choice(EMOTION_WORDS[emotion]))
+def _emotion_caption(emotion: str, words: random.Random, distraction: float) -> str:
+    caption = words.choice(TEMPLATES).format(words.choice(EMOTION_WORDS[emotion]))
+    if words.random() >= distraction:
+        return caption
+    # Words that mean nothing here, so that a wording never seen does not drown the one word that counts.
+    before = [words.choice(_any_words()) for _ in range(words.choice((0, 0, 1, 2, 3, 4)))]
+    after = [words.choice(_any_words()) for _ in range(words.choice((0, 0, 1, 2, 3)))]
+    return " ".join([*before, caption, *after])
+
+
+@cache
+def _any_words() -> list[str]:
+    """Every whole word of letters in the vocabulary, but those that name an emotion."""
+    named = {word for group in EMOTION_WORDS.values() for phrase in group for word in phrase.split()}
+    whole = (token.removesuffix("</w>") for token in SimpleTokenizer().encoder if token.endswith("</w>"))
+    return sorted(word for word in whole if word.isascii() and word.isalpha() and word not in named)
 
 
 class _FactoredTower(nn.Module):
@@ -226,16 +249,11 @@ class _FactoredTower(nn.Module):
         self,
         pixels: Tensor,  # (B, 3, 64, 64) in [-1, 1]
     ) -> tuple[Tensor, Tensor]:
-        """Unit image features (B, D) and the patches' features (B, P, W) that they are pooled from."""
-        patches = self.patches(pixels)
-        visual = self.clip.visual
-        return F.normalize(visual.ln_post(patches).mean(1) @ visual.proj, dim=-1), patches
-
-    def patches(self, pixels: Tensor) -> Tensor:
-        config = tiny_face_config()
-        visual = self.clip.visual
-        x = visual._embeds((pixels / 2 + 0.5 - config["mean"][0]) / config["std"][0])
-        return visual.transformer(x)[:, 1:]
+        """Unit image features (B, D) and the map (B, C, h, w) that they are pooled from."""
+        config, visual = tiny_face_config(), self.clip.visual
+        x = visual.stem((pixels / 2 + 0.5 - config["mean"][0]) / config["std"][0])
+        x = visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
+        return F.normalize(visual.attnpool(x), dim=-1), x
 
     def text(self, captions: list[str]) -> Tensor:
         """Unit text features; the padding after the longest caption, which a causal tower never looks at, is cut."""
@@ -281,6 +299,30 @@ def _augment(pixels: Tensor) -> Tensor:
     gain = 1 + 0.15 * (torch.rand(count, 3, 1, 1) * 2 - 1)
     noise = 0.10 * torch.rand(count, 1, 1, 1) * torch.randn_like(frames)
     return (frames * gain + noise).clamp(-1, 1)
+
+
+def _attacked(
+    model: _FactoredTower,
+    map_readout: nn.Module,
+    frames: Tensor,  # (B, 3, S, S)
+    labels: Tensor,  # (B,)
+    reach: float,
+) -> Tensor:
+    """Frames changed by up to `reach` so that they look less like their emotion, half of them in patches of 8×8.
+
+    A tower trained on these cannot be pleased by faint patterns and tints: what moves its features looks like a
+    change of expression to people too, which is what a generator that learns from it needs.
+    """
+    size = frames.shape[-1]
+    bound = reach * torch.rand(len(frames), 1, 1, 1)
+    start = bound * (torch.rand_like(frames) * 2 - 1)
+    moved = (frames + start).requires_grad_()
+    loss = F.cross_entropy(map_readout(model.image(moved)[1].flatten(1))[:, : len(EMOTIONS)], labels)
+    (gradient,) = torch.autograd.grad(loss, moved)
+    coarse = F.interpolate(F.avg_pool2d(gradient, 8), (size, size), mode="bilinear", align_corners=False)
+    in_patches = torch.rand(len(frames), 1, 1, 1) < 0.5
+    step = torch.where(in_patches, coarse, gradient).sign() * bound
+    return (frames + torch.where(in_patches, step, (start + 1.25 * step).clamp(-bound, bound))).detach()
 
 
 def _warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:

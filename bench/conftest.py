@@ -1,0 +1,11 @@
+"""What a measured time depends on besides the code, kept beside it in the results."""
+
+from typing import Any
+
+import torch
+
+
+def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
+    machine_info["torch"] = torch.__version__
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["cpu_capability"] = torch.backends.cpu.get_cpu_capability()

@@ -1,0 +1,32 @@
+"""What several test files start from: the built-in CLIP model, loaded once, another tower, and a few drawn people."""
+
+from functools import partial
+
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+
+from pcmecl_fast import load_clip
+from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
+from pcmecl_fast.data.synthetic import SyntheticFaces
+
+
+@pytest.fixture(scope="session")
+def clip():
+    return load_clip()
+
+
+@pytest.fixture(scope="session")
+def other_clip():
+    """A tower of the same sizes with other weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = tiny_face_model()
+    config = tiny_face_config()
+    return Clip(model, "other-face", "by hand", config["mean"], config["std"], SimpleTokenizer)
+
+
+@pytest.fixture(scope="session")
+def few_faces():
+    """Makes data sets of a few small frames."""
+    return partial(SyntheticFaces, 3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, size=32)

@@ -1,0 +1,254 @@
+"""The prompt bank: a table of features with names, tied to one text tower, in a file that is whole or absent."""
+
+import errno
+import json
+import multiprocessing
+import os
+import re
+import signal
+import stat
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from pcmecl_fast import PersonalizedPrompts, PromptBank
+from pcmecl_fast.files import save_tensors, write_atomically
+from pcmecl_fast.prompts import load_prompts, save_prompts
+
+PEOPLE = ["ann", "ben", "cleo"]
+EMOTIONS = ["neutral", "happy", "sad"]
+SENTENCES = ["a calm face", "a face full of joy", "a face about to cry"]
+
+
+def learned(clip, descriptions=SENTENCES, **kwargs):
+    """Prompts some steps into learning: a condition network that does something."""
+    torch.manual_seed(0)
+    prompts = PersonalizedPrompts(clip, descriptions, **{"n_ctx": 3} | kwargs)
+    torch.nn.init.normal_(prompts.condition_net[2].weight, std=0.3)
+    return prompts
+
+
+def conditions(clip, count=3):
+    return F.normalize(torch.randn(count, clip.embed_dim, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def build(clip, **kwargs):
+    return PromptBank.build(learned(clip), conditions(clip), PEOPLE, EMOTIONS, clip=clip, **kwargs)
+
+
+# The table
+
+
+def test_a_bank_holds_the_prompts_features_of_every_individual(clip):
+    bank = build(clip)
+    with torch.no_grad():
+        expected = learned(clip)(conditions(clip))
+    assert torch.equal(bank.features, expected)
+    assert not bank.features.requires_grad
+    torch.testing.assert_close(bank.features.norm(dim=-1), torch.ones(3, 3))
+    assert (bank.individuals, bank.emotions, bank.descriptions) == (PEOPLE, EMOTIONS, SENTENCES)
+    assert (bank.tower.name, bank.tower.text_hash) == ("tiny-face", clip.text_hash())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_it_is_built_a_batch_at_a_time(clip, batch_size):
+    torch.testing.assert_close(build(clip, batch_size=batch_size).features, build(clip).features, rtol=0, atol=1e-6)
+
+
+def test_a_bank_of_nobody_is_empty(clip):
+    bank = PromptBank.build(learned(clip), conditions(clip, 0), [], EMOTIONS, clip=clip)
+    assert bank.features.shape == (0, 3, clip.embed_dim)
+
+
+def test_rows_and_columns_follow_the_names():
+    bank = PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS)
+    assert bank.rows(["cleo", "ann", "cleo"]).tolist() == [2, 0, 2]
+    assert bank.columns(["sad", "neutral"]).tolist() == [2, 0]
+    assert bank.rows([]).dtype == torch.int64
+
+
+def test_an_unknown_individual_is_named_with_close_ones():
+    bank = PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS)
+    with pytest.raises(KeyError, match=r"individual: 'anne' and 1 more .*bank's 3; close to ann; build a bank"):
+        bank.rows(["ben", "anne", "dora"])
+
+
+def test_an_unknown_emotion_is_named_with_those_there_are():
+    bank = PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS)
+    with pytest.raises(ValueError, match="emotions: the bank has neutral, happy, sad, not joyful"):
+        bank.columns(["happy", "joyful"])
+
+
+@pytest.mark.parametrize(
+    ("features", "people", "emotions", "kwargs", "says"),
+    [
+        (torch.rand(3, 3), PEOPLE, EMOTIONS, {}, r"features: takes a float \(N, E, D\), got torch.float32 \(3, 3\)"),
+        (torch.ones(3, 3, 4).long(), PEOPLE, EMOTIONS, {}, "features: takes a float .*int64"),
+        (torch.rand(3, 3, 4), ["ann", "ben", "ann"], EMOTIONS, {}, "individuals: takes 3 different names"),
+        (torch.rand(3, 3, 4), ["ann", "ben"], EMOTIONS, {}, "individuals: takes 3 different names"),
+        (torch.rand(3, 3, 4), PEOPLE, ["sad", "sad", "happy"], {}, "emotions: takes 3 different names"),
+        (torch.rand(3, 3, 4), PEOPLE, EMOTIONS, {"descriptions": ["a"] * 3}, "descriptions: takes 3 different names"),
+        (torch.rand(3, 3, 4), PEOPLE, EMOTIONS, {"condition": "clip"}, "condition: takes 'individual' or 'frame', got"),
+    ],
+)
+def test_names_that_do_not_fit_the_features_are_refused(features, people, emotions, kwargs, says):
+    with pytest.raises(ValueError, match=says):
+        PromptBank(features, people, emotions, **kwargs)
+
+
+def test_another_dtype_keeps_everything_else(clip):
+    half = build(clip, condition="frame").to(dtype=torch.float16)
+    assert half.features.dtype == torch.float16
+    assert (half.individuals, half.descriptions, half.condition) == (PEOPLE, SENTENCES, "frame")
+    assert half.tower.text_hash == clip.text_hash()
+
+
+# The file
+
+
+@pytest.mark.parametrize("condition", ["individual", "frame"])
+def test_what_is_saved_is_loaded(clip, tmp_path, condition):
+    bank = build(clip, condition=condition)
+    bank.save(tmp_path / "new" / "folder" / "bank.safetensors")
+    again = PromptBank.load(tmp_path / "new" / "folder" / "bank.safetensors", clip)
+    assert torch.equal(again.features, bank.features)
+    for name in ("individuals", "emotions", "descriptions", "tower", "condition"):
+        assert getattr(again, name) == getattr(bank, name)
+
+
+def test_any_names_survive(clip, tmp_path):
+    people = ["Zoë/señor#1", "名前", 'a "quoted" name\n']
+    PromptBank.build(learned(clip), conditions(clip), people, EMOTIONS, clip=clip).save(tmp_path / "bank")
+    assert PromptBank.load(tmp_path / "bank", clip).individuals == people
+
+
+def test_the_header_is_readable_json(clip, tmp_path):
+    build(clip).save(tmp_path / "bank")
+    with safe_open(tmp_path / "bank", framework="pt") as file:
+        header = json.loads(file.metadata()["header"])
+    assert header["individuals"] == PEOPLE
+    assert header["tower"] == {"name": "tiny-face", "pretrained": "built-in", "text_hash": clip.text_hash()}
+
+
+def test_another_tower_is_refused_and_both_are_named(clip, other_clip, tmp_path):
+    build(clip).save(tmp_path / "bank")
+    with pytest.raises(ValueError, match=r"clip: .*bank was made with 'tiny-face' \(.*got 'other-face' \(by hand"):
+        PromptBank.load(tmp_path / "bank", other_clip)
+
+
+def test_the_same_tower_in_another_dtype_is_not_another_tower(clip, tmp_path):
+    from pcmecl_fast import load_clip
+
+    build(clip).save(tmp_path / "bank")
+    assert PromptBank.load(tmp_path / "bank", load_clip(dtype=torch.bfloat16)).individuals == PEOPLE
+
+
+def test_a_bank_that_does_not_know_its_tower_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="tower: this bank does not know its CLIP model"):
+        PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS).save(tmp_path / "bank")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_not_there_is_named(clip, tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"path: there is no file {tmp_path / 'bank'}")):
+        PromptBank.load(tmp_path / "bank", clip)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_a_truncated_file_is_named(clip, tmp_path, keep):
+    path = tmp_path / "bank.safetensors"
+    build(clip).save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=re.escape(f"path: {path} is not a whole safetensors file")):
+        PromptBank.load(path, clip)
+
+
+def test_a_file_of_another_kind_is_refused(clip, tmp_path):
+    save_prompts(tmp_path / "prompts", learned(clip), EMOTIONS, clip)
+    with pytest.raises(ValueError, match="prompts holds 'prompts', not 'bank'"):
+        PromptBank.load(tmp_path / "prompts", clip)
+    build(clip).save(tmp_path / "bank")
+    with pytest.raises(ValueError, match="bank holds 'bank', not 'prompts'"):
+        load_prompts(tmp_path / "bank", clip)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign")
+    with pytest.raises(ValueError, match="foreign holds 'something else', not 'bank'"):
+        PromptBank.load(tmp_path / "foreign", clip)
+
+
+# Learned prompts
+
+
+@pytest.mark.parametrize("context", ["shared", "per-emotion"])
+def test_learned_prompts_come_back_to_make_rows_for_people_met_later(clip, tmp_path, context):
+    prompts = learned(clip, context=context)
+    save_prompts(tmp_path / "prompts", prompts, EMOTIONS, clip)
+    torch.manual_seed(99)
+    again, emotions = load_prompts(tmp_path / "prompts", clip)
+    assert emotions == EMOTIONS
+    assert again.descriptions == SENTENCES
+    with torch.no_grad():
+        assert torch.equal(again(conditions(clip, 5)), prompts(conditions(clip, 5)))
+
+
+def test_learned_prompts_of_another_tower_are_refused(clip, other_clip, tmp_path):
+    save_prompts(tmp_path / "prompts", learned(clip), EMOTIONS, clip)
+    with pytest.raises(ValueError, match=r"made with 'tiny-face'.*got 'other-face'"):
+        load_prompts(tmp_path / "prompts", other_clip)
+
+
+# Saving over an older file
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_whole_and_no_litter(clip, tmp_path, monkeypatch, broken):
+    path = tmp_path / "bank.safetensors"
+    bank = build(clip)
+    bank.save(path)
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, broken, full)
+    with pytest.raises(OSError, match="No space left"):
+        PromptBank(-bank.features, PEOPLE, EMOTIONS, tower=bank.tower).save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert torch.equal(PromptBank.load(path, clip).features, bank.features)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("at", ["fsync", "replace"])
+def test_a_kill_while_saving_leaves_the_old_file_whole(clip, tmp_path, at):
+    path = tmp_path / "bank.safetensors"
+    bank = build(clip)
+    bank.save(path)
+    before = path.read_bytes()
+
+    def save_and_die():
+        setattr(os, at, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        write_atomically(path, before[: len(before) // 2])
+
+    child = multiprocessing.get_context("fork").Process(target=save_and_die)
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert path.read_bytes() == before
+    # What the dead process left is hidden, and in nobody's way.
+    assert all(file.name.startswith(".") for file in tmp_path.iterdir() if file != path)
+    PromptBank(-bank.features, PEOPLE, EMOTIONS, tower=bank.tower).save(path)
+    assert torch.equal(PromptBank.load(path, clip).features, -bank.features)
+
+
+def test_files_can_be_read_by_whoever_the_umask_lets_read(tmp_path):
+    old = os.umask(0o022)
+    try:
+        save_tensors(tmp_path / "file", "kind", {"x": torch.ones(1)}, {})
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644

@@ -1,0 +1,440 @@
+"""The command line: whole workflows on a folder of pictures, and one clear line for everything that is wrong."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from pcmecl_fast.cli import COMMANDS, main
+from pcmecl_fast.data.media import read_frames, write_frames
+from pcmecl_fast.data.synthetic import SyntheticFaces
+
+EMOTIONS = ["neutral", "happy", "sad"]
+SMALL = ["--size", "32", "--device", "cpu", "--checkpoint-every", "2"]
+SMALL_GENERATOR = ["--generator.width", "8", "--generator.blocks", "1", "--batch", "4"]
+SYNTHETIC = ["--individuals", "2", "--clips", "1", "--frames-per-clip", "1", "--emotions", "neutral", "happy"]
+
+
+def draw_folder(root, faces):
+    """`<individual>/<emotion>/<number>.png` for every frame of a data set."""
+    for i in range(len(faces)):
+        person, emotion = faces.individuals[faces.individual_index[i]], faces.emotions[faces.emotion_index[i]]
+        write_frames(root / person / emotion / f"{i}.png", faces.frames([i]), None)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three drawn people, two of whom lack an emotion."""
+    faces = SyntheticFaces(3, emotions=EMOTIONS, clips=2, frames_per_clip=2, size=40, missing=[(0, 1), (2, 2)])
+    return draw_folder(tmp_path_factory.mktemp("data") / "faces", faces)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, tmp_path_factory):
+    """The output folders of `prompts` and of `train --prompts` on that folder."""
+    out = tmp_path_factory.mktemp("runs")
+    data = ["--data", str(folder), "--holdout", "0.3", *SMALL]
+    assert main(["prompts", *data, "--steps", "3", "--out", str(out / "prompts")]) == 0
+    options = ["--prompts", str(out / "prompts"), "--steps", "3", *SMALL_GENERATOR]
+    assert main(["train", *data, *options, "--out", str(out / "train")]) == 0
+    return out
+
+
+def wrong(capsys, *arguments):
+    """Run a command that fails, and return the one line that it says why in."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pcmecl-fast")]
+    (line,) = lines
+    assert "Traceback" not in line
+    return line
+
+
+# Help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_every_option_with_its_default(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    words = " ".join(shown.replace("│", " ").split())
+    for field in dataclasses.fields(COMMANDS[name][0]):
+        if dataclasses.is_dataclass(field.default_factory):
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        _, after = re.split(rf"{option}(?=[ ,])", words, maxsplit=1)
+        required = field.default is field.default_factory is dataclasses.MISSING
+        assert re.search(r"\((required|default: )", after)[1] == ("required" if required else "default: "), option
+    if name != "backends":
+        assert all(f"--{common}" in words for common in ("seed", "backend", "device", "out"))
+
+
+def test_the_program_lists_its_commands_and_config_files(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+    assert "--config FILE" in " ".join(shown.split())
+
+
+def test_the_table_of_backends_says_what_is_missing(capsys):
+    assert main(["backends"]) == 0
+    assert "reference" in capsys.readouterr().out
+    assert main(["backends", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["reference", "cpu", "triton", "cuda"]
+    assert rows["reference"]["available"]
+    assert all(row["available"] or row["reason"] for row in rows.values())
+
+
+def test_it_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "pcmecl_fast.cli", "prompts", "--data", str(tmp_path / "nothing")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert f"pcmecl-fast prompts: root: {tmp_path / 'nothing'} does not exist" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# A folder of pictures, from the first command to the last
+
+
+def test_prompts_writes_a_bank_a_summary_and_a_report(runs):
+    out = runs / "prompts"
+    for name in ("prompts.safetensors", "bank.safetensors", "config.yaml", "report.html"):
+        assert (out / name).stat().st_size > 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"zero_shot_accuracy", "prompt_accuracy", "individuals", "seconds"} <= summary.keys()
+    assert summary["individuals"] == 3
+
+
+def test_train_takes_the_prompts_and_writes_a_generator_a_summary_and_a_report(runs):
+    out = runs / "train"
+    assert not (out / "prompts").exists()
+    assert load_file(out / "generator.safetensors")
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"zero_shot_accuracy", "clip_direction", "change", "seconds"} <= summary.keys()
+    assert all(isinstance(value, (int, float)) for value in summary.values())
+    with Image.open(out / "faces.png") as grid:
+        assert grid.width > 64
+    report = (out / "report.html").read_text()
+    assert "person-0-000" in report
+    assert "stage 2" in report
+
+
+def test_evaluate_finds_what_train_found(runs, tmp_path):
+    assert main(["evaluate", "--run", str(runs / "train"), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    first, second = (json.loads((out / "summary.json").read_text()) for out in (runs / "train", tmp_path / "again"))
+    del first["seconds"], second["seconds"]
+    assert first == pytest.approx(second, rel=1e-3, abs=1e-3)
+    assert (tmp_path / "again" / "report.html").is_file()
+
+
+def test_evaluate_judges_other_data_too(runs, folder):
+    people = SyntheticFaces(2, emotions=EMOTIONS, clips=1, frames_per_clip=5, size=40, seed=9)
+    other = draw_folder(folder.parent / "other", people)
+    assert main(["evaluate", "--run", str(runs / "train"), "--data", str(other), "--device", "cpu"]) == 0
+    summary = json.loads((runs / "train" / "evaluation" / "summary.json").read_text())
+    assert 0 <= summary["prompt_accuracy"] <= 1
+    assert "person-9-000" in (runs / "train" / "evaluation" / "report.html").read_text()
+
+
+def test_edit_writes_every_picture_of_a_folder_under_its_name(runs, folder, tmp_path):
+    source = folder / "person-0-001" / "neutral"
+    options = ["--run", str(runs / "train"), "--input", str(source), "--emotion", "happy", "--device", "cpu"]
+    assert main(["edit", *options, "--out", str(tmp_path / "edited")]) == 0
+    written = sorted((tmp_path / "edited").iterdir())
+    assert [path.name for path in written] == sorted(path.name for path in source.iterdir())
+    for path in written:
+        _, edited = read_frames(path, 32)
+        _, before = read_frames(source / path.name, 32)
+        with Image.open(path) as picture:
+            assert picture.size == (32, 32)
+        assert (edited - before).abs().mean() < 0.1  # three steps from the identity
+
+
+def test_edit_takes_one_picture(runs, folder, tmp_path):
+    (source, *_) = sorted((folder / "person-0-001" / "sad").iterdir())
+    options = ["--run", str(runs / "train"), "--input", str(source), "--emotion", "neutral", "--device", "cpu"]
+    assert main(["edit", *options, "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_edit_takes_a_video_and_keeps_its_length_and_rate(runs, tmp_path):
+    pytest.importorskip("av", reason="PyAV is not installed")
+    faces = SyntheticFaces(1, emotions=["sad"], clips=1, frames_per_clip=6, size=64)
+    write_frames(tmp_path / "talk.mp4", faces.frames(range(6)), 12)
+    options = ["--run", str(runs / "train"), "--input", str(tmp_path / "talk.mp4"), "--emotion", "happy"]
+    assert main(["edit", *options, "--device", "cpu", "--out", str(tmp_path / "edited")]) == 0
+    rate, frames = read_frames(tmp_path / "edited" / "talk.mp4", 32)
+    assert (rate, len(frames)) == (12, 6)
+
+
+def test_demo_on_drawn_faces_has_every_number_that_a_reader_looks_for(tmp_path):
+    options = [*SYNTHETIC, *SMALL, *SMALL_GENERATOR, "--steps", "2", "--prompt-steps", "2"]
+    assert main(["demo", *options, "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    expected = (
+        "emotion_accuracy emotion_accuracy_source expression_error mouth_error identity_similarity "
+        "identity_similarity_truth psnr zero_shot_accuracy seconds"
+    )
+    assert set(expected.split()) <= summary.keys()
+    assert all(isinstance(value, (int, float)) for value in summary.values())
+    assert summary["emotion_accuracy_source"] <= 0.2
+    for name in ("report.html", "faces.png", "config.yaml", "generator.safetensors", "prompts/bank.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_a_generator_driven_by_a_reference_asks_for_one(folder, runs, tmp_path, capsys):
+    options = ["--prompts", str(runs / "prompts"), "--steps", "1", "--generator.driven-by", "reference"]
+    data = ["--data", str(folder), "--holdout", "0.3", *SMALL, *SMALL_GENERATOR]
+    assert main(["train", *data, *options, "--out", str(tmp_path / "run")]) == 0
+    (source, reference, *_) = sorted((folder / "person-0-001" / "sad").iterdir())
+    edit = ["edit", "--run", tmp_path / "run", "--input", source, "--emotion", "sad", "--device", "cpu"]
+    assert "pcmecl-fast edit: reference: this generator is driven by a picture" in wrong(capsys, *edit)
+    edit += ["--reference", reference, "--out", tmp_path / "edited"]
+    assert main([str(argument) for argument in edit]) == 0
+    assert (tmp_path / "edited" / source.name).is_file()
+
+
+# Config files
+
+
+def test_the_config_that_a_run_writes_repeats_it(runs, tmp_path):
+    config = runs / "train" / "config.yaml"
+    assert main(["train", "--config", str(config), "--out", str(tmp_path)]) == 0
+    first, second = (load_file(out / "generator.safetensors") for out in (runs / "train", tmp_path))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    written = [yaml.safe_load((out / "config.yaml").read_text()) for out in (runs / "train", tmp_path)]
+    assert {**written[0], "out": ""} == {**written[1], "out": ""}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path, suffix, monkeypatch):
+    seen = []
+    monkeypatch.setitem(COMMANDS, "train", (COMMANDS["train"][0], seen.append))
+    values = {"steps": 7, "size": 48, "lr": 1, "generator": {"width": 16}, "prompts": "some/where", "amp": "bf16"}
+    path = tmp_path / f"config.{suffix}"
+    path.write_text((yaml.safe_dump if suffix == "yaml" else json.dumps)(values))
+    assert main(["train", "--config", str(path), "--size", "32", "--generator.blocks", "2"]) == 0
+    (config,) = seen
+    assert (config.steps, config.size, config.lr, config.amp) == (7, 32, 1, "bf16")
+    assert (config.generator.width, config.generator.blocks) == (16, 2)
+    assert config.prompts == type(config.prompts)("some/where")
+    assert config.batch == COMMANDS["train"][0]().batch
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("stepz: 3", 'can not match "stepz" to any data class field'),
+        ("generator: {depth: 3}", 'can not match "depth" to any data class field'),
+        ("steps: many", 'wrong value type for field "steps" - should be "int" instead of value "many"'),
+        ("amp: fp8", 'wrong value type for field "amp"'),
+        ("- 1", "holds no options, got list"),
+        ("", "holds no options, got NoneType"),
+        ("steps: [", "is neither YAML nor JSON"),
+    ],
+)
+def test_a_config_file_that_makes_no_sense_is_explained(tmp_path, capsys, content, says):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    line = wrong(capsys, "train", "--config", path)
+    assert line.startswith(f"pcmecl-fast: config: {path}")
+    assert says in line
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path, capsys):
+    line = wrong(capsys, "train", "--config", tmp_path / "config.yaml")
+    assert line.startswith(f"pcmecl-fast: config: there is no file {tmp_path / 'config.yaml'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--sizze", "3"], "Perhaps you meant"),
+        (["train", "--amp", "fp8"], "invalid choice 'fp8' for argument '--amp'"),
+        (["train", "--steps", "many"], "--steps"),
+        (["trian"], "Unrecognized"),
+        (["edit", "--emotion", "sad"], "--input"),
+        ([], "Expected one of"),
+    ],
+)
+def test_options_that_do_not_exist_are_explained(arguments, says, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+# What bad data gets
+
+
+def test_a_folder_that_is_not_there_or_empty_is_named(tmp_path, capsys):
+    line = wrong(capsys, "prompts", "--data", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert line.startswith(f"pcmecl-fast prompts: root: {tmp_path / 'nothing'} does not exist")
+    (tmp_path / "empty").mkdir()
+    line = wrong(capsys, "train", "--data", tmp_path / "empty", "--out", tmp_path / "out")
+    assert "root: " in line
+    assert "holds no pictures or videos" in line
+
+
+def test_a_folder_of_an_unknown_emotion_is_named(folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "faces")
+    (data / "person-0-001" / "happy").rename(data / "person-0-001" / "hapy")
+    line = wrong(capsys, "prompts", "--data", data, "--out", tmp_path / "out", *SMALL)
+    assert line.startswith("pcmecl-fast prompts: root: folders in")
+    assert "'hapy' (close to 'happy')" in line
+
+
+def test_an_emotion_that_nobody_is_asked_about_is_named(folder, tmp_path, capsys):
+    options = ["--emotions", "neutral", "happy", *SMALL]
+    line = wrong(capsys, "prompts", "--data", folder, "--out", tmp_path / "out", *options)
+    assert "emotions: folders in" in line
+    assert "'sad'" in line
+    line = wrong(capsys, "prompts", "--emotions", "happy", "bored", "--out", tmp_path / "out", *SMALL)
+    assert "emotions: ['bored'] cannot be drawn" in line
+
+
+def test_people_with_one_emotion_each_teach_nothing(folder, tmp_path, capsys):
+    data = shutil.copytree(folder, tmp_path / "faces", ignore=lambda path, names: {"happy", "sad"} & set(names))
+    line = wrong(capsys, "prompts", "--data", data, "--holdout", "0.5", "--out", tmp_path / "out", *SMALL)
+    assert "dataset: training needs at least one individual with two emotions" in line
+    assert "person-0-000, person-0-001, person-0-002" in line
+
+
+def test_one_individual_is_learned_from_with_a_warning(folder, tmp_path, caplog):
+    shutil.copytree(folder / "person-0-001", tmp_path / "faces" / "person-0-001")
+    options = ["--holdout", "0.3", "--steps", "2", "--out", str(tmp_path / "out"), *SMALL]
+    with caplog.at_level(logging.WARNING):
+        assert main(["prompts", "--data", str(tmp_path / "faces"), *options]) == 0
+    assert "only one individual: changes are not contrasted with another person's" in caplog.text
+
+
+def test_an_individual_with_one_emotion_is_named_in_a_warning(folder, tmp_path, caplog):
+    data = shutil.copytree(folder, tmp_path / "faces")
+    shutil.rmtree(data / "person-0-000" / "sad")  # happy is missing already
+    options = ["--holdout", "0.3", "--steps", "2", "--out", str(tmp_path / "out"), *SMALL]
+    with caplog.at_level(logging.WARNING):
+        assert main(["prompts", "--data", str(data), *options]) == 0
+    assert "only one emotion, so no change to learn from: person-0-000" in caplog.text
+
+
+def test_a_truncated_picture_stops_the_run_unless_it_may_be_skipped(folder, tmp_path, capsys, caplog):
+    data = shutil.copytree(folder, tmp_path / "faces")
+    (picture, *_) = sorted((data / "person-0-001" / "sad").iterdir())
+    picture.write_bytes(picture.read_bytes()[:200])
+    options = ["prompts", "--data", str(data), "--holdout", "0.3", "--steps", "2", "--out", str(tmp_path / "out")]
+    line = wrong(capsys, *options, *SMALL)
+    assert line.startswith("pcmecl-fast prompts: root: 1 of 28 files are broken: ")
+    assert str(picture) in line
+    assert "skip" in line
+    with caplog.at_level(logging.WARNING):
+        assert main([*options, *SMALL, "--skip-broken"]) == 0
+    assert str(picture) in caplog.text
+
+
+# What bad models and files get
+
+
+def test_an_unknown_clip_is_answered_with_close_names(tmp_path, capsys):
+    line = wrong(capsys, "prompts", "--clip", "tinyface", "--out", tmp_path)
+    assert "no CLIP model is called 'tinyface'; did you mean tiny-face?" in line
+    line = wrong(capsys, "prompts", "--clip", "ViT-B-32", "--clip-pretrained", "opnai", "--out", tmp_path)
+    assert "'opnai' is neither a file nor a weights tag of 'ViT-B-32'" in line
+
+
+def test_prompts_of_another_tower_are_refused(runs, folder, tmp_path, capsys):
+    options = ["--prompts", runs / "prompts", "--clip", "ViT-S-32-alt", "--out", tmp_path, *SMALL]
+    line = wrong(capsys, "train", "--data", folder, "--holdout", "0.3", *options)
+    assert "was made with 'tiny-face'" in line
+    assert "got 'ViT-S-32-alt'" in line
+
+
+def test_prompts_for_other_emotions_are_refused(runs, tmp_path, capsys):
+    options = ["--prompts", runs / "prompts", "--out", tmp_path, *SYNTHETIC, *SMALL, *SMALL_GENERATOR]
+    line = wrong(capsys, "train", *options)
+    assert "bank: is for the emotions ['neutral', 'happy', 'sad'], the data set has ['neutral', 'happy']" in line
+
+
+@pytest.mark.parametrize("command", ["train", "prompts"])
+def test_a_broken_checkpoint_is_named(command, tmp_path, capsys):
+    name = {"train": "stage-2", "prompts": "stage-1"}[command]
+    options = ["--steps", "2", "--out", str(tmp_path), *SYNTHETIC, *SMALL]
+    if command == "train":
+        options += ["--prompt-steps", "2", *SMALL_GENERATOR]
+    (tmp_path / f"{name}.ckpt").write_bytes(b"PK half a checkpoint")
+    line = wrong(capsys, command, *options, "--resume")
+    assert f"resume: {tmp_path / name}.ckpt is not a whole checkpoint" in line
+    assert "start without --resume" in line
+
+
+def test_folders_that_are_no_runs_are_named(runs, folder, tmp_path, capsys):
+    line = wrong(capsys, "evaluate", "--run", tmp_path)
+    assert f"run: {tmp_path} is not the output folder of `pcmecl-fast train` (no config.yaml)" in line
+    line = wrong(capsys, "evaluate", "--run", runs / "prompts")
+    assert "was written by `pcmecl-fast prompts`, not by `pcmecl-fast train`" in line
+    line = wrong(capsys, "edit", "--run", tmp_path, "--input", folder, "--emotion", "sad")
+    assert f"run: {tmp_path} holds no generator.safetensors" in line
+    options = ["--out", tmp_path / "out", *SYNTHETIC, *SMALL]
+    line = wrong(capsys, "train", "--prompts", tmp_path, *options)
+    assert f"prompts: {tmp_path} holds no prompts.safetensors" in line
+
+
+def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp_path, capsys):
+    edit = ["edit", "--run", runs / "train", "--out", tmp_path / "out", "--device", "cpu"]
+    line = wrong(capsys, *edit, "--input", folder, "--emotion", "bored")
+    assert "emotion: this generator knows neutral, happy, sad, got 'bored'" in line
+    line = wrong(capsys, *edit, "--input", folder, "--emotion", "sad")
+    assert "holds no picture or video" in line
+    line = wrong(capsys, *edit, "--input", tmp_path / "face.png", "--emotion", "sad")
+    assert "input: there is no file" in line
+    (tmp_path / "face.txt").write_text("hello")
+    line = wrong(capsys, *edit, "--input", tmp_path / "face.txt", "--emotion", "sad")
+    assert "is no picture or video" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--size", "30"], "size: takes a multiple of 4, got 30"),
+        (["--missing", "3"], "missing: takes 0 to 0 emotions, got 3"),
+        (["--individuals", "0"], "individuals, clips, frames_per_clip and size: each must be at least 1"),
+        (["--descriptions", "calm"], "descriptions: takes one for each of the 2 emotions (neutral, happy), got 1"),
+        (["--descriptions", "calm", "calm"], "descriptions: got 'calm' twice"),
+        (["--n-ctx", "0"], "n_ctx: got 0, takes 1 or more"),
+        (["--n-ctx", "80"], "descriptions: "),
+        (["--device", "tpu9"], "tpu9"),
+        (["--backend", "triton"], "backend 'triton' cannot run"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(options, says, tmp_path, capsys):
+    if "--backend" in options:
+        from pcmecl_fast.ops import backends
+
+        if {status.name: status for status in backends()}["triton"].available:
+            pytest.skip("triton runs here")
+    line = wrong(capsys, "train", *SYNTHETIC, *SMALL, *SMALL_GENERATOR, "--out", tmp_path, *options)
+    assert line.startswith("pcmecl-fast train: ")
+    assert says in line
+
+
+def test_where_a_mistake_happened_is_shown_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PCMECL_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["prompts", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path)])

@@ -1,0 +1,221 @@
+"""PCMECLCriterion: the direction loss on frames, for any model that edits them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcmecl_fast import PCMECLCriterion, PromptBank, load_clip, ops
+from pcmecl_fast.prompts.bank import Tower
+
+N, E = 4, 5
+
+
+def features(clip, dtype=torch.float32):
+    drawn = torch.randn(N, E, clip.embed_dim, generator=torch.Generator().manual_seed(0))
+    return F.normalize(drawn, dim=-1).to(dtype)
+
+
+def bank_for(clip, **kwargs):
+    names = [f"person {n}" for n in range(N)], [f"emotion {e}" for e in range(E)]
+    return PromptBank(features(clip, **kwargs), *names, tower=Tower.of(clip))
+
+
+def sample(*shape, seed=0):
+    """Source and edited frames of this shape, and (individual, source emotion, target emotion), all different."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.rand(shape, generator=generator) * 2 - 1
+    edited = (source + 0.3 * torch.randn(shape, generator=generator)).clamp(-1, 1)
+    count = shape[0]
+    individual = torch.randint(N, (count,), generator=generator)
+    a = torch.randint(E, (count,), generator=generator)
+    b = (a + torch.randint(1, E, (count,), generator=generator)) % E
+    return source, edited.requires_grad_(), individual, a, b
+
+
+@pytest.fixture(scope="module")
+def criterion(clip):
+    return PCMECLCriterion(clip, bank_for(clip), contrast=0.3)
+
+
+def test_it_is_the_direction_loss_of_the_frames_features(clip, criterion):
+    source, edited, *labels = sample(5, 3, 40, 40)
+    loss = criterion(source, edited, *labels)
+    with torch.no_grad():
+        expected = ops.direction_loss(
+            clip.encode_image(source),
+            clip.encode_image(edited),
+            features(clip),
+            *labels,
+            scale=clip.logit_scale,
+            contrast=0.3,
+        )
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_the_formula_by_hand(clip):
+    source, edited, individual, a, b = sample(6, 3, 32, 32)
+    scale, contrast = 7.0, 0.5
+    loss = PCMECLCriterion(clip, bank_for(clip), scale=scale, contrast=contrast)(source, edited, individual, a, b)
+    with torch.no_grad():
+        delta = F.normalize(clip.encode_image(edited), dim=-1) - F.normalize(clip.encode_image(source), dim=-1)
+    losses = []
+    for i, (n, shown, asked) in enumerate(zip(individual.tolist(), a.tolist(), b.tolist(), strict=True)):
+        table = features(clip)[n]
+        cosine = {e: F.cosine_similarity(delta[i], table[e] - table[shown], dim=0) for e in range(E) if e != shown}
+        others = torch.stack([scale * c for c in cosine.values()])
+        losses.append(1 - cosine[asked] + contrast * (others.logsumexp(0) - scale * cosine[asked]))
+    torch.testing.assert_close(loss.detach(), torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_of_frames_is_its_frames(criterion):
+    source, edited, individual, a, b = sample(3, 4, 3, 24, 32)
+    loss = criterion(source, edited, individual, a, b)
+    (gradient,) = torch.autograd.grad(loss, edited)
+    each = [criterion(source[:, t], edited[:, t], individual, a, b) for t in range(4)]
+    assert loss.ndim == 0
+    torch.testing.assert_close(loss, torch.stack(each).mean(), rtol=1e-5, atol=1e-6)
+    (expected,) = torch.autograd.grad(torch.stack(each).mean(), edited)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 32, 32), (2, 3, 3, 32, 32)])
+def test_source_features_that_are_known_save_encoding_them(clip, criterion, shape):
+    source, edited, *labels = sample(*shape)
+    with torch.no_grad():
+        known = clip.encode_image(source.flatten(0, -4)).unflatten(0, shape[:-3])
+    loss = criterion(source, edited, *labels)
+    nan = torch.full_like(source, torch.nan)  # not looked at
+    torch.testing.assert_close(criterion(nan, edited, *labels, source_features=known), loss)
+
+
+def test_gradients_reach_the_edited_frames_and_nothing_else(clip, criterion):
+    source, edited, *labels = sample(4, 3, 32, 32)
+    source.requires_grad_()
+    criterion(source, edited, *labels).backward()
+    assert source.grad is None
+    assert edited.grad.isfinite().all()
+    assert edited.grad.flatten(1).norm(dim=1).gt(0).all()
+    assert all(parameter.grad is None for parameter in clip.parameters())
+    assert not criterion.features.requires_grad
+
+    known = clip.encode_image(source.detach()).requires_grad_()
+    criterion(source, edited, *labels, source_features=known).backward()
+    assert known.grad is None
+
+
+def test_asking_for_the_emotion_that_is_shown_contributes_nothing(criterion):
+    source, edited, individual, a, b = sample(6, 3, 32, 32)
+    b[1:4] = a[1:4]
+    criterion(source, edited, individual, a, b).backward()
+    assert edited.grad[1:4].eq(0).all()
+    assert edited.grad[[0, 4, 5]].flatten(1).norm(dim=1).gt(0).all()
+    kept = torch.tensor([0, 4, 5])
+    torch.testing.assert_close(
+        criterion(source, edited, individual, a, b),
+        criterion(source[kept], edited[kept], individual[kept], a[kept], b[kept]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    loss = criterion(source, edited, individual, a, a)
+    assert loss == 0
+    assert torch.autograd.grad(loss, edited)[0].eq(0).all()
+
+
+def test_an_edit_that_changes_nothing_is_finite_with_gradient_zero(criterion):
+    source, _, *labels = sample(4, 3, 32, 32)
+    edited = source.clone().requires_grad_()
+    loss = criterion(source, edited, *labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert edited.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 91), (65, 33), (130, 128)])
+def test_any_height_and_width_is_taken(criterion, size):
+    source, edited, *labels = sample(2, 3, *size)
+    loss = criterion(source, edited, *labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert edited.grad.isfinite().all()
+
+
+def test_following_its_gradient_lowers_it(criterion):
+    source, edited, *labels = sample(4, 3, 32, 32)
+    optimizer = torch.optim.Adam([edited], lr=0.02)
+    losses = []
+    for _ in range(8):
+        loss = criterion(source, edited, *labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_autocast_runs_and_stays_near(criterion):
+    source, edited, *labels = sample(4, 3, 32, 32)
+    exact = criterion(source, edited, *labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = criterion(source, edited, *labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.1, atol=0.1)
+
+
+def test_it_compiles_into_one_graph(criterion):
+    inputs = sample(2, 3, 32, 32)
+    compiled = torch.compile(criterion, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), criterion(*inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_the_bank_is_neither_trained_nor_saved_with_a_model(clip):
+    criterion = PCMECLCriterion(clip, bank_for(clip))
+    assert not [p for p in criterion.parameters() if p.requires_grad]
+    assert "features" not in criterion.state_dict()
+    assert "features" in dict(criterion.named_buffers())
+
+
+def test_a_half_clip_takes_a_bank_in_float32(clip):
+    half = load_clip(dtype=torch.bfloat16)
+    source, edited, *labels = sample(3, 3, 32, 32)
+    loss = PCMECLCriterion(half, bank_for(clip))(source, edited, *labels)
+    torch.testing.assert_close(loss, PCMECLCriterion(clip, bank_for(clip))(source, edited, *labels), rtol=0.1, atol=0.1)
+
+
+# What bad arguments get
+
+
+def test_a_bank_of_another_tower_is_refused(clip, other_clip):
+    with pytest.raises(ValueError, match=r"bank: made with 'other-face' \(by hand\), not with this clip"):
+        PCMECLCriterion(clip, bank_for(other_clip))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "says"),
+    [
+        ({"edited": torch.zeros(2, 3, 8)}, ValueError, r"edited_frames: takes \(B, 3, H, W\) or .*got \(2, 3, 8\)"),
+        ({"edited": torch.zeros(2, 1, 8, 8)}, ValueError, r"edited_frames: takes .*got \(2, 1, 8, 8\)"),
+        ({"source": torch.zeros(3, 3, 8, 8)}, ValueError, r"source_frames: takes as many frames as edited_frames"),
+        ({"source": torch.zeros(2, 2, 3, 8, 8)}, ValueError, "source_frames: takes as many frames as edited_frames"),
+        ({"individual": torch.zeros(3).long()}, ValueError, r"individual: .*got shape \(3,\)|individual: got shape"),
+        ({"individual": torch.tensor([0, N])}, IndexError, "individual: got 4 at position 1; takes 0 to 3"),
+        ({"a": torch.tensor([-1, 0])}, IndexError, "source_emotion: got -1 at position 0; takes 0 to 4"),
+        ({"b": torch.tensor([0, E])}, IndexError, "target_emotion: got 5 at position 1; takes 0 to 4"),
+        ({"b": torch.zeros(2)}, TypeError, "target_emotion: got torch.float32; takes an integer"),
+        ({"source_features": torch.zeros(3, 128)}, ValueError, r"source_features: takes \(2, 128\), got \(3, 128\)"),
+        ({"source_features": torch.zeros(2, 64)}, ValueError, r"source_features: takes \(2, 128\), got \(2, 64\)"),
+    ],
+)
+def test_a_wrong_argument_is_named(criterion, wrong, error, says):
+    arguments = dict(zip(("source", "edited", "individual", "a", "b"), sample(2, 3, 8, 8), strict=True)) | wrong
+    known = arguments.pop("source_features", None)
+    with pytest.raises(error, match=says):
+        criterion(*arguments.values(), source_features=known)
+
+
+@pytest.mark.parametrize("name", ["individual", "source_emotion", "target_emotion"])
+def test_a_clip_of_frames_has_one_index(criterion, name):
+    source, edited, *labels = sample(2, 3, 3, 8, 8)
+    position = ("individual", "source_emotion", "target_emotion").index(name)
+    labels[position] = labels[position].repeat_interleave(3)
+    with pytest.raises(ValueError, match=rf"{name}: takes one index a clip, \(2,\), got \(6,\)"):
+        criterion(source, edited, *labels)

@@ -1,0 +1,164 @@
+"""The built-in generator starts as the identity and can leave it; the critic scores patches."""
+
+import pytest
+import torch
+
+from pcmecl_fast.models import ExpressionGenerator, GeneratorConfig, PatchDiscriminator, load_generator, save_generator
+from pcmecl_fast.models.generator import warp
+
+EMOTIONS = ["neutral", "happy", "sad"]
+
+
+def generator(**kwargs):
+    torch.manual_seed(0)
+    return ExpressionGenerator(len(EMOTIONS), GeneratorConfig(**{"width": 8, "blocks": 1} | kwargs))
+
+
+def frames(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def smooth(count, side):
+    """Frames without the pixel noise that every resampling blurs."""
+    coarse = frames(count, 3, 5, 5)
+    return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic", align_corners=True).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("config", [GeneratorConfig(), GeneratorConfig(width=8, blocks=1)])
+def test_it_starts_near_the_identity_with_a_gradient_everywhere(config):
+    torch.manual_seed(0)
+    model = ExpressionGenerator(len(EMOTIONS), config)
+    source = smooth(3, 32)
+    edited = model(source, torch.tensor([0, 1, 2]))
+    change = (edited - source).abs()
+    assert change.max() < 0.1
+    assert change.mean() < 0.02
+    assert change.max() > 0
+    torch.nn.functional.mse_loss(edited, smooth(3, 32).flip(-1)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.norm() > 0, name
+
+
+def test_it_can_learn_to_do_something_for_one_emotion_only():
+    model, source = generator(), smooth(2, 16)
+    target = torch.tensor([0, 1])
+    truth = source.clone()
+    truth[1, :, 8:12, 5:11] = 0.5
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    losses = []
+    for _ in range(60):
+        loss = (model(source, target) - truth).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+
+
+def test_edits_stay_in_range_and_depend_on_the_target_and_the_frame():
+    model = generator()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    source = frames(2, 3, 16, 16)
+    edited = [model(source, torch.tensor([e, e])) for e in range(3)]
+    assert all(x.shape == source.shape and x.abs().max() <= 1 for x in edited)
+    assert (edited[0] - edited[1]).abs().max() > 1e-3
+    alone = model(source[:1], torch.tensor([1]))
+    torch.testing.assert_close(alone, edited[1][:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (16, 28), (64, 64), (36, 12)])
+def test_any_sides_divisible_by_four_are_taken(size):
+    assert generator()(frames(2, 3, *size), torch.tensor([0, 2])).shape == (2, 3, *size)
+
+
+@pytest.mark.parametrize("size", [(30, 32), (32, 31), (2, 4)])
+def test_other_sides_are_refused(size):
+    with pytest.raises(ValueError, match=rf"frames: takes a height and width divisible by 4, got \(1, 3, {size[0]}"):
+        generator()(frames(1, 3, *size), torch.tensor([0]))
+
+
+def test_a_reference_frame_drives_it_too():
+    model = generator(driven_by="reference")
+    source, reference = smooth(2, 32), smooth(2, 32).flip(-1)
+    edited = model(source, reference)
+    assert edited.shape == source.shape
+    assert (edited - source).abs().max() < 0.1
+    assert not torch.equal(edited, model(source, -reference))
+    edited.square().sum().backward()
+    assert all(parameter.grad.norm() > 0 for parameter in model.target.parameters())
+    # A reference may have another size than the frames.
+    assert model(source, frames(2, 3, 64, 64)).shape == source.shape
+
+
+def test_no_flow_is_no_warp_and_a_flow_moves_what_is_seen():
+    source = frames(2, 3, 8, 8)
+    torch.testing.assert_close(warp(source, torch.zeros(2, 2, 8, 8)), source)
+    right = torch.zeros(2, 2, 8, 8)
+    right[:, 0] = 2 / 8  # one pixel of a side of 2
+    torch.testing.assert_close(warp(source, right)[..., :-1], source[..., 1:])
+    down = torch.zeros(2, 2, 8, 8)
+    down[:, 1] = 2 / 8
+    torch.testing.assert_close(warp(source, down)[..., :-1, :], source[..., 1:, :])
+
+
+def test_a_flow_that_became_nan_is_seen_and_does_not_crash():
+    flow = torch.zeros(1, 2, 8, 8)
+    flow[0, 0, 2], flow[0, 1, 5] = torch.nan, torch.inf
+    source, flow = frames(1, 3, 8, 8).requires_grad_(), flow.requires_grad_()
+    warped = warp(source, flow)
+    assert warped[0, :, 2].isnan().all()
+    assert not warped[0, :, [0, 1, 3, 4, 5, 6, 7]].isnan().any()
+    warped.sum().backward()
+    assert source.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("driven_by", ["emotion", "reference"])
+def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
+    model = generator(driven_by=driven_by, residual=0.3)
+    save_generator(tmp_path / "model", model, EMOTIONS, 32)
+    again, emotions, size = load_generator(tmp_path / "model")
+    assert (emotions, size, again.config) == (EMOTIONS, 32, model.config)
+    assert not again.training
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    source = frames(2, 3, 32, 32)
+    target = torch.tensor([1, 2]) if driven_by == "emotion" else frames(2, 3, 32, 32, seed=1)
+    assert torch.equal(again(source, target), model.eval()(source, target))
+
+
+def test_a_broken_file_of_weights_is_named(tmp_path):
+    save_generator(tmp_path / "model", generator(), EMOTIONS, 32)
+    content = (tmp_path / "model").read_bytes()
+    (tmp_path / "model").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="model is not a whole safetensors file"):
+        load_generator(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing"):
+        load_generator(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("size", "patches"), [((64, 64), (8, 8)), ((32, 48), (4, 6)), ((8, 8), (1, 1))])
+def test_the_critic_scores_every_patch(size, patches):
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(8)
+    source = frames(2, 3, *size).requires_grad_()
+    scores = critic(source)
+    assert scores.shape == (2, 1, *patches)
+    scores.sum().backward()
+    assert source.grad.abs().sum() > 0
+    assert all(parameter.grad.isfinite().all() for parameter in critic.parameters())
+
+
+def test_the_critic_is_spectrally_normalised():
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(8)
+    for layer in critic.body:
+        if isinstance(layer, torch.nn.Conv2d):
+            with torch.no_grad():
+                layer.parametrizations.weight.original.mul_(100)
+    for _ in range(20):  # power iterations
+        critic(frames(1, 3, 16, 16))
+    for layer in critic.body:
+        if isinstance(layer, torch.nn.Conv2d):
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2) < 1.05

@@ -1,0 +1,478 @@
+"""Both stages learn, on data with gaps, and survive a kill at any moment; what is frozen stays as it was."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+
+from pcmecl_fast import PromptBank
+from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.features import individual_conditions, unit_features
+from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.models.generator import GeneratorConfig
+from pcmecl_fast.prompts import load_prompts
+from pcmecl_fast.run import open_data, run_evaluate, run_train
+from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
+from pcmecl_fast.train.generator import draw_references, mouth_loss, train_generator
+from pcmecl_fast.train.loop import Loop
+from pcmecl_fast.train.prompts import learn_prompts, matching_loss
+
+EMOTIONS = ["neutral", "happy", "sad"]
+SMALL = {
+    "emotions": EMOTIONS,
+    "individuals": 3,
+    "clips": 1,
+    "frames_per_clip": 2,
+    "size": 32,
+    "device": "cpu",
+    "checkpoint_every": 2,
+}
+
+
+def prompts_config(out, **kwargs):
+    return PromptsConfig(**SMALL | {"out": Path(out), "steps": 4, "batch_individuals": 3} | kwargs)
+
+
+def train_config(out, **kwargs):
+    generator = GeneratorConfig(**{"width": 8, "blocks": 1} | kwargs.pop("generator", {}))
+    options = SMALL | {"out": Path(out), "steps": 3, "prompt_steps": 2, "batch": 4, "generator": generator}
+    return TrainConfig(**options | kwargs)
+
+
+def state_of(run):
+    return load_file(Path(run) / "generator.safetensors")
+
+
+def assert_bitwise_equal(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def ends(curve, count=4):
+    values = [value for _, value in curve]
+    return sum(values[:count]) / count, sum(values[-count:]) / count
+
+
+class Numbers(FrameDataset):
+    """Frames that are nothing but a colour."""
+
+    def __init__(self, individual_index, emotion_index, colour=0.0):
+        self.individual_index = torch.tensor(individual_index)
+        self.emotion_index = torch.tensor(emotion_index)
+        self.individuals = [f"p{n}" for n in range(max(individual_index) + 1)]
+        self.emotions = EMOTIONS
+        self.keys = [str(i) for i in range(len(individual_index))]
+        self.colour = colour
+
+    def frames(self, indices):
+        return torch.full((len(indices), 3, 32, 32), self.colour)
+
+
+# Stage 1
+
+
+def test_stage_one_learns(clip, tmp_path):
+    data = SyntheticFaces(6, emotions=EMOTIONS, clips=1, frames_per_clip=2, size=32)
+    _, bank, loop = learn_prompts(clip, data, prompts_config(tmp_path, steps=40, batch_individuals=6))
+    for name in ("loss", "match", "diff"):
+        first, last = ends(loop.curves[f"stage 1/{name}"])
+        assert last < 0.9 * first, name
+    assert bank.features.shape == (6, 3, clip.embed_dim)
+    assert bank.individuals == data.individuals
+    torch.testing.assert_close(bank.features.norm(dim=-1), torch.ones(6, 3))
+
+
+def test_prompts_become_personal(clip, tmp_path, few_faces):
+    prompts, bank, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path, steps=20))
+    assert (bank.features[0] - bank.features[1]).abs().max() > 1e-4
+    assert prompts.condition_net[2].weight.abs().max() > 0
+
+
+def test_stage_one_writes_its_prompts_and_its_bank(clip, tmp_path, few_faces):
+    prompts, bank, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path))
+    again, emotions = load_prompts(tmp_path / "prompts.safetensors", clip)
+    assert emotions == EMOTIONS
+    assert torch.equal(again.context, prompts.context)
+    assert torch.equal(PromptBank.load(tmp_path / "bank.safetensors", clip).features, bank.features)
+
+
+def test_missing_emotions_are_no_obstacle(clip, tmp_path, few_faces):
+    data = few_faces(missing=[(0, 1), (1, 0), (2, 0), (2, 2)])  # the last shows one emotion only
+    _, bank, loop = learn_prompts(clip, data, prompts_config(tmp_path, steps=6))
+    assert all(value == value for curve in loop.curves.values() for _, value in curve)
+    # A bank has a row for everyone and every emotion: that is what a generator is asked for.
+    assert bank.features.shape == (3, 3, clip.embed_dim)
+    assert bank.features.isfinite().all()
+
+
+@pytest.mark.parametrize("context", ["shared", "per-emotion"])
+@pytest.mark.parametrize("condition", ["individual", "frame"])
+def test_contexts_and_conditions(clip, tmp_path, few_faces, context, condition):
+    data = few_faces()
+    config = prompts_config(tmp_path, context=context, condition=condition)
+    prompts, bank, _ = learn_prompts(clip, data, config)
+    assert prompts.context.shape[:-1] == ((8,) if context == "shared" else (3, 8))
+    assert bank.condition == condition
+    assert bank.individuals == (data.individuals if condition == "individual" else data.keys)
+
+
+def test_descriptions_may_be_sentences(clip, tmp_path, few_faces):
+    sentences = ["a calm face", "someone who smiles broadly", "a face about to cry"]
+    prompts, bank, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path, descriptions=sentences))
+    assert prompts.descriptions == bank.descriptions == sentences
+    assert bank.emotions == EMOTIONS
+    with pytest.raises(ValueError, match=r"descriptions: takes one for each of the 3 emotions \(neutral.*got 2"):
+        learn_prompts(clip, few_faces(), prompts_config(tmp_path, descriptions=sentences[:2]))
+
+
+def test_data_without_a_change_of_emotion_is_refused(clip, tmp_path):
+    with pytest.raises(ValueError, match="dataset: training needs at least one individual with two emotions"):
+        learn_prompts(clip, Numbers([0, 1], [1, 1]), prompts_config(tmp_path))
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.4])
+def test_the_matching_loss_is_its_definition(missing):
+    torch.manual_seed(0)
+    people, emotions, scale = 4, 3, 9.0
+    visual, text = (F.normalize(torch.randn(people, emotions, 8), dim=-1) for _ in range(2))
+    mask = torch.rand(people, emotions) >= missing
+    to_prompts, to_people = [], []
+    for n in range(people):
+        for e in range(emotions):
+            if not mask[n, e]:
+                continue
+            own = torch.stack([scale * visual[n, e] @ text[n, f] for f in range(emotions)])
+            to_prompts.append(own.logsumexp(0) - own[e])
+            others = {m: scale * text[n, e] @ visual[m, e] for m in range(people) if mask[m, e]}
+            to_people.append(torch.stack(list(others.values())).logsumexp(0) - others[n])
+    expected = (torch.stack(to_prompts).mean() + torch.stack(to_people).mean()) / 2
+    torch.testing.assert_close(matching_loss(visual, text, mask, scale), expected)
+    garbage = torch.where(mask[..., None], visual, 1e3)
+    torch.testing.assert_close(matching_loss(garbage, text, mask, scale), expected)
+
+
+def test_conditions_are_means_and_zero_for_nobody():
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    conditions = individual_conditions(features, torch.tensor([0, 0, 2]), 3)
+    torch.testing.assert_close(conditions, torch.tensor([[0.5, 0.5], [0.0, 0.0], [0.6, 0.8]]))
+
+
+def test_features_are_the_same_in_any_batches(clip, few_faces):
+    data = few_faces()
+    features = unit_features(clip, data)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(len(data)))
+    torch.testing.assert_close(unit_features(clip, data, batch_size=5), features, rtol=0, atol=1e-5)
+    assert unit_features(clip, data.subset([])).shape == (0, clip.embed_dim)
+
+
+# Stage 2
+
+
+@pytest.fixture(scope="module")
+def stage1(clip, tmp_path_factory):
+    """The folder of a finished stage 1 on the people of SMALL."""
+    out = tmp_path_factory.mktemp("stage1")
+    data, _ = open_data(train_config(out))
+    learn_prompts(clip, data, prompts_config(out))
+    return out
+
+
+def bank_and_data(clip, stage1):
+    data, _ = open_data(train_config(stage1))
+    return PromptBank.load(stage1 / "bank.safetensors", clip), data
+
+
+def test_stage_two_learns(clip, stage1, tmp_path):
+    bank, data = bank_and_data(clip, stage1)
+    config = train_config(tmp_path, steps=40, batch=8, w_adversarial=0.0)
+    _, loop = train_generator(clip, bank, data, config)
+    first, last = ends(loop.curves["stage 2/pcmecl"], count=8)
+    assert last < first - 0.1
+
+
+def test_a_frozen_clip_is_untouched_by_both_stages(clip, tmp_path):
+    before = {key: value.clone() for key, value in clip.model.state_dict().items()}
+    data, _ = open_data(train_config(tmp_path))
+    _, bank, _ = learn_prompts(clip, data, prompts_config(tmp_path))
+    generator, _ = train_generator(clip, bank, data, train_config(tmp_path))
+    assert_bitwise_equal(before, clip.model.state_dict())
+    assert not any(module.training for module in clip.modules())
+    assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
+    assert not generator.training
+    assert not any(p.requires_grad for p in generator.parameters())
+
+
+def test_the_mouth_loss_looks_at_the_mouth():
+    source = torch.zeros(1, 3, 20, 20)
+    box = [0.4, 0.5, 0.6, 0.9]
+    for row, column, counts in ((12, 9, True), (4, 9, False), (12, 2, False), (19, 9, False)):
+        edited = source.clone()
+        edited[..., row, column] = 1
+        assert (mouth_loss(source, edited, box) > 0) == counts
+
+
+def test_references_show_what_is_asked_for():
+    shown = torch.tensor([0, 1, 2, 1, 0, 2])
+    target = torch.tensor([2, 2, 1, 0] * 10)
+    index = draw_references(shown, target, torch.Generator().manual_seed(0))
+    assert torch.equal(shown[index], target)
+    assert len(index.unique()) == 6
+
+
+def test_a_bank_for_other_emotions_is_refused(clip, stage1, tmp_path, few_faces):
+    bank, _ = bank_and_data(clip, stage1)
+    other = SyntheticFaces(3, emotions=["neutral", "sad", "happy"], clips=1, frames_per_clip=1, size=32, seed=1)
+    with pytest.raises(ValueError, match=r"bank: is for the emotions \['neutral', 'happy', 'sad'\], the data set has"):
+        train_generator(clip, bank, other, train_config(tmp_path))
+    with pytest.raises(KeyError, match="individual: 'person-8-000' and 2 more are not among the bank's 3"):
+        train_generator(clip, bank, few_faces(seed=8), train_config(tmp_path))
+
+
+def test_nan_stops_the_run_with_a_message_and_is_not_saved(clip, tmp_path):
+    people, shown = [0, 0, 0, 1, 1, 1], [0, 1, 2] * 2
+    names = Numbers(people, shown)
+    _, bank, _ = learn_prompts(clip, names, prompts_config(tmp_path / "prompts"))
+    with pytest.raises(FloatingPointError, match=r"stage 2: loss, .*pcmecl.* became NaN at step 0; lower the learning"):
+        train_generator(clip, bank, Numbers(people, shown, float("nan")), train_config(tmp_path))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+# Whole runs
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    """Drawing it would take most of the time; it has its own tests."""
+    monkeypatch.setattr("pcmecl_fast.run.write_report", lambda path, report: None)
+    monkeypatch.setattr("pcmecl_fast.run.save_grid_png", lambda path, grid: None)
+
+
+def summary_of(run):
+    return json.loads((Path(run) / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "reference"},
+        {"amp": "bf16"},
+        {"amp": "fp16"},
+        {"condition": "frame"},
+        {"context": "per-emotion", "descriptions": ["calm", "a happy face", "a sad face"], "n_ctx": 2},
+        {"generator": {"driven_by": "reference"}},
+        {"missing": 1},
+        {"seed": 3, "emotions": ["happy", "sad"]},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_ends_in_a_summary_and_can_be_evaluated_again(tmp_path, options):
+    summary = run_train(train_config(tmp_path, **options))
+    assert all(value == value for value in summary.values())
+    assert summary_of(tmp_path) == pytest.approx(summary)
+    again = run_evaluate(EvaluateConfig(run=tmp_path, device="cpu"))
+    assert {k: v for k, v in again.items() if k != "seconds"} == pytest.approx(
+        {k: v for k, v in summary.items() if k != "seconds"}, rel=1e-3, abs=1e-3
+    )
+
+
+def test_the_seed_of_an_evaluation_draws_other_targets(stage1, tmp_path):
+    run_train(train_config(tmp_path, prompts=stage1))
+    first, second = (run_evaluate(EvaluateConfig(run=tmp_path, seed=seed, device="cpu")) for seed in (0, 1))
+    assert first["psnr_source"] != second["psnr_source"]
+    assert first["zero_shot_accuracy"] == second["zero_shot_accuracy"]  # of the sources, which are the same
+
+
+def test_another_seed_trains_on_other_people_but_is_judged_on_the_same():
+    (first, held), (second, held_again) = (open_data(train_config("unused", seed=seed)) for seed in (0, 1))
+    assert not set(first.individuals) & set(second.individuals)
+    assert held.keys == held_again.keys
+    assert not set(held.individuals) & (set(first.individuals) | set(second.individuals))
+
+
+def test_missing_emotions_are_spread_over_the_people():
+    data, held = open_data(train_config("unused", missing=1))
+    shown = data.available()
+    assert shown[:, 0].all()
+    assert (~shown).sum(1).tolist() == [1, 1, 1]
+    assert not shown.all(0)[1:].any()
+    assert held.available().all()
+    with pytest.raises(ValueError, match="missing: takes 0 to 1 emotions, got 2"):
+        open_data(train_config("unused", missing=2))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_a_backend_that_is_not_here_stops_the_run_and_says_how_to_get_it(tmp_path, backend):
+    from pcmecl_fast.ops import backends
+
+    if {status.name: status for status in backends()}[backend].available:
+        pytest.skip(f"{backend} runs here")
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run clip_frames: .*install"):
+        run_train(train_config(tmp_path, backend=backend))
+
+
+def test_the_backend_reaches_every_operator(tmp_path, stage1, monkeypatch):
+    from pcmecl_fast.ops import backend as module
+
+    seen = set()
+    for (operator, name), implementation in module._implementations.items():
+        if name == "reference":
+
+            def run(*args, _run=implementation.run, _operator=operator, **kwargs):
+                seen.add((_operator, module.choose(None)))
+                return _run(*args, **kwargs)
+
+            monkeypatch.setitem(
+                module._implementations, (operator, name), module.Implementation(run, implementation.why_not)
+            )
+    run_train(train_config(tmp_path, backend="reference"))
+    assert seen == {
+        (operator, "reference")
+        for operator in ("clip_frames", "correlation_loss", "direction_loss", "direction_logits")
+    }
+
+
+def test_rows_are_made_for_people_that_the_prompts_have_not_seen(clip, stage1, tmp_path):
+    summary = run_train(train_config(tmp_path, prompts=stage1, seed=5))  # other people than stage 1 had
+    assert summary["clip_direction"] == summary["clip_direction"]
+    assert not (tmp_path / "prompts").exists()
+
+
+# Checkpoints
+
+
+def test_a_loop_that_is_resumed_does_the_steps_that_are_left_with_the_same_randomness(tmp_path):
+    def loop(folder, resume):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        return Loop(folder, "stage", {"m": model}, steps=7, seed=3, every=2, resume=resume, signature={"a": 1}), model
+
+    def work(loop, model, stop=None):
+        for step in loop:
+            if step == stop:
+                break
+            with torch.no_grad():
+                model.weight.add_(torch.randn(1, 1, generator=loop.generator(step)))
+            loop.record(step, weight=model.weight.sum())
+        return model.weight.item(), loop.curves
+
+    whole = work(*loop(tmp_path / "whole", False))
+    work(*loop(tmp_path / "cut", False), stop=5)
+    resumed, model = loop(tmp_path / "cut", True)
+    assert resumed.done == 4
+    assert work(resumed, model) == whole
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(clip, tmp_path, few_faces):
+    learn_prompts(clip, few_faces(), prompts_config(tmp_path, resume=True))
+    assert (tmp_path / "bank.safetensors").is_file()
+
+
+def test_resuming_a_finished_stage_changes_nothing(clip, tmp_path, few_faces):
+    _, bank, loop = learn_prompts(clip, few_faces(), prompts_config(tmp_path))
+    _, again, resumed = learn_prompts(clip, few_faces(), prompts_config(tmp_path, resume=True))
+    assert torch.equal(bank.features, again.features)
+    assert resumed.curves == loop.curves
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"steps": 9}, "steps was 3, is 9"),
+        ({"batch": 6}, "batch was 4, is 6"),
+        ({"generator": {"residual": 0.1}}, "generator was GeneratorConfig.*is GeneratorConfig"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(clip, stage1, tmp_path, change, says):
+    bank, data = bank_and_data(clip, stage1)
+    train_generator(clip, bank, data, train_config(tmp_path))
+    with pytest.raises(ValueError, match=f"resume: .*stage-2.ckpt belongs to another configuration: {says}"):
+        train_generator(clip, bank, data, train_config(tmp_path, resume=True, **change))
+
+
+def test_a_checkpoint_of_another_tower_is_refused(clip, other_clip, tmp_path, few_faces):
+    learn_prompts(clip, few_faces(), prompts_config(tmp_path))
+    with pytest.raises(ValueError, match=r"resume: .*stage-1.ckpt belongs to another configuration: clip was"):
+        learn_prompts(other_clip, few_faces(), prompts_config(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another file of torch"])
+def test_a_broken_checkpoint_is_named_in_one_line(clip, tmp_path, few_faces, damage):
+    learn_prompts(clip, few_faces(), prompts_config(tmp_path, steps=2))
+    path = tmp_path / "stage-1.ckpt"
+    if damage == "another file of torch":
+        torch.save({"weights": torch.ones(1)}, path)
+    else:
+        content = path.read_bytes()
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello there"}[damage])
+    with pytest.raises(ValueError, match=r"resume: .*stage-1.ckpt is not a .*; start without --resume") as caught:
+        learn_prompts(clip, few_faces(), prompts_config(tmp_path, steps=2, resume=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(clip, tmp_path, few_faces, monkeypatch):
+    _, whole, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "whole", steps=6))
+    fsync, left = os.fsync, [2]  # two checkpoints fit
+
+    def filling(handle):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", filling)
+    with pytest.raises(OSError, match="No space left"):
+        learn_prompts(clip, few_faces(), prompts_config(tmp_path / "full", steps=6))
+    monkeypatch.undo()
+    assert not [path for path in (tmp_path / "full").iterdir() if path.name.startswith(".")]
+    _, resumed, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "full", steps=6, resume=True))
+    assert torch.equal(resumed.features, whole.features)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_never_was(stage1, tmp_path):
+    config = train_config(tmp_path / "whole", prompts=stage1, size=16, steps=40)
+    run_train(config)
+    assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["steps"] == 40
+
+    options = ["--config", str(tmp_path / "whole" / "config.yaml"), "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-m", "pcmecl_fast.cli", "train", *options]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    checkpoint = tmp_path / "killed" / "stage-2.ckpt"
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as killed:
+        while not checkpoint.exists() and killed.poll() is None:
+            time.sleep(0.005)
+        killed.kill()
+        error = killed.communicate()[1].decode()
+        assert killed.returncode == -signal.SIGKILL, error
+    assert not (tmp_path / "killed" / "generator.safetensors").exists()
+    done = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < done < 40
+
+    resumed = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"goes on at step {done} of 40" in " ".join(resumed.stderr.split())
+    assert_bitwise_equal(state_of(tmp_path / "killed"), state_of(tmp_path / "whole"))
+    first, second = summary_of(tmp_path / "killed"), summary_of(tmp_path / "whole")
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_training_is_logged_for_tensorboard(stage1, tmp_path, caplog):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with caplog.at_level(logging.WARNING):
+        run_train(train_config(tmp_path, prompts=stage1, steps=50, size=16))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "stage-2")).Reload()
+    assert {"loss", "pcmecl", "critic"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("loss")) == 50
+    assert events.Tags()["images"] == ["edits"]
