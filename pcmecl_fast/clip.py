@@ -207,7 +207,7 @@ def tiny_face_config() -> dict[str, Any]:
 
 
 def tiny_face_model() -> Any:
-    """The architecture of `tiny-face` with untrained weights: a 64×64 ResNet and a causal text tower of 77 tokens."""
+    """The architecture of `tiny-face` with untrained weights: a 64×64 ViT and a causal text tower of 77 tokens."""
     config = tiny_face_config()
     return open_clip.CLIP(embed_dim=config["embed_dim"], vision_cfg=config["vision"], text_cfg=config["text"])
 

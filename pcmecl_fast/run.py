@@ -59,8 +59,6 @@ def run_prompts(config: PromptsConfig) -> dict[str, Any]:
 def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL") -> dict[str, Any]:
     """Stage 2, and stage 1 where no prompts are given, then evaluation and the report."""
     started = time.monotonic()
-    if config.size % 4:
-        raise ValueError(f"size: takes a multiple of 4, got {config.size}")
     config.out.mkdir(parents=True, exist_ok=True)
     _save_config(config)
     with ops.use_backend(config.backend):

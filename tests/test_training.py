@@ -44,7 +44,7 @@ def prompts_config(out, **kwargs):
 
 
 def train_config(out, **kwargs):
-    generator = GeneratorConfig(**{"width": 8, "blocks": 1} | kwargs.pop("generator", {}))
+    generator = GeneratorConfig(**{"fields": 4, "hidden": 16} | kwargs.pop("generator", {}))
     options = SMALL | {"out": Path(out), "steps": 3, "prompt_steps": 2, "batch": 4, "generator": generator}
     return TrainConfig(**options | kwargs)
 

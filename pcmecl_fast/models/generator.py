@@ -1,10 +1,12 @@
-"""The built-in generator: a compact encoder–decoder that moves and repaints a face (ours).
+"""The built-in generator: a few learned fields that move and shade a face, mixed anew for every frame (ours).
 
-    edited = clamp( warp(frame, window · flow) + window · residual )
+    a, b   = mix(encoder(frame), target)                                       K weights each
+    edited = clamp( warp(frame, window · reach · tanh(Σ a_k flow_k)) + window · residual · tanh(Σ b_k shade_k) )
 
-`flow` and `residual` come from the decoder, modulated by the target emotion or by a reference frame, and start so
-close to zero that the untrained generator is the identity. A smooth flow can move brows and lip corners but cannot
-draw the high-frequency patterns that fool a CLIP tower; the residual opens eyes and shows teeth.
+The fields are the same for everybody, as muscles are; how much of each is used depends on the face and the target. So
+few degrees of freedom can bend brows and lips, but not draw the patterns that please a CLIP tower and nobody else: an
+encoder–decoder that paints freely raised CLIP's score as far and the expression hardly at all. The weights start so
+close to zero that the untrained generator is the identity.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from pcmecl_fast.files import load_tensors, save_tensors
 class GeneratorConfig:
     """The built-in generator."""
 
-    width: int = 32
-    """Channels at half resolution, the finest that is computed on; doubled at a quarter."""
-    blocks: int = 3
-    """Residual blocks at a quarter of the resolution."""
+    fields: int = 32
+    """K, the learned fields that move a face, and as many that shade it."""
+    hidden: int = 128
+    """Width of the network that mixes them."""
     reach: float = 0.06
     """Largest displacement of the flow, as a fraction of the frame's side."""
     residual: float = 0.8
@@ -50,50 +52,37 @@ class ExpressionGenerator(nn.Module):
     def __init__(self, emotions: int, config: GeneratorConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or GeneratorConfig()
-        w, style = config.width, 64
+        style = 64
         if config.driven_by == "emotion":
             self.target: nn.Module = nn.Embedding(emotions, style)
         else:
-            self.target = _ReferenceEncoder(style)
-        # 2×2 pixels become channels: full resolution would take most of the time and add nothing to see.
-        self.stem = nn.Conv2d(4 * 3 + 2, w, 3, padding=1)
-        self.down = _Down(w, 2 * w)
-        self.middle = nn.ModuleList(_ModulatedBlock(2 * w, style) for _ in range(config.blocks))
-        self.up = _Up(2 * w, w, style)
-        self.to_flow = nn.Conv2d(w, 2, 3, padding=1)
-        # One channel: an expression shades a face, it does not tint it.
-        self.to_residual = nn.Conv2d(w, 4, 3, padding=1)
-        for layer in (self.to_flow, self.to_residual):
-            # Not exactly zero: a zero change has a zero gradient in a directional loss, and would never begin.
-            nn.init.normal_(layer.weight, std=1e-3)
-            assert layer.bias is not None
-            nn.init.zeros_(layer.bias)
+            self.target = _FaceEncoder(style)
+        self.encoder = _FaceEncoder(64)
+        self.mix = nn.Sequential(
+            nn.Linear(64 + style, config.hidden), nn.SiLU(),
+            nn.Linear(config.hidden, config.hidden), nn.SiLU(),
+            nn.Linear(config.hidden, 2 * config.fields),
+        )  # fmt: skip
+        # Not exactly zero: a zero change has a zero gradient in a directional loss, and would never begin.
+        self.flow = nn.Parameter(0.01 * torch.randn(config.fields, 2, 16, 16))
+        self.shade = nn.Parameter(0.01 * torch.randn(config.fields, 1, 32, 32))
 
     def forward(
         self,
-        frames: Tensor,  # (B, 3, H, W) in [-1, 1], H and W divisible by 4
+        frames: Tensor,  # (B, 3, H, W) in [-1, 1]
         target: Tensor,  # (B,) int emotions, or (B, 3, H, W) reference frames
     ) -> Tensor:
         """Edited frames, (B, 3, H, W) in [-1, 1]."""
-        if frames.shape[-1] % 4 or frames.shape[-2] % 4:
-            raise ValueError(f"frames: takes a height and width divisible by 4, got {tuple(frames.shape)}")
-        style = self.target(target)
         height, width = frames.shape[-2:]
-        steps_y = torch.linspace(-1, 1, height // 2, device=frames.device, dtype=frames.dtype)
-        steps_x = torch.linspace(-1, 1, width // 2, device=frames.device, dtype=frames.dtype)
-        place = torch.stack(torch.meshgrid(steps_y, steps_x, indexing="ij")).expand(len(frames), -1, -1, -1)
-        fine = self.stem(torch.cat([F.pixel_unshuffle(frames, 2), place], dim=1))
-        x = self.down(fine)
-        for block in self.middle:
-            x = block(x, style)
-        x = self.up(x, fine, style)
-        # Smoothed, so that it bends a face rather than shuffling its pixels.
-        flow = F.avg_pool2d(F.pad(self.to_flow(x), (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        flow = F.interpolate(flow, (height, width), mode="bilinear", align_corners=False)
-        residual = self.config.residual * torch.tanh(F.pixel_shuffle(self.to_residual(x), 2))
+        mix = self.mix(torch.cat([self.encoder(frames), self.target(target)], dim=1))
+        of_flow, of_shade = mix.chunk(2, dim=1)  # (B, K) each
+        flow = torch.einsum("bk,kchw->bchw", of_flow, self.flow)
+        flow = F.interpolate(flow, (height, width), mode="bicubic", align_corners=False)
+        shade = torch.einsum("bk,kchw->bchw", of_shade, self.shade)
+        shade = F.interpolate(shade, (height, width), mode="bilinear", align_corners=False)
         window = soft_window(height, width, self.config.window).to(frames)
         moved = warp(frames, window * 2 * self.config.reach * torch.tanh(flow))
-        return (moved + window * residual).clamp(-1, 1)
+        return (moved + window * self.config.residual * torch.tanh(shade)).clamp(-1, 1)
 
 
 def save_generator(path: str | Path, generator: ExpressionGenerator, emotions: Sequence[str], size: int) -> None:
@@ -136,46 +125,7 @@ def warp(
     return warped.masked_fill(grid.isnan().any(-1)[:, None], torch.nan)
 
 
-class _Down(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1)
-        self.norm = nn.GroupNorm(8, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(F.silu(x)))
-
-
-class _ModulatedBlock(nn.Module):
-    """Residual block whose normalised features are scaled and shifted by the target's style."""
-
-    def __init__(self, width: int, style: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm1, self.norm2 = nn.GroupNorm(8, width, affine=False), nn.GroupNorm(8, width, affine=False)
-        self.affine = nn.Linear(style, 4 * width)
-
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        scale1, shift1, scale2, shift2 = self.affine(style)[..., None, None].chunk(4, dim=1)
-        y = self.conv1(F.silu(self.norm1(x) * (1 + scale1) + shift1))
-        return x + self.conv2(F.silu(self.norm2(y) * (1 + scale2) + shift2))
-
-
-class _Up(nn.Module):
-    def __init__(self, inputs: int, outputs: int, style: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs + outputs, outputs, 3, padding=1)
-        self.norm = nn.GroupNorm(8, outputs, affine=False)
-        self.affine = nn.Linear(style, 2 * outputs)
-
-    def forward(self, x: Tensor, skip: Tensor, style: Tensor) -> Tensor:
-        x = F.interpolate(x, skip.shape[-2:], mode="nearest")
-        scale, shift = self.affine(style)[..., None, None].chunk(2, dim=1)
-        return F.silu(self.norm(self.conv(torch.cat([x, skip], dim=1))) * (1 + scale) + shift)
-
-
-class _ReferenceEncoder(nn.Module):
+class _FaceEncoder(nn.Module):
     def __init__(self, style: int) -> None:
         super().__init__()
         self.body = nn.Sequential(

@@ -16,7 +16,7 @@ class DataConfig:
     data: str = "synthetic"
     """"synthetic" (drawn talking faces) or a folder <individual>/<emotion>/*.jpg|png|webp|mp4 …"""
     size: int = 64
-    """Side in pixels that frames are brought to; divisible by 4."""
+    """Side in pixels that frames are brought to."""
     emotions: list[str] | None = None
     """Emotions to use, in this order; by default those that the data has."""
     individuals: int = 24

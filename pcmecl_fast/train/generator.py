@@ -1,7 +1,7 @@
 """Stage 2: training a generator on unpaired frames, supervised by PCMECL.
 
-    loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back) + w_reconstruction · (nothing asked, nothing changed)
-         + w_identity · (same person) + w_mouth · (same speech)
+    loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back)
+         + w_reconstruction · (nothing asked, nothing changed) + w_identity · (same person) + w_mouth · (same speech)
 
 Every eighth target is the source's own emotion: there PCMECL is silent and the frame must stay as it is.
 """
@@ -22,7 +22,7 @@ from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
 
-
+_FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend"}
 _TERMS = ("pcmecl", "adversarial", "cycle", "reconstruction", "identity", "mouth")
 
 
@@ -59,11 +59,8 @@ def train_generator(
         resume=config.resume,
         signature={
             "clip": clip.text_hash(),
-            "data": config.data,
-            "generator": config.generator,
-            "batch": config.batch,
-            "seed": config.seed,
-            "steps": config.steps,
+            # Where a run is kept, and on what it runs, may change between a kill and the resumption.
+            **{k: v for k, v in vars(config).items() if k not in _FREE_ON_RESUME},
         },
     )
     by_frame = config.generator.driven_by == "reference"
