@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,18 @@ class GeneratorConfig:
     """Largest displacement of the flow, as a fraction of the frame's side."""
     residual: float = 0.8
     """Largest change of a colour by the residual, of a range of 2."""
-    window: list[float] = field(default_factory=lambda: [0.5, 0.57, 0.27, 0.36])
+    window: list[float] = field(default_factory=lambda: [0.5, 0.60, 0.27, 0.27])
     """Centre x, y and half-axes of what may change, as fractions of the frame: expressions are not in hair or walls."""
     driven_by: Literal["emotion", "reference"] = "emotion"
     """What tells the target: an emotion's index, or a frame of anyone who shows it."""
+
+
+class Edit(NamedTuple):
+    """An edit and how it was made."""
+
+    frames: Tensor  # (B, 3, H, W) in [-1, 1]
+    flow: Tensor  # (B, 2, H, W), x and y in units of half a side
+    shade: Tensor  # (B, 1, H, W), what is added to every colour
 
 
 class ExpressionGenerator(nn.Module):
@@ -73,6 +81,10 @@ class ExpressionGenerator(nn.Module):
         target: Tensor,  # (B,) int emotions, or (B, 3, H, W) reference frames
     ) -> Tensor:
         """Edited frames, (B, 3, H, W) in [-1, 1]."""
+        return self.edit(frames, target).frames
+
+    def edit(self, frames: Tensor, target: Tensor) -> Edit:
+        """`forward`, with the flow and the shade that make the edit."""
         height, width = frames.shape[-2:]
         mix = self.mix(torch.cat([self.encoder(frames), self.target(target)], dim=1))
         of_flow, of_shade = mix.chunk(2, dim=1)  # (B, K) each
@@ -81,8 +93,9 @@ class ExpressionGenerator(nn.Module):
         shade = torch.einsum("bk,kchw->bchw", of_shade, self.shade)
         shade = F.interpolate(shade, (height, width), mode="bilinear", align_corners=False)
         window = soft_window(height, width, self.config.window).to(frames)
-        moved = warp(frames, window * 2 * self.config.reach * torch.tanh(flow))
-        return (moved + window * self.config.residual * torch.tanh(shade)).clamp(-1, 1)
+        flow = window * 2 * self.config.reach * torch.tanh(flow)
+        shade = window * self.config.residual * torch.tanh(shade)
+        return Edit((warp(frames, flow) + shade).clamp(-1, 1), flow, shade)
 
 
 def save_generator(path: str | Path, generator: ExpressionGenerator, emotions: Sequence[str], size: int) -> None:

@@ -19,11 +19,11 @@ class DataConfig:
     """Side in pixels that frames are brought to."""
     emotions: list[str] | None = None
     """Emotions to use, in this order; by default those that the data has."""
-    individuals: int = 24
+    individuals: int = 40
     """synthetic: how many people to draw for training."""
     clips: int = 2
     """synthetic: clips for each individual and emotion."""
-    frames_per_clip: int = 5
+    frames_per_clip: int = 3
     """synthetic: frames of each clip."""
     missing: int = 0
     """synthetic: emotions (other than neutral) that each individual lacks in training."""
@@ -81,28 +81,30 @@ class PromptsOptions:
 class GeneratorOptions:
     """Stage 2: how the generator is trained."""
 
-    batch: int = 16
+    batch: int = 24
     """Frames a step."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Learning rate of the generator (Adam)."""
     critic_lr: float = 4e-4
     """Learning rate of the critic (Adam)."""
-    contrast: float = 0.2
+    contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     jitter: float = 0.06
-    """Random shift, zoom and noise, the same for source and edit, under which CLIP looks at them."""
-    w_pcmecl: float = 4.0
+    """Random shift, zoom and noise (and mirroring, unless 0), the same for source and edit, under which CLIP looks at them."""
+    w_pcmecl: float = 6.0
     """Weight of PCMECL's loss."""
-    w_adversarial: float = 0.2
+    w_adversarial: float = 0.5
     """Weight of looking like a real frame."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 5.0
     """Weight of leaving a frame as it is when its own emotion is asked for (L1)."""
-    w_identity: float = 10.0
+    w_identity: float = 1.5
     """Weight of keeping who it is: few changed pixels, and the same colours and shapes from afar."""
-    w_mouth: float = 6.0
+    w_mouth: float = 40.0
     """Weight of keeping the middle of the mouth, which speaks."""
+    w_smooth: float = 60.0
+    """Weight of the total variation of the fields that move and shade the face."""
     mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])
     """Left, top, right, bottom of the middle of the mouth, as fractions of the frame."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -122,7 +124,7 @@ class PromptsConfig(RunConfig, PromptsOptions):
 class TrainConfig(RunConfig, PromptsOptions, GeneratorOptions):
     """Train the built-in generator under PCMECL (stage 2); learns the prompts first where none are given."""
 
-    steps: int = 300
+    steps: int = 1500
     """Optimiser steps of the generator."""
     prompts: Path | None = None
     """Output folder of `pcmecl-fast prompts`; by default the prompts are learned first, with the options above."""

@@ -2,6 +2,7 @@
 
     loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back)
          + w_reconstruction · (nothing asked, nothing changed) + w_identity · (same person) + w_mouth · (same speech)
+         + w_smooth · (simple fields)
 
 Every eighth target is the source's own emotion: there PCMECL is silent and the frame must stay as it is.
 """
@@ -23,7 +24,7 @@ from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
 
 _FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend"}
-_TERMS = ("pcmecl", "adversarial", "cycle", "reconstruction", "identity", "mouth")
+_TERMS = ("pcmecl", "adversarial", "cycle", "reconstruction", "identity", "mouth", "smooth")
 
 
 def train_generator(
@@ -79,7 +80,7 @@ def train_generator(
 
         critic.requires_grad_(False)
         with autocast:
-            edited = generator(frames, to)
+            edited, flow, shade = generator.edit(frames, to)
             again = generator(edited, back) if config.w_cycle else None
             realism = critic(edited)
             pcmecl = criterion(*_seen_alike(frames, edited, config.jitter, loop.generator(~step)), row, source, target)
@@ -90,6 +91,7 @@ def train_generator(
             "reconstruction": _mean_where((edited - frames).abs(), same),
             "identity": identity_loss(frames, edited.float()),
             "mouth": mouth_loss(frames, edited.float(), config.mouth_box),
+            "smooth": total_variation(flow.float()) + total_variation(shade.float()),
         }
         if again is not None:
             terms["cycle"] = F.l1_loss(again, frames)
@@ -121,12 +123,14 @@ def _seen_alike(
     jitter: float,
     random: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Both under the same random shift, zoom and noise: CLIP must see the change wherever it looks."""
+    """Both under the same random mirroring, shift, zoom and noise: CLIP must see the change wherever it looks."""
     if not jitter:
         return source, edited
     count = len(source)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 + jitter * (torch.rand(count, generator=random) * 2 - 1)
+    # Mirrored every other time, so that half a face is never enough.
+    theta[:, 0, 0] *= 1 - 2 * torch.randint(2, (count,), generator=random)
     theta[:, :, 2] = jitter * (torch.rand(count, 2, generator=random) * 2 - 1)
     noise = jitter * torch.randn(source.shape, generator=random).to(source)
     grid = F.affine_grid(theta.to(source), list(source.shape), align_corners=False)
@@ -160,6 +164,13 @@ def mouth_loss(
     top, bottom = round(box[1] * height), round(box[3] * height)
     strip = (..., slice(top, bottom), slice(left, right))
     return F.l1_loss(edited[strip].mean(-1), source[strip].mean(-1))
+
+
+def total_variation(
+    field: Tensor,  # (B, C, H, W)
+) -> Tensor:
+    """Mean absolute difference of neighbours, in both directions: simple fields are cheap, busy ones are not."""
+    return field.diff(dim=-1).abs().mean() + field.diff(dim=-2).abs().mean()
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
