@@ -90,7 +90,7 @@ class GeneratorOptions:
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     jitter: float = 0.06
-    """Random shift, zoom and noise (and mirroring, unless 0), the same for source and edit, under which CLIP looks at them."""
+    """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
     w_pcmecl: float = 6.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
