@@ -81,9 +81,12 @@ class Numbers(FrameDataset):
 # Stage 1
 
 
-def test_stage_one_learns(clip, tmp_path):
-    data = SyntheticFaces(6, emotions=EMOTIONS, clips=1, frames_per_clip=2, size=32)
-    _, bank, loop = learn_prompts(clip, data, prompts_config(tmp_path, steps=40, batch_individuals=6))
+def test_stage_one_learns_even_from_descriptions_that_say_nothing(clip, tmp_path):
+    data = SyntheticFaces(6, emotions=EMOTIONS, clips=1, frames_per_clip=2, size=64)
+    config = prompts_config(
+        tmp_path, steps=80, batch_individuals=6, descriptions=["table", "window", "paper"], context="per-emotion"
+    )
+    _, bank, loop = learn_prompts(clip, data, config)
     for name in ("loss", "match", "diff"):
         first, last = ends(loop.curves[f"stage 1/{name}"])
         assert last < 0.9 * first, name

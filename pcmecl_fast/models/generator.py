@@ -27,11 +27,11 @@ from pcmecl_fast.files import load_tensors, save_tensors
 class GeneratorConfig:
     """The built-in generator."""
 
-    fields: int = 32
+    fields: int = 48
     """K, the learned fields that move a face, and as many that shade it."""
     hidden: int = 128
     """Width of the network that mixes them."""
-    reach: float = 0.06
+    reach: float = 0.09
     """Largest displacement of the flow, as a fraction of the frame's side."""
     residual: float = 0.8
     """Largest change of a colour by the residual, of a range of 2."""

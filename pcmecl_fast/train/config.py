@@ -91,7 +91,7 @@ class GeneratorOptions:
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     jitter: float = 0.06
     """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
-    w_pcmecl: float = 6.0
+    w_pcmecl: float = 10.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
     """Weight of looking like a real frame."""
