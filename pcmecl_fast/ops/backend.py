@@ -19,11 +19,6 @@ from torch import Tensor
 
 NAMES = ("reference", "cpu", "triton", "cuda", "auto")
 FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
-HOW_TO_GET = {  # for a backend that nothing has registered; one that has been says it itself
-    "cpu": "build the extension: install torch, then `pip install --no-build-isolation .` in the repository",
-    "triton": "install triton: `pip install triton`",
-    "cuda": "build the extension with nvcc at hand: `pip install --no-build-isolation .` in the repository",
-}
 
 logger = logging.getLogger("pcmecl_fast")
 
@@ -144,7 +139,7 @@ def _backend_missing(name: str) -> str | None:
     if name == "reference":
         return None
     if name not in _missing:
-        return f"it is not part of this installation; {HOW_TO_GET[name]}"
+        return "this version does not have it yet; take 'reference' or 'auto'"
     return _missing[name]()
 
 
