@@ -312,12 +312,12 @@ def test_missing_emotions_are_spread_over_the_people():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
-def test_a_backend_that_is_not_here_stops_the_run_and_says_how_to_get_it(tmp_path, backend):
+def test_a_backend_that_is_not_here_stops_the_run_and_says_what_to_take(tmp_path, backend):
     from pcmecl_fast.ops import backends
 
     if {status.name: status for status in backends()}[backend].available:
         pytest.skip(f"{backend} runs here")
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run clip_frames: .*install"):
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run clip_frames: .*take 'reference'"):
         run_train(train_config(tmp_path, backend=backend))
 
 
