@@ -47,12 +47,24 @@ class RunConfig(DataConfig):
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of every operator; "reference" is plain PyTorch."""
+    features: Path | None = None
+    """Folder of image features, computed once for all runs; by default `features` beside the output folder. The
+    reference backend does without."""
+    features_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """How features are kept there."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Autocast of the towers and the networks; the operators stay in float32."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+
+    out: Path = Path("runs")
+    """Output folder."""
+
+    @property
+    def features_folder(self) -> Path:
+        return self.out.parent / "features" if self.features is None else self.features
 
 
 @dataclass
