@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pcmecl_fast.ops.library import register_pair
 
 NAMES = ("reference", "cpu", "triton", "cuda", "auto")
 FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
@@ -24,6 +27,7 @@ logger = logging.getLogger("pcmecl_fast")
 
 _in_context: ContextVar[str | None] = ContextVar("pcmecl_fast_backend", default=None)
 _implementations: dict[tuple[str, str], Implementation] = {}
+_fused: dict[str, Callable[..., Tensor]] = {}
 _missing: dict[str, Callable[[], str | None]] = {}
 _logged: set[str] = set()
 
@@ -84,6 +88,26 @@ def register(
     """
     _check_name(backend, "register(backend)")
     _implementations[operator, backend] = Implementation(run, why_not)
+
+
+def register_fused(operator: str, call: Callable[..., Tensor]) -> None:
+    """Say how the operator's checked arguments, with `backend=`, become a call of its `torch.library` operator."""
+    _fused[operator] = call
+
+
+def register_kernels(
+    operator: str,
+    backend: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    why_not: Callable[..., str | None] = lambda *args, **kwargs: None,
+) -> None:
+    """Add an operator's kernels for a backend: two plain functions on contiguous tensors, see `FusedOperator`.
+
+    `why_not` is that of `register`.
+    """
+    register_pair(operator, backend, forward, backward)
+    register(operator, backend, partial(_fused[operator], backend=backend), why_not)
 
 
 def dispatch(operator: str, *args: Any, backend: str | None, **kwargs: Any) -> Tensor:

@@ -73,6 +73,11 @@ def check_alike(**tensors: Tensor) -> None:
             raise TypeError(f"{name}: got {value.dtype}; takes {first.dtype}, as {first_name} (convert one of them)")
 
 
+def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
+    """The scale as a schema takes it: the tensor, or None and the number. No device is waited for."""
+    return (scale, 0.0) if isinstance(scale, Tensor) else (None, float(scale))
+
+
 def check_one_device(**tensors: Tensor | None) -> None:
     """Raise unless the tensors lie on one device, that of the first."""
     (first_name, first), *others = tensors.items()
@@ -98,7 +103,7 @@ def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}; takes a number")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # which can be traced with a symbolic number, as `isfinite` cannot
         raise ValueError(f"{name}: got {value}; takes a finite number")
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.backend import dispatch, register
+from pcmecl_fast.ops.backend import dispatch, register, register_fused
+from pcmecl_fast.ops.library import FusedOperator
 
 NEGATIVES = ("all", "within", "distinct")
 
@@ -72,4 +73,27 @@ def correlation_loss(
     return dispatch("correlation_loss", visual, text, scale=scale, mask=mask, negatives=negatives, backend=backend)
 
 
+def _fused_loss(
+    visual: Tensor, text: Tensor, *, scale: float | Tensor, mask: Tensor | None, negatives: str, backend: str
+) -> Tensor:
+    scale_tensor, number = checks.split_scale(scale)
+    return _LOSS(visual, text, scale_tensor, number, mask, negatives, backend=backend)
+
+
+def _empty_loss(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the log-sum-exp of the rows and of the columns of each pair a < b; b < a has the same."""
+    individuals, emotions, _ = visual.shape
+    wide = reference.computing_dtype(visual)
+    sums = (individuals, emotions * (emotions - 1) // 2)
+    return visual.new_empty((), dtype=wide), visual.new_empty(sums, dtype=wide), visual.new_empty(sums, dtype=wide)
+
+
+_LOSS = FusedOperator(
+    "correlation_loss",
+    "Tensor visual, Tensor text, Tensor? scale, float scale_number, Tensor? mask, str negatives",
+    ("visual", "text", "scale"),
+    _empty_loss,
+    saved=2,
+)
+register_fused("correlation_loss", _fused_loss)
 register("correlation_loss", "reference", reference.correlation_loss)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.backend import dispatch, register
+from pcmecl_fast.ops.backend import dispatch, register, register_fused
+from pcmecl_fast.ops.library import FusedOperator
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -154,5 +155,73 @@ def _checked_index(name: str, index: Tensor, source: Tensor, size: int, of: str)
     return index
 
 
+def _fused_logits(
+    source: Tensor,
+    edited: Tensor,
+    bank: Tensor,
+    individual: Tensor,
+    source_emotion: Tensor,
+    *,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    return _LOGITS(source, edited, bank, individual, source_emotion, normalize, backend=backend)
+
+
+def _fused_loss(
+    source: Tensor,
+    edited: Tensor,
+    bank: Tensor,
+    individual: Tensor,
+    source_emotion: Tensor,
+    target_emotion: Tensor,
+    *,
+    scale: float | Tensor,
+    contrast: float,
+    normalize: bool,
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    scale_tensor, number = checks.split_scale(scale)
+    return _LOSS(
+        source,
+        edited,
+        bank,
+        individual,
+        source_emotion,
+        target_emotion,
+        scale_tensor,
+        number,
+        float(contrast),
+        normalize,
+        reduction,
+        backend=backend,
+    )
+
+
+def _empty_logits(source: Tensor, edited: Tensor, bank: Tensor, *rest: object) -> tuple[Tensor]:
+    return (source.new_empty(source.shape[0], bank.shape[1]),)
+
+
+def _empty_loss(source: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """The loss, and the number of samples that it is divided by."""
+    reduction = rest[-1]
+    wide = reference.computing_dtype(source)
+    shape = source.shape[:1] if reduction == "none" else ()
+    return source.new_empty(shape, dtype=wide), source.new_empty((), dtype=wide)
+
+
+_FEATURES = "Tensor source, Tensor edited, Tensor bank, Tensor individual, Tensor source_emotion"
+_LOGITS = FusedOperator("direction_logits", f"{_FEATURES}, bool normalize", ("source", "edited", "bank"), _empty_logits)
+_LOSS = FusedOperator(
+    "direction_loss",
+    f"{_FEATURES}, Tensor target_emotion, Tensor? scale, float scale_number, float contrast, bool normalize, "
+    "str reduction",
+    ("source", "edited", "bank", "scale"),
+    _empty_loss,
+    saved=1,
+)
+register_fused("direction_logits", _fused_logits)
+register_fused("direction_loss", _fused_loss)
 register("direction_logits", "reference", reference.direction_logits)
 register("direction_loss", "reference", reference.direction_loss)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.backend import dispatch, register
+from pcmecl_fast.ops.backend import dispatch, register, register_fused
+from pcmecl_fast.ops.library import FusedOperator
 
 
 def clip_frames(
@@ -69,4 +70,18 @@ def _three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, fl
     return float(red), float(green), float(blue)
 
 
+def _fused_frames(
+    frames: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, backend: str
+) -> Tensor:
+    return _FRAMES(frames, size, mean, std, backend=backend)
+
+
+def _empty_frames(frames: Tensor, size: int, *rest: object) -> tuple[Tensor]:
+    return (frames.new_empty(frames.shape[0], 3, size, size),)
+
+
+_FRAMES = FusedOperator(
+    "clip_frames", "Tensor frames, SymInt size, float[] mean, float[] std", ("frames",), _empty_frames
+)
+register_fused("clip_frames", _fused_frames)
 register("clip_frames", "reference", reference.clip_frames)

@@ -162,7 +162,12 @@ def _pick(table: Tensor, column: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(computing_dtype(x))
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """float32 for half types, else the tensor's own."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def _autocast_off(x: Tensor) -> AbstractContextManager[object]:

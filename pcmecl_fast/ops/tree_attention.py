@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.backend import dispatch, register
+from pcmecl_fast.ops.backend import dispatch, register, register_fused
+from pcmecl_fast.ops.library import FusedOperator
 
 
 @dataclass(frozen=True)
@@ -135,4 +136,24 @@ def _check_length(name: str, value: int) -> None:
         raise ValueError(f"{name}: got {value}; takes at least 1")
 
 
+def _fused_attention(qkv: Tensor, layout: PromptTree, *, backend: str) -> Tensor:
+    return _ATTENTION(qkv, layout.prefix, layout.segment_lengths, backend=backend)
+
+
+def _empty_attention(qkv: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """The output, and the log-sum-exp of each token's logits in each head."""
+    people, tokens, _, heads, width = qkv.shape
+    wide = reference.computing_dtype(qkv)
+    return qkv.new_empty(people, tokens, heads, width), qkv.new_empty(people, heads, tokens, dtype=wide)
+
+
+_ATTENTION = FusedOperator(
+    "tree_attention",
+    "Tensor qkv, int prefix, int[] segment_lengths",
+    ("qkv",),
+    _empty_attention,
+    saved=1,
+    keep_result=True,
+)
+register_fused("tree_attention", _fused_attention)
 register("tree_attention", "reference", reference.tree_attention)
