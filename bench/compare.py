@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
+import importlib
 import json
 import platform
 import shlex
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -63,8 +65,6 @@ class Comparison:
     """Multiplications and additions that have to be done."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Sides that do not run here, and why."""
-    alone: bool = False
-    """Ours has nothing to be compared with here: what it needs is all that is measured."""
 
 
 Build = Callable[[torch.device, torch.dtype], Comparison]
@@ -286,8 +286,10 @@ def count_operations(run: Callable[[], Any]) -> float:
     """Multiplications and additions of the matrix products in one call."""
     counter = FlopCounterMode(display=False)
     # PyTorch counts its own products, not oneDNN's.
-    with torch.backends.mkldnn.flags(enabled=False), counter:
-        run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.backends.mkldnn.flags(enabled=False), counter:
+            run()
     return float(counter.get_total_flops())
 
 
@@ -361,7 +363,8 @@ def _load_all() -> None:
     """Import the files that register comparisons."""
     # Run with -m this file is __main__; they register with the module of its own name.
     sys.modules.setdefault("bench.compare", sys.modules[__name__])
-    import bench.compare_prompts  # noqa: F401
+    for module in sorted(Path(__file__).parent.glob("compare_*.py")):
+        importlib.import_module(f"bench.{module.stem}")
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
