@@ -145,7 +145,7 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options)
-    _load_all()
+    load_all()
     names = list(COMPARISONS) if options.all else list(options.names)
     unknown = [name for name in names if name not in COMPARISONS]
     if unknown or not names:
@@ -228,6 +228,19 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
     stop.record()
     stop.synchronize()
     return start.elapsed_time(stop) / 1e3
+
+
+def finished(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` that returns when its work is done, for clocks that do not know of GPUs."""
+    if not torch.cuda.is_available():
+        return run
+
+    def wait(*args: Any) -> Any:
+        result = run(*args)
+        torch.cuda.synchronize()
+        return result
+
+    return wait
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
@@ -339,7 +352,12 @@ def keep(
 
 def sources_digest(name: str) -> str:
     """A hash of the files whose speed a comparison shows: another one means that its results are old."""
-    files = sorted({path for pattern in COMPARISONS[name].sources for path in ROOT.glob(pattern) if path.is_file()})
+    return files_digest(COMPARISONS[name].sources)
+
+
+def files_digest(patterns: Sequence[str]) -> str:
+    """A hash of the repository's files that match any of the globs."""
+    files = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if _is_source(path)})
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -359,12 +377,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _load_all() -> None:
+def load_all() -> None:
     """Import the files that register comparisons."""
     # Run with -m this file is __main__; they register with the module of its own name.
     sys.modules.setdefault("bench.compare", sys.modules[__name__])
     for module in sorted(Path(__file__).parent.glob("compare_*.py")):
         importlib.import_module(f"bench.{module.stem}")
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
