@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,7 @@ from bench.steps import SOURCES
 from pcmecl_fast import PersonalizedPrompts, load_clip, ops
 
 D = 512
-LARGEST_LOGITS = {"cpu": 1.5e8, "cuda": 4e9}
+LARGEST_LOGITS = {"cpu": 4e7, "cuda": 4e9}
 """How many logits the reference may hold at a time: it keeps several copies of them."""
 
 
@@ -84,20 +85,22 @@ def all_series(device: torch.device) -> Iterator[Series]:
     cpu = device.type == "cpu"
     sides = {"reference": "reference", "pcmecl_fast": "auto"}
     for side, backend in sides.items():
+        rest: dict[str, Any] = {"backend": backend, "device": device}
         people = (8, 16, 32, 64, 128, 256, 512) if cpu else (32, 64, 128, 256, 512, 1024, 2048)
         fits = _that_fit(people, lambda n: (42 * n) ** 2, side, device)
-        yield Series("correlation_loss", "individuals", side, fits, lambda n, b=backend: _correlation(n, 7, b, device))
+        yield Series("correlation_loss", "individuals", side, fits, partial(_correlation, emotions=7, **rest))
         emotions = (2, 4, 8, 16, 32)
         fits = _that_fit(emotions, lambda e: (32 * e * (e - 1)) ** 2, side, device)
-        yield Series("correlation_loss", "emotions", side, fits, lambda e, b=backend: _correlation(32, e, b, device))
+        yield Series("correlation_loss", "emotions", side, fits, partial(_correlation, 32, **rest))
         samples = (16, 64, 256, 1024, 4096) if cpu else (256, 1024, 4096, 16384, 65536)
-        yield Series("direction_loss", "samples", side, samples, lambda n, b=backend: _direction(n, b, device))
+        yield Series("direction_loss", "samples", side, samples, partial(_direction, **rest))
         classes = ((8, 16, 32) if side == "reference" else (8, 16, 32, 64, 128, 256)) if cpu else (32, 128, 512)
-        yield Series("text features", "classes", side, classes, lambda n, b=backend: _classes(n, b, device))
+        yield Series("text features", "classes", side, classes, partial(_classes, **rest))
     if cpu:
         threads = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= (os.cpu_count() or 1))
         for side, backend in sides.items():
-            yield Series("correlation_loss", "threads", side, threads, lambda n, b=backend: _threads(n, b, device))
+            rest = {"backend": backend, "device": device}
+            yield Series("correlation_loss", "threads", side, threads, partial(_threads, **rest))
 
 
 _THREADS = torch.get_num_threads()
