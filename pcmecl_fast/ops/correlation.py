@@ -81,11 +81,12 @@ def _fused_loss(
 
 
 def _empty_loss(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and the log-sum-exp of the rows and of the columns of each pair a < b; b < a has the same."""
+    """The loss, and of each pair a < b (b < a has the same) the sums of its row and of its column, as a backend likes."""
     individuals, emotions, _ = visual.shape
     wide = reference.computing_dtype(visual)
-    sums = (individuals, emotions * (emotions - 1) // 2)
-    return visual.new_empty((), dtype=wide), visual.new_empty(sums, dtype=wide), visual.new_empty(sums, dtype=wide)
+    pairs = emotions * (emotions - 1) // 2
+    rows, columns = (visual.new_empty(individuals, pairs, dtype=wide) for _ in range(2))
+    return visual.new_empty((), dtype=wide), rows, columns
 
 
 _LOSS = FusedOperator(
