@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench bench-check clean
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py
@@ -28,6 +28,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(RUN)/python -m pytest bench --benchmark-only
+
+# Instructions of the CPU kernels against the accepted ones: sees a slowdown on any machine, however busy.
+bench-check: $(READY)
+	$(RUN)/python -m bench.instructions
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
