@@ -42,3 +42,10 @@ def each_backend(request):
         pytest.skip("the cpu backend takes float32, float64 and bfloat16")
     with ops.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=[name for name in ON_CPU if name != "reference"])
+def compiled_backend(request):
+    """The test's calls run on this backend."""
+    with ops.use_backend(request.param):
+        yield request.param
