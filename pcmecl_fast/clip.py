@@ -107,6 +107,7 @@ class Clip(nn.Module):
         self.image_size = int(size if isinstance(size, int) else size[0])
         # Taken before any cast: a tower in bfloat16 is still the same tower.
         self._text_hash: str | None = None
+        self._visual_hash: str | None = None
         self.eval()
 
     def encode_image(
@@ -147,21 +148,30 @@ class Clip(nn.Module):
     def text_hash(self) -> str:
         """A hash of the text tower's weights as loaded, which a prompt bank is tied to."""
         if self._text_hash is None:
-            digest = hashlib.blake2b(digest_size=16)
-            for key, value in sorted(self.model.state_dict().items()):
-                if key.startswith("visual."):
-                    continue
+            self._text_hash = self._hash(visual=False)
+        return self._text_hash
+
+    def image_hash(self) -> str:
+        """A hash of all that makes image features what they are: weights, dtype and preprocessing."""
+        if self._visual_hash is None:
+            self._visual_hash = self._hash(visual=True)
+        how = f"{self._visual_hash} {self.dtype} bicubic {self.image_size} {self.mean} {self.std}"
+        return hashlib.blake2b(how.encode(), digest_size=16).hexdigest()
+
+    def _hash(self, *, visual: bool) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for key, value in sorted(self.model.state_dict().items()):
+            if key.startswith("visual.") == visual:
                 digest.update(f"{key}{tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-            self._text_hash = digest.hexdigest()
-        return self._text_hash
+        return digest.hexdigest()
 
     def train(self, mode: bool = True) -> Clip:
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clip:
         if fn(torch.zeros(1, dtype=self.dtype, device=self.device)).dtype != self.dtype:
-            self.text_hash()
+            self.text_hash(), self.image_hash()
         return super()._apply(fn, recurse)
 
 

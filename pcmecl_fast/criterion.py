@@ -18,8 +18,8 @@ class PCMECLCriterion(nn.Module):
 
         loss = direction_loss(CLIP(source), CLIP(edited), bank, individual, a, b)        (ops.direction_loss)
 
-    The bank is a buffer, the clip is frozen; nothing here is trained. Gradients reach the edited frames only: source
-    features are computed without a graph.
+    The bank is a buffer (one on disk stays there: a call reads its rows), the clip is frozen; nothing is trained here.
+    Gradients reach the edited frames only: source features are computed without a graph.
 
     Args:
         clip: the model that the bank was made with.
@@ -34,7 +34,7 @@ class PCMECLCriterion(nn.Module):
     Source: the paper's abstract (personalized prompts, feature differencing); the contrast is ours.
     """
 
-    features: Tensor
+    features: Tensor  # (N, E, D); without rows where the bank is on disk
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class PCMECLCriterion(nn.Module):
         self.contrast = contrast
         self.scale = clip.logit_scale if scale is None else scale
         self.backend = backend
-        self.register_buffer("features", bank.features.detach().to(clip.device), persistent=False)
+        self._on_disk = bank if bank.on_disk else None
+        features = bank.features.new_empty(0, *bank.features.shape[1:]).float() if bank.on_disk else bank.features
+        self.register_buffer("features", features.detach().to(clip.device), persistent=False)
 
     def forward(
         self,
@@ -98,10 +100,14 @@ class PCMECLCriterion(nn.Module):
             with torch.no_grad(), _attention_of_training():
                 source_features = self.clip.encode_image(source_frames, backend=self.backend)
         edited_features = self.clip.encode_image(edited_frames, backend=self.backend)
+        bank = self.features
+        if self._on_disk is not None:
+            bank = self._on_disk.lookup(individual, bank.device).to(bank.dtype)
+            individual = torch.arange(len(individual), device=bank.device)
         return ops.direction_loss(
-            source_features.to(self.features.dtype),
-            edited_features.to(self.features.dtype),
-            self.features,
+            source_features.to(bank.dtype),
+            edited_features.to(bank.dtype),
+            bank,
             individual,
             source_emotion,
             target_emotion,

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -19,19 +31,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file, if any, is as it was.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile's: it makes files that only their owner can read, whatever the umask says.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _replacing(Path(path)) as file:
+        file.write(content)
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -40,12 +41,46 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header
     write_atomically(path, save(tensors, metadata={"pcmecl_fast": kind, "header": json.dumps(header)}))
 
 
+@contextmanager
+def save_rows(
+    path: str | Path,
+    kind: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    header: dict[str, Any],
+) -> Iterator[Callable[[Tensor], None]]:
+    """`save_tensors` for one tensor that is larger than memory: the block's function appends rows, first to last.
+
+    Raises:
+        ValueError: at the end of the block, rows that do not make up `shape`; the old file stays.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
+    metadata = {"pcmecl_fast": kind, "header": json.dumps(header)}
+    # The format: the JSON's length in 8 bytes, the JSON, padded with spaces to where numbers may begin, the numbers.
+    head = json.dumps({"__metadata__": metadata, name: entry}).encode()
+    head += b" " * (-len(head) % 8)
+    with _replacing(Path(path)) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+
+        def append(rows: Tensor) -> None:
+            file.write(rows.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+
+        yield append
+        written = file.tell() - 8 - len(head)
+        if written != size:
+            raise ValueError(f"rows: {shape} takes {size} bytes, got {written}")
+
+
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: (tensors, header).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is broken or holds something else.
+
+    The tensors are memory-mapped: what is never looked at is never read.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
@@ -58,3 +93,57 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     if metadata.get("pcmecl_fast") != kind:
         raise ValueError(f"path: {path} holds {metadata.get('pcmecl_fast', 'something else')!r}, not {kind!r}")
     return tensors, json.loads(metadata["header"])
+
+
+class MappedTensor:
+    """One tensor of a safetensors file as a memory map, read by rows; between two reads it takes no memory.
+
+    Args:
+        path: a file that `save_tensors` or `save_rows` wrote.
+        name: the tensor.
+
+    Attributes:
+        tensor: the whole of it, on the CPU, read-only.
+    """
+
+    def __init__(self, path: str | Path, name: str) -> None:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[name]
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a tensor wants a writable buffer
+        dtype = next(d for d, known in _SAFETENSORS_NAMES.items() if known == entry["dtype"])
+        begin, count = 8 + length + entry["data_offsets"][0], math.prod(entry["shape"])
+        self.tensor = torch.empty(entry["shape"], dtype=dtype)
+        if count:
+            self.tensor = torch.frombuffer(self._map, dtype=dtype, offset=begin, count=count).view(entry["shape"])
+
+    def rows(
+        self,
+        index: Tensor,  # (…) int
+    ) -> Tensor:
+        """A copy of the rows at `index`, (*index.shape, *the tensor's other dimensions)."""
+        flat = index.flatten()
+        rows = self.tensor.new_empty(len(flat), *self.tensor.shape[1:])
+        for part in torch.arange(len(flat)).split(128):
+            rows[part] = self.tensor[flat[part]]
+            # A kernel may map megabytes around each row, and count them as ours until they are given back.
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
+        return rows.view(*index.shape, *self.tensor.shape[1:])
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file under a temporary name, which takes the old one's place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile's: it makes files that only their owner can read, whatever the umask says.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

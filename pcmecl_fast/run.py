@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip, load_clip
 from pcmecl_fast.data.base import EMOTIONS, FrameDataset, split
-from pcmecl_fast.data.features import individual_conditions, unit_features
+from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.media import is_media, read_frames, write_frames
 from pcmecl_fast.data.synthetic import SyntheticFaces
@@ -29,7 +29,7 @@ from pcmecl_fast.models import ExpressionGenerator, GeneratorConfig, load_genera
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
 from pcmecl_fast.train.config import EditConfig, EvaluateConfig, PromptsConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import draw_references, train_generator
-from pcmecl_fast.train.prompts import learn_prompts
+from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -42,10 +42,10 @@ def run_prompts(config: PromptsConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     _save_config(config)
     with ops.use_backend(config.backend):
-        clip = _load_clip(config)
+        clip = load_clip_for(config)
         dataset, held = open_data(config)
         prompts, bank, loop = learn_prompts(clip, dataset, config)
-        bank = _with_rows_for(bank, prompts, held, clip)
+        bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
         seen = clip_view(lambda frames, target: frames, clip, bank, held, trials)
     summary: dict[str, Any] = {k: seen[k] for k in ("zero_shot_accuracy", "prompt_accuracy")}
@@ -62,7 +62,7 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
     config.out.mkdir(parents=True, exist_ok=True)
     _save_config(config)
     with ops.use_backend(config.backend):
-        clip = _load_clip(config)
+        clip = load_clip_for(config)
         dataset, held = open_data(config)
         prompts, bank, curves = _prompts_for(config, clip, dataset)
 
@@ -75,7 +75,7 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
         generator, loop = train_generator(clip, bank, dataset, config, preview=preview)
         save_generator(config.out / "generator.safetensors", generator, dataset.emotions, config.size)
         curves |= loop.curves
-        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held)
+        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
     summary["seconds"] = time.monotonic() - started
     _publish(config.out, title, summary, curves, grids, config)
     return summary
@@ -91,14 +91,14 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     out = config.out or config.run / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     with ops.use_backend(config.backend):
-        clip = _load_clip(trained)
+        clip = load_clip_for(trained)
         generator, emotions, size = load_generator(_file("run", config.run, "generator"), clip.device)
         trained.emotions, trained.size = emotions, size
         dataset, held = open_data(trained)
         stage1 = trained.prompts or config.run / "prompts"
         prompts, _ = load_prompts(_file("run", stage1, "prompts"), clip)
         bank = PromptBank.load(_file("run", stage1, "bank"), clip)
-        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, seed=config.seed)
+        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
     summary["seconds"] = time.monotonic() - started
     _publish(out, "Evaluation", summary, {}, grids, trained)
     return summary
@@ -135,11 +135,12 @@ def evaluate(
     bank: PromptBank,
     dataset: FrameDataset,
     held: FrameDataset,
+    config: RunConfig,
     *,
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, FaceGrid]]:
     """All measures on frames held out of training, and pictures of them."""
-    bank = _with_rows_for(bank, prompts, held, clip)
+    bank = bank_for(bank, prompts, held, clip, config)
     trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
     references = _References(generator, dataset)
 
@@ -179,7 +180,7 @@ def _lacking(config: RunConfig) -> list[tuple[int, int]]:
     return [(n, others[(n + k) % len(others)]) for n in range(config.individuals) for k in range(config.missing)]
 
 
-def _load_clip(config: RunConfig) -> Clip:
+def load_clip_for(config: RunConfig) -> Clip:
     return load_clip(config.clip, config.clip_pretrained, device=_device(config.device))
 
 
@@ -195,33 +196,35 @@ def _prompts_for(
     if config.prompts is not None:
         prompts, _ = load_prompts(_file("prompts", config.prompts, "prompts"), clip)
         bank = PromptBank.load(_file("prompts", config.prompts, "bank"), clip)
-        return prompts, _with_rows_for(bank, prompts, dataset, clip), {}
+        return prompts, bank_for(bank, prompts, dataset, clip, config), {}
     shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
     shared |= {"steps": config.prompt_steps, "out": config.out / "prompts"}
     prompts, bank, loop = learn_prompts(clip, dataset, PromptsConfig(**shared))
     return prompts, bank, loop.curves
 
 
-def _with_rows_for(bank: PromptBank, prompts: PersonalizedPrompts, dataset: FrameDataset, clip: Clip) -> PromptBank:
-    """The bank with a row for everyone (or every frame) in `dataset`: those it lacks are made from their frames."""
+def bank_for(
+    bank: PromptBank, prompts: PersonalizedPrompts, dataset: FrameDataset, clip: Clip, config: RunConfig
+) -> PromptBank:
+    """A bank that knows everyone (or every frame) in `dataset`: rows that it lacks are made from their frames."""
     wanted = dataset.keys if bank.condition == "frame" else dataset.individuals
     known = set(bank.individuals)
     new = [i for i, name in enumerate(wanted) if name not in known]
     if not new:
         return bank
-    conditions = unit_features(clip, dataset)
+    conditions: Features = frame_features(clip, dataset, config)
     if bank.condition == "individual":
         conditions = individual_conditions(conditions, dataset.individual_index, len(dataset.individuals))
-    names = [wanted[i] for i in new]
-    more = PromptBank.build(prompts, conditions[new], names, bank.emotions, clip=clip, condition=bank.condition)
-    return PromptBank(
-        torch.cat([bank.features.to(clip.device), more.features]),
-        bank.individuals + names,
+    old = [name for name in wanted if name in known]
+    kept = PromptBank(
+        bank.lookup(bank.rows(old), clip.device),
+        old,
         bank.emotions,
         descriptions=bank.descriptions,
         tower=bank.tower,
         condition=bank.condition,
     )
+    return kept.extended(prompts, conditions[torch.tensor(new)], [wanted[i] for i in new], clip=clip)
 
 
 class _References:
@@ -276,7 +279,7 @@ def _face_grid(
 
 def _save_config(config: RunConfig) -> None:
     plain = {k: _plain(v) for k, v in asdict(config).items()}
-    write_atomically(config.out / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())  # type: ignore[attr-defined]
+    write_atomically(config.out / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
 
 
 def _plain(value: Any) -> Any:
@@ -314,6 +317,7 @@ def _read_config(run: Path) -> TrainConfig:
         raise ValueError(f"run: {run} was written by `pcmecl-fast prompts`, not by `pcmecl-fast train`")
     plain["generator"] = GeneratorConfig(**plain["generator"])
     plain["out"], plain["prompts"] = Path(plain["out"]), plain["prompts"] and Path(plain["prompts"])
+    plain["features"] = plain["features"] and Path(plain["features"])
     return TrainConfig(**plain)
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from pcmecl_fast import PersonalizedPrompts, PromptBank
-from pcmecl_fast.files import save_tensors, write_atomically
-from pcmecl_fast.prompts import load_prompts, save_prompts
+from pcmecl_fast.files import save_rows, save_tensors, write_atomically
+from pcmecl_fast.prompts import Tower, condition_of, load_prompts, save_prompts
 
 PEOPLE = ["ann", "ben", "cleo"]
 EMOTIONS = ["neutral", "happy", "sad"]
@@ -55,6 +55,72 @@ def test_a_bank_holds_the_prompts_features_of_every_individual(clip):
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_it_is_built_a_batch_at_a_time(clip, batch_size):
     torch.testing.assert_close(build(clip, batch_size=batch_size).features, build(clip).features, rtol=0, atol=1e-6)
+
+
+def test_a_bank_is_written_as_it_is_built(clip, tmp_path):
+    path = tmp_path / "bank.safetensors"
+    bank = build(clip, path=path, batch_size=2)
+    assert bank.on_disk
+    assert torch.equal(bank.features, build(clip, batch_size=2).features)
+    assert torch.equal(PromptBank.load(path, clip).features, bank.features)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_bank_may_be_kept_in_half(clip, tmp_path, dtype):
+    bank = build(clip, path=tmp_path / "bank.safetensors", dtype=dtype)
+    assert bank.features.dtype == dtype
+    torch.testing.assert_close(bank.features.float(), build(clip).features, rtol=0, atol=8e-3)
+
+
+def test_names_are_checked_before_a_bank_is_built(clip, tmp_path):
+    with pytest.raises(ValueError, match="individuals: takes 3 different names"):
+        PromptBank.build(
+            learned(clip), conditions(clip), ["ann"] * 3, EMOTIONS, clip=clip, path=tmp_path / "bank.safetensors"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_looked_up(clip, tmp_path):
+    bank = build(clip, path=tmp_path / "bank.safetensors")
+    rows = torch.tensor([[2, 0], [0, 0]])
+    assert torch.equal(bank.lookup(rows), bank.features[rows])
+    with pytest.raises(IndexError, match="individual: takes 0 to 2, got 0 to 3"):
+        bank.lookup(torch.tensor([0, 3]))
+
+
+def test_people_met_later_get_rows_from_a_few_frames(clip):
+    frames = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    condition = condition_of(clip, frames)
+    torch.testing.assert_close(condition, F.normalize(clip.encode_image(frames), dim=-1).mean(0))
+    bank = build(clip).extended(learned(clip), condition[None], ["dora"], clip=clip)
+    assert bank.individuals == [*PEOPLE, "dora"]
+    torch.testing.assert_close(bank.features[3:], learned(clip)(condition[None]).detach())
+    assert torch.equal(bank.features[:3], build(clip).features)
+    with pytest.raises(ValueError, match=r"frames: takes \(B, 3, H, W\) with at least one frame"):
+        condition_of(clip, frames[:0])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its memory from /proc")
+def test_looking_up_rows_on_disk_reads_only_these(clip, tmp_path):
+    count = 40_000
+    features = torch.randn(1, 8, 512).expand(count, 8, 512)
+    names = [str(i) for i in range(count)], [f"e{i}" for i in range(8)]
+    path = tmp_path / "bank.safetensors"
+    header = PromptBank(features, *names, tower=Tower.of(clip))._header()
+    with save_rows(path, "bank", "features", tuple(features.shape), features.dtype, header) as append:
+        for part in features.split(4096):
+            append(part)
+    before = resident()
+    bank = PromptBank.load(path, clip, on_disk=True)
+    rows = torch.randperm(count)[:400]
+    assert bank.lookup(rows).shape == (400, 8, 512)
+    # The file has 655 MB, the rows 6.5.
+    assert resident() - before < 100e6
+
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def test_a_bank_of_nobody_is_empty(clip):

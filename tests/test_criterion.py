@@ -174,6 +174,19 @@ def test_the_bank_is_neither_trained_nor_saved_with_a_model(clip):
     assert "features" in dict(criterion.named_buffers())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bank_on_disk_stays_there(clip, tmp_path, dtype):
+    in_memory = bank_for(clip, dtype=dtype)
+    in_memory.save(tmp_path / "bank.safetensors")
+    on_disk = PCMECLCriterion(clip, PromptBank.load(tmp_path / "bank.safetensors", clip, on_disk=True))
+    assert on_disk.features.shape[0] == 0
+    source, edited, *labels = sample(6, 3, 32, 32)
+    expected = PCMECLCriterion(clip, in_memory.to(dtype=torch.float32))(source, edited, *labels)
+    torch.testing.assert_close(on_disk(source, edited, *labels), expected)
+    with pytest.raises(IndexError, match="individual: takes 0 to 3, got"):
+        on_disk(source, edited, labels[0] + 4, *labels[1:])
+
+
 def test_a_half_clip_takes_a_bank_in_float32(clip):
     half = load_clip(dtype=torch.bfloat16)
     source, edited, *labels = sample(3, 3, 32, 32)

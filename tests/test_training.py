@@ -15,13 +15,14 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 
-from pcmecl_fast import PromptBank
+from pcmecl_fast import PromptBank, use_backend
 from pcmecl_fast.data.base import FrameDataset
-from pcmecl_fast.data.features import individual_conditions, unit_features
+from pcmecl_fast.data.features import LiveFeatures, individual_conditions, unit_features
 from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.models.generator import GeneratorConfig
 from pcmecl_fast.prompts import load_prompts
 from pcmecl_fast.run import open_data, run_evaluate, run_train
+from pcmecl_fast.train import prompts as stage_one
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
 from pcmecl_fast.train.generator import draw_references, mouth_loss, train_generator
 from pcmecl_fast.train.loop import Loop
@@ -91,6 +92,49 @@ def test_stage_one_learns(clip, tmp_path):
     assert bank.features.shape == (6, 3, clip.embed_dim)
     assert bank.individuals == data.individuals
     torch.testing.assert_close(bank.features.norm(dim=-1), torch.ones(6, 3))
+
+
+# Training amplifies rounding, and a frame's own features are computed in batches of another size: fewer steps there.
+@pytest.mark.parametrize(("condition", "steps"), [("individual", 200), ("frame", 20)])
+def test_stage_one_from_the_store_and_from_frames_are_the_same(
+    clip, tmp_path, few_faces, monkeypatch, condition, steps
+):
+    config = {"steps": steps, "n_ctx": 8, "condition": condition}
+    _, bank, stored = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "store", **config))
+    monkeypatch.setattr(stage_one, "frame_features", lambda clip, dataset, _: LiveFeatures(clip, dataset))
+    _, expected, live = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "frames", **config))
+    curve, other = (torch.tensor(x.curves["stage 1/loss"]) for x in (stored, live))
+    torch.testing.assert_close(curve, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bank.features, expected.features, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("context", ["shared", "per-emotion"])
+def test_stage_one_with_trees_and_store_is_the_reference(clip, tmp_path, few_faces, context):
+    config = {"steps": 20, "n_ctx": 8, "context": context}
+    _, bank, fast = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "fast", **config))
+    with use_backend("reference"):
+        _, expected, plain = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "plain", **config))
+    curve, other = (torch.tensor(x.curves["stage 1/loss"]) for x in (fast, plain))
+    torch.testing.assert_close(curve, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bank.features, expected.features, rtol=0, atol=1e-3)
+
+
+def test_stage_two_takes_the_sources_features_from_the_store(clip, tmp_path, few_faces, monkeypatch):
+    encoded = []
+    seen = type(clip).encode_image
+    monkeypatch.setattr(type(clip), "encode_image", lambda self, x, **k: encoded.append(len(x)) or seen(self, x, **k))
+    states = {}
+    for backend in ("auto", "reference"):
+        config = train_config(tmp_path / backend, jitter=0.0)
+        with use_backend(backend):
+            _, bank, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path / backend))
+            encoded.clear()
+            generator, _ = train_generator(clip, bank, few_faces(), config)
+        # Three steps of four frames: edits only from the store, edits and sources without it.
+        assert sum(encoded) == (12 if backend == "auto" else 24)
+        states[backend] = generator.state_dict()
+    for name, value in states["auto"].items():
+        torch.testing.assert_close(value, states["reference"][name], rtol=0, atol=2e-4)
 
 
 def test_prompts_become_personal(clip, tmp_path, few_faces):

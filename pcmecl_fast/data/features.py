@@ -1,18 +1,191 @@
-"""Unit image features of every frame of a data set, computed once: frozen towers never see the same frame twice."""
+"""Unit image features of frames: a frozen tower gives the same frame the same features, so it need see it only once.
+
+`FeatureStore` keeps them on disk, shared by every run and process; `LiveFeatures` computes them whenever they are asked
+for, as a plain trainer does. Both are read alike: `features[index]`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pcmecl_fast.clip import Clip
+
+log = logging.getLogger("pcmecl_fast")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_DIGEST = 16
+_FLUSH_SECONDS = 60.0
+
+
+class Features(Protocol):
+    """Unit image features of a data set's L frames: a (L, D) tensor is one too."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Those of the frames at `index` (any shape, int64), (*index.shape, D) float32 on the clip's device."""
+        ...
+
+
+class FeatureStore:
+    """A folder of unit image features, filled once for each frame and tower.
+
+        <root>/<tower>-<dtype>-<hash>/<shard>.safetensors      features (n, D) and the digests of their n frames
+
+    The hash is that of the image tower's weights and of its preprocessing; a digest is that of a frame's key and stamp
+    (`FrameDataset.stamps`: where it comes from, its size and time stamp). So nothing in a store is ever out of date:
+    what has changed has another name. Several data sets may share one root. Shards are memory-mapped, written under
+    another name and renamed, and never changed afterwards, so that any number of processes may read while one fills; a
+    second one that wants to fill waits for the first and finds its work done.
+
+    Args:
+        root: the folder; made where it is missing.
+        clip: the frozen model.
+        dtype: of the features on disk: float32, float16 or bfloat16. They are given back in float32.
+        shard_frames: frames in a shard, at most. A fill that is killed loses less than one, and less than a minute.
+
+    Raises:
+        ValueError: another dtype, or `shard_frames` below 1.
+
+    Source: ours.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        clip: Clip,
+        *,
+        dtype: torch.dtype = torch.float32,
+        shard_frames: int = 4096,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: takes one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if shard_frames < 1:
+            raise ValueError(f"shard_frames: takes 1 or more, got {shard_frames}")
+        self.clip, self.dtype, self.shard_frames = clip, dtype, shard_frames
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", clip.name)
+        self.folder = Path(root) / f"{name}-{str(dtype).removeprefix('torch.')}-{clip.image_hash()[:16]}"
+        self._shards: dict[Path, Tensor] = {}
+        self._digests: dict[Path, np.ndarray] = {}
+
+    def __call__(self, dataset: FrameDataset, *, batch_size: int = 64, backend: str | None = None) -> StoredFeatures:
+        """The features of a data set's frames, from the disk; those it lacks are computed first, with a progress bar.
+
+        Args:
+            dataset: any data set of frames.
+            batch_size: frames that the tower sees at once.
+            backend: of `ops.clip_frames`.
+        """
+        frames = _digests(dataset)
+        if self._missing(frames).size:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock"):
+                self._fill(dataset, frames, batch_size, backend)
+        return StoredFeatures(self._shards, self._digests, frames, self.clip)
+
+    def _fill(self, dataset: FrameDataset, frames: np.ndarray, batch_size: int, backend: str | None) -> None:
+        missing = torch.from_numpy(self._missing(frames, remove_broken=True))
+        if not len(missing):
+            return
+        bar = tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc="image features", unit="frame")
+        batches: list[Tensor] = []
+        done, written, since = 0, 0, time.monotonic()
+        for chunk in missing.split(min(batch_size, self.shard_frames)):
+            batches.append(_encode(self.clip, dataset, chunk, backend).to("cpu", self.dtype))
+            done += len(chunk)
+            bar.update(len(chunk))
+            full = done - written + batch_size > self.shard_frames or time.monotonic() - since > _FLUSH_SECONDS
+            if full or done == len(missing):
+                self._write(torch.cat(batches), frames[missing[written:done].numpy()])
+                batches, written, since = [], done, time.monotonic()
+        bar.close()
+
+    def _write(self, features: Tensor, frames: np.ndarray) -> None:
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        digests = torch.from_numpy(frames.view(np.uint8).reshape(-1, _DIGEST).copy())
+        tower = {"name": self.clip.name, "pretrained": self.clip.pretrained, "image_hash": self.clip.image_hash()}
+        save_tensors(path, "features", {"features": features, "frames": digests}, tower)
+        self._open(path)
+
+    def _missing(self, frames: np.ndarray, *, remove_broken: bool = False) -> np.ndarray:
+        """Which frames no shard holds; looks for shards that other processes have written."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in self._shards:
+                try:
+                    self._open(path)
+                except FileNotFoundError:  # another process has just removed a broken one
+                    continue
+                except ValueError as error:
+                    if remove_broken:
+                        log.warning("a broken shard of features is computed again: %s", error)
+                        path.unlink(missing_ok=True)
+        held = np.concatenate([*self._digests.values(), frames[:0]])
+        return np.flatnonzero(~np.isin(frames, held))
+
+    def _open(self, path: Path) -> None:
+        tensors, _ = load_tensors(path, "features")
+        self._shards[path] = tensors["features"]
+        self._digests[path] = tensors["frames"].numpy().reshape(-1).view(f"S{_DIGEST}")
+
+
+class StoredFeatures:
+    """What `FeatureStore` returns: features of L frames, memory-mapped, read by index."""
+
+    def __init__(
+        self, shards: dict[Path, Tensor], digests: dict[Path, np.ndarray], frames: np.ndarray, clip: Clip
+    ) -> None:
+        self.device, self.width = clip.device, clip.embed_dim
+        held = np.concatenate([*digests.values(), frames[:0]])
+        order = np.argsort(held, kind="stable")
+        at = order[np.searchsorted(held, frames, sorter=order)] if len(frames) else np.empty(0, np.int64)
+        begins = np.cumsum([0, *(len(d) for d in digests.values())])
+        shard = np.searchsorted(begins, at, side="right") - 1
+        self._shard, self._row = torch.from_numpy(shard), torch.from_numpy(at - begins[shard])
+        used = self._shard.unique().tolist()
+        self._shards = {i: tensor for i, tensor in enumerate(shards.values()) if i in used}
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        flat = index.flatten().cpu()
+        shard, row = self._shard[flat], self._row[flat]
+        out = torch.empty(len(flat), self.width)
+        for i in shard.unique().tolist():
+            here = shard == i
+            out[here] = self._shards[i][row[here]].float()
+        return out.to(self.device).view(*index.shape, self.width)
+
+
+class LiveFeatures:
+    """Features that are computed from the frames every time they are asked for."""
+
+    def __init__(self, clip: Clip, dataset: FrameDataset) -> None:
+        self.clip, self.dataset = clip, dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return _encode(self.clip, self.dataset, index.flatten(), None).view(*index.shape, -1)
 
 
 @torch.no_grad()
@@ -23,21 +196,47 @@ def unit_features(
     batch_size: int = 64,
     backend: str | None = None,
 ) -> Tensor:  # (L, D)
-    """Unit image features of all L frames in float32, on the clip's device."""
+    """Unit image features of all L frames in float32, on the clip's device, kept nowhere."""
     if not len(dataset):
         return torch.empty(0, clip.embed_dim, device=clip.device)
     chunks = torch.arange(len(dataset)).split(batch_size)
     bar = tqdm(chunks, desc="image features", disable=len(chunks) < 8, leave=False)
-    features = [clip.encode_image(dataset.frames(c).to(clip.device), backend=backend).float() for c in bar]
-    return F.normalize(torch.cat(features), dim=-1)
+    return torch.cat([_encode(clip, dataset, chunk, backend) for chunk in bar])
 
 
 def individual_conditions(
-    features: Tensor,  # (L, D) unit
+    features: Features,  # (L, D) unit
     individual_index: Tensor,  # (L,) int
     individuals: int,
 ) -> Tensor:  # (N, D)
     """The condition of each individual: the mean of its unit image features, zero for one without frames."""
-    index = individual_index.to(features.device)
-    total = features.new_zeros(individuals, features.shape[1]).index_add_(0, index, features)
-    return total / torch.bincount(index, minlength=individuals).clamp(min=1)[:, None]
+    total: Tensor | None = None
+    for index, part in _in_parts(features):
+        who = individual_index[index].to(part.device)
+        total = part.new_zeros(individuals, part.shape[1]) if total is None else total
+        total.index_add_(0, who, part)
+    if total is None:
+        raise ValueError("features: there are none to take a mean of")
+    return total / torch.bincount(individual_index, minlength=individuals).clamp(min=1)[:, None].to(total.device)
+
+
+def _in_parts(features: Features, size: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
+    for index in torch.arange(len(features)).split(size):
+        if len(index):
+            yield index, features[index]
+
+
+@torch.no_grad()
+def _encode(clip: Clip, dataset: FrameDataset, index: Tensor, backend: str | None) -> Tensor:
+    if not len(index):
+        return torch.empty(0, clip.embed_dim, device=clip.device)
+    frames = dataset.frames(index).to(clip.device)
+    return F.normalize(clip.encode_image(frames, backend=backend).float(), dim=-1)
+
+
+def _digests(dataset: FrameDataset) -> np.ndarray:
+    """A name for each frame that says what it is made from: (L,) of 16 bytes."""
+    pairs = zip(dataset.keys, dataset.stamps(), strict=True)
+    names = (f"{key}\0{stamp}".encode("utf-8", "surrogateescape") for key, stamp in pairs)
+    whole = b"".join(hashlib.blake2b(name, digest_size=_DIGEST).digest() for name in names)
+    return np.frombuffer(whole, dtype=f"S{_DIGEST}")

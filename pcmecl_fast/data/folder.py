@@ -90,6 +90,9 @@ class FolderFaces(FrameDataset):
         self._decode_into(pixels, rows, (~cached).nonzero().squeeze(1).tolist())
         return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
+    def stamps(self) -> list[str]:
+        return [f"{place.stamp} {self.size}" for place in self._places]
+
     def _decode_into(
         self,
         pixels: Tensor,  # (B, S, S, 3) uint8, written at slots
@@ -98,14 +101,18 @@ class FolderFaces(FrameDataset):
     ) -> None:
         # One pass over each file, however many of its frames are wanted.
         wanted: dict[Path, dict[int, list[int]]] = {}
+        opened: dict[Path, str] = {}
         for slot in slots:
             place = self._places[int(rows[slot])]
+            opened[place.file.path] = place.stamp
             wanted.setdefault(place.file.path, {}).setdefault(place.number, []).append(slot)
         for path, numbers in wanted.items():
             for number, frame in decode(path, self.size, sorted(numbers)):
                 pixels[numbers.pop(number)] = torch.from_numpy(frame)
             if numbers:
                 raise ValueError(f"{path}: changed since the data set was opened, frames {sorted(numbers)} are gone")
+            if _stamp(path) != opened[path]:
+                raise ValueError(f"{path}: changed since the data set was opened; open it again")
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,7 @@ class _Place:
 
     file: _File
     number: int  # in the file: 0 for a picture
+    stamp: str  # of the file when it was opened
 
     def key(self, root: Path) -> str:
         name = self.file.path.relative_to(root).as_posix()
@@ -244,13 +252,13 @@ def _open_all(
     pixels = bytearray()
     every = range(0, 2**62, video_stride)
     for file in tqdm(files, desc="reading faces", unit="file", disable=len(files) <= 500):
-        start, stored = len(places), len(pixels)
+        start, stored, stamp = len(places), len(pixels), _stamp(file.path)
         try:
             for number, frame in decode(file.path, size, every):
                 # Once a frame does not fit none after it does: the kept frames are the first ones.
                 if len(pixels) + frame.nbytes <= cache_bytes:
                     pixels += frame.tobytes()
-                places.append(_Place(file, number))
+                places.append(_Place(file, number, stamp))
         except ValueError as error:
             del places[start:], pixels[stored:]
             broken.append(str(error))
@@ -265,6 +273,15 @@ def _open_all(
     shape = (kept, size, size, 3)
     # frombuffer refuses an empty buffer.
     return places, torch.frombuffer(pixels, dtype=torch.uint8).view(shape) if kept else torch.empty(shape).byte()
+
+
+def _stamp(path: Path) -> str:
+    """Where a file lies, its size and its time stamp: what changes when the file does."""
+    try:
+        stat = path.stat()
+    except OSError:  # decoding says why
+        return ""
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _report_broken(broken: list[str], total: int, *, skip_broken: bool) -> None:

@@ -1,6 +1,6 @@
 """Personalized prompts, and the bank that keeps what they say."""
 
-from pcmecl_fast.prompts.bank import PromptBank, Tower, load_prompts, save_prompts
+from pcmecl_fast.prompts.bank import PromptBank, Tower, condition_of, load_prompts, save_prompts
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 
-__all__ = ["PersonalizedPrompts", "PromptBank", "Tower", "load_prompts", "save_prompts"]
+__all__ = ["PersonalizedPrompts", "PromptBank", "Tower", "condition_of", "load_prompts", "save_prompts"]

@@ -6,12 +6,15 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from pcmecl_fast.files import load_tensors, save_tensors
+from pcmecl_fast.data.features import Features
+from pcmecl_fast.files import MappedTensor, load_tensors, save_rows, save_tensors
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class PromptBank:
         self.descriptions = list(descriptions)
         self.tower = tower
         self.condition = condition
+        self._mapped: MappedTensor | None = None
         self._row = {name: i for i, name in enumerate(self.individuals)}
 
     @classmethod
@@ -85,7 +89,7 @@ class PromptBank:
     def build(
         cls,
         prompts: PersonalizedPrompts,
-        conditions: Tensor,  # (N, D) mean unit image features
+        conditions: Features,  # (N, D) mean unit image features
         individuals: Sequence[str],
         emotions: Sequence[str],
         *,
@@ -93,19 +97,89 @@ class PromptBank:
         condition: str = "individual",
         batch_size: int = 64,
         backend: str | None = None,
+        path: str | Path | None = None,
+        dtype: torch.dtype | None = None,
     ) -> PromptBank:
-        """Run learned prompts for every condition, `batch_size` rows at a time."""
-        rows = [prompts(chunk, backend=backend) for chunk in conditions.split(batch_size)]
-        width = clip.embed_dim
-        features = torch.cat(rows) if rows else conditions.new_empty(0, len(emotions), width)
-        return cls(
-            features,
-            individuals,
-            emotions,
-            descriptions=prompts.descriptions,
-            tower=Tower.of(clip),
-            condition=condition,
+        """Run learned prompts for every condition, `batch_size` rows at a time.
+
+        Args:
+            prompts: the learned prompts.
+            conditions: one row for each individual (or frame): a tensor, or features that are read as they are needed.
+            individuals: N names; with `condition="frame"` the keys of N frames.
+            emotions: E names, one for each description of the prompts.
+            clip: the model of the prompts.
+            condition: "individual" or "frame", what a row stands for.
+            batch_size: individuals that the text tower sees at once.
+            backend: of `PersonalizedPrompts`.
+            path: a file that the rows are written to as they are made, for banks larger than memory; the bank that is
+                returned is a memory map of it.
+            dtype: of the rows; None takes that of the prompts.
+        """
+        count, dtype = len(conditions), dtype or prompts.context.dtype
+        chunks = tqdm(torch.arange(count).split(batch_size), desc="prompt bank", disable=count < 50 * batch_size)
+        rows = (prompts(conditions[chunk], backend=backend).to(dtype) for chunk in chunks if len(chunk))
+        tower, descriptions, shape = Tower.of(clip), prompts.descriptions, (count, len(emotions), clip.embed_dim)
+        if path is None:
+            features = torch.cat([torch.empty(0, *shape[1:], dtype=dtype, device=prompts.context.device), *rows])
+            return cls(features, individuals, emotions, descriptions=descriptions, tower=tower, condition=condition)
+        # Checks the names before the work is done, on a tensor without memory.
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        header = cls(
+            empty, individuals, emotions, descriptions=descriptions, tower=tower, condition=condition
+        )._header()
+        with save_rows(path, "bank", "features", shape, dtype, header) as append:
+            for chunk in rows:
+                append(chunk)
+        return cls.load(path, clip, on_disk=True)
+
+    @torch.no_grad()
+    def extended(
+        self,
+        prompts: PersonalizedPrompts,
+        conditions: Features,  # (n, D)
+        individuals: Sequence[str],
+        *,
+        clip: Clip,
+        **options: Any,
+    ) -> PromptBank:
+        """A bank, in memory, with rows for n more individuals (or frames): people met after the prompts were learned.
+
+        Their condition is the mean of the unit image features of a few frames of them (`condition_of`). Further
+        options are those of `build`.
+        """
+        more = PromptBank.build(
+            prompts, conditions, individuals, self.emotions, clip=clip, condition=self.condition, **options
         )
+        return PromptBank(
+            torch.cat([self.features.to(more.features), more.features]),
+            self.individuals + more.individuals,
+            self.emotions,
+            descriptions=self.descriptions,
+            tower=self.tower,
+            condition=self.condition,
+        )
+
+    def lookup(
+        self,
+        rows: Tensor,  # (…) int
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """The text features of some rows, (…, E, D), on `device`: from a memory map, only these are read.
+
+        Raises:
+            IndexError: a row that the bank does not have (checked for one that lies on the CPU).
+        """
+        rows = rows.to(self.features.device)
+        count = len(self.features)
+        if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
+            raise IndexError(f"individual: takes 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}")
+        found = self.features[rows] if self._mapped is None else self._mapped.rows(rows)
+        return found.to(device or self.features.device)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the features are a memory map of a file, which `lookup` reads."""
+        return self._mapped is not None
 
     def rows(self, names: Sequence[str]) -> Tensor:  # (len(names),) int64
         """Where the named individuals are in the table.
@@ -142,20 +216,16 @@ class PromptBank:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the features, and a JSON header with all that says what they are."""
-        if self.tower is None:
-            raise ValueError("tower: this bank does not know its CLIP model; build it with PromptBank.build")
-        header = {
-            "individuals": self.individuals,
-            "emotions": self.emotions,
-            "descriptions": self.descriptions,
-            "condition": self.condition,
-            "tower": asdict(self.tower),
-        }
-        save_tensors(path, "bank", {"features": self.features}, header)
+        save_tensors(path, "bank", {"features": self.features}, self._header())
 
     @classmethod
-    def load(cls, path: str | Path, clip: Clip) -> PromptBank:
+    def load(cls, path: str | Path, clip: Clip, *, on_disk: bool = False) -> PromptBank:
         """Read a bank that was made with this very text tower.
+
+        Args:
+            path: a file written by `save` or `build`.
+            clip: the model.
+            on_disk: leave the features where they are, as a memory map on the CPU, wherever the clip lies.
 
         Raises:
             FileNotFoundError: no such file.
@@ -164,14 +234,39 @@ class PromptBank:
         tensors, header = load_tensors(path, "bank")
         tower = Tower(**header["tower"])
         tower.check(clip, Path(path))
-        return cls(
-            tensors["features"].to(clip.device),
+        mapped = MappedTensor(path, "features") if on_disk else None
+        bank = cls(
+            tensors["features"].to(clip.device) if mapped is None else mapped.tensor,
             header["individuals"],
             header["emotions"],
             descriptions=header["descriptions"],
             tower=tower,
             condition=header["condition"],
         )
+        bank._mapped = mapped
+        return bank
+
+    def _header(self) -> dict[str, Any]:
+        if self.tower is None:
+            raise ValueError("tower: this bank does not know its CLIP model; build it with PromptBank.build")
+        return {
+            "individuals": self.individuals,
+            "emotions": self.emotions,
+            "descriptions": self.descriptions,
+            "condition": self.condition,
+            "tower": asdict(self.tower),
+        }
+
+
+@torch.no_grad()
+def condition_of(
+    clip: Clip,
+    frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+) -> Tensor:  # (D,)
+    """What the prompts of one individual are conditioned on: the mean unit image feature of a few of their frames."""
+    if frames.ndim != 4 or not len(frames):
+        raise ValueError(f"frames: takes (B, 3, H, W) with at least one frame, got {tuple(frames.shape)}")
+    return F.normalize(clip.encode_image(frames.to(clip.device)).float(), dim=-1).mean(0)
 
 
 def save_prompts(path: str | Path, prompts: PersonalizedPrompts, emotions: Sequence[str], clip: Clip) -> None:

@@ -47,12 +47,24 @@ class RunConfig(DataConfig):
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of every operator; "reference" is plain PyTorch."""
+    features: Path | None = None
+    """Folder of image features, computed once for all runs; by default `features` beside the output folder. The
+    reference backend does without."""
+    features_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """How features are kept there."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Autocast of the towers and the networks; the operators stay in float32."""
     resume: bool = False
     """Go on from the last checkpoint in the output folder."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+
+    out: Path = Path("runs")
+    """Output folder."""
+
+    @property
+    def features_folder(self) -> Path:
+        return self.out.parent / "features" if self.features is None else self.features
 
 
 @dataclass
@@ -139,6 +151,22 @@ class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in some minutes on a laptop."""
 
     out: Path = Path("runs/demo")
+    """Output folder."""
+
+
+@dataclass
+class AblateConfig(TrainConfig):
+    """Train the same generator under every supervision, and judge the edits on paired truth."""
+
+    quick: bool = False
+    """The five main supervisions, one seed, few steps: a first look."""
+    seeds: int = 3
+    """Seeds of data, weights and batches, for the error bars."""
+    quick_steps: int = 300
+    """Optimiser steps of each generator with --quick."""
+    steps: int = 600
+    """Optimiser steps of each generator."""
+    out: Path = Path("runs/ablation")
     """Output folder."""
 
 

@@ -10,6 +10,7 @@ Every eighth target is the source's own emotion: there PCMECL is silent and the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,13 @@ from pcmecl_fast.clip import Clip
 from pcmecl_fast.criterion import PCMECLCriterion
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
+from pcmecl_fast.ops.backend import choose
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
+from pcmecl_fast.train.prompts import frame_features
 
-_FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend"}
+_FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend", "features"}
 _TERMS = ("pcmecl", "adversarial", "cycle", "reconstruction", "identity", "mouth", "smooth")
 
 
@@ -33,14 +36,18 @@ def train_generator(
     dataset: FrameDataset,
     config: TrainConfig,
     *,
+    criterion: nn.Module | None = None,
     preview: Callable[[ExpressionGenerator], Tensor] | None = None,
 ) -> tuple[ExpressionGenerator, Loop]:
-    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then."""
+    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then.
+
+    `criterion` takes the place of PCMECL's, with the same arguments.
+    """
     device = clip.device
     torch.manual_seed(config.seed)
     generator = ExpressionGenerator(len(dataset.emotions), config.generator).to(device)
     critic = PatchDiscriminator().to(device)
-    criterion = PCMECLCriterion(clip, bank, contrast=config.contrast)
+    criterion = criterion or PCMECLCriterion(clip, bank, contrast=config.contrast)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -66,6 +73,8 @@ def train_generator(
     )
     by_frame = config.generator.driven_by == "reference"
     draw = _Batches(dataset, bank, with_reference=by_frame)
+    # A random view of the source has features of its own.
+    known = None if config.jitter or choose(None) == "reference" else frame_features(clip, dataset, config)
     weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
     autocast = torch.autocast(
         device.type, dtype=torch.float16 if config.amp == "fp16" else torch.bfloat16, enabled=config.amp != "none"
@@ -83,7 +92,9 @@ def train_generator(
             edited, flow, shade = generator.edit(frames, to)
             again = generator(edited, back) if config.w_cycle else None
             realism = critic(edited)
-            pcmecl = criterion(*_seen_alike(frames, edited, config.jitter, loop.generator(~step)), row, source, target)
+            views = _seen_alike(frames, edited, config.jitter, loop.generator(~step))
+            source_features = None if known is None else known[batch.index]
+            pcmecl = criterion(*views, row, source, target, source_features=source_features)
         same = (source == target)[:, None, None, None]
         terms = {
             "pcmecl": pcmecl,
@@ -183,13 +194,14 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 20) * min(1.0, 2 * (steps - step) / steps)
 
 
+@dataclass(frozen=True)
 class _Batch:
-    def __init__(self, frames: Tensor, reference: Tensor, row: Tensor, source: Tensor, target: Tensor) -> None:
-        self.frames = frames  # (B, 3, S, S)
-        self.reference = reference  # (B, 3, S, S) frames that show the target; empty where nobody asked
-        self.row = row  # (B,) rows of the bank
-        self.source = source  # (B,) emotions shown
-        self.target = target  # (B,) emotions asked for
+    index: Tensor  # (B,) frames of the data set
+    frames: Tensor  # (B, 3, S, S)
+    reference: Tensor  # (B, 3, S, S) frames that show the target; empty where nobody asked
+    row: Tensor  # (B,) rows of the bank
+    source: Tensor  # (B,) emotions shown
+    target: Tensor  # (B,) emotions asked for
 
 
 class _Batches:
@@ -218,7 +230,7 @@ class _Batches:
         if self.with_reference:
             reference = draw_references(self.dataset.emotion_index, target, generator)
         both = self.dataset.frames(torch.cat([index, reference]))
-        return _Batch(both[:count], both[count:], self.rows[index], source, target)
+        return _Batch(index, both[:count], both[count:], self.rows[index], source, target)
 
 
 def draw_references(

@@ -15,9 +15,10 @@ from torch import Tensor
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset, check_trainable
-from pcmecl_fast.data.features import individual_conditions, unit_features
+from pcmecl_fast.data.features import Features, FeatureStore, LiveFeatures, individual_conditions
+from pcmecl_fast.ops.backend import choose
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, save_prompts
-from pcmecl_fast.train.config import PromptsConfig
+from pcmecl_fast.train.config import PromptsConfig, RunConfig
 from pcmecl_fast.train.loop import Loop
 
 
@@ -38,7 +39,7 @@ def learn_prompts(
         )
     torch.manual_seed(config.seed)
     prompts = PersonalizedPrompts(clip, descriptions, n_ctx=config.n_ctx, context=config.context).to(clip.device)
-    features = unit_features(clip, dataset)
+    features = frame_features(clip, dataset, config)
     conditions = individual_conditions(features, dataset.individual_index, len(dataset.individuals))
     frames_of = _FramesOf(dataset)
     optimizer = torch.optim.AdamW(prompts.parameters(), lr=config.prompt_lr, weight_decay=0.01)
@@ -62,8 +63,10 @@ def learn_prompts(
     for step in loop:
         generator = loop.generator(step)
         individuals, frames, mask = frames_of.draw(config.batch_individuals, generator)
-        visual = features[frames]  # (n, E, D); rows without a frame are masked
-        condition = conditions[individuals]
+        seen = features[frames[mask]]
+        visual = seen.new_zeros(*mask.shape, seen.shape[-1])  # (n, E, D); rows without a frame are masked
+        visual[mask.to(seen.device)] = seen
+        condition = conditions[individuals.to(conditions.device)]
         if config.condition == "frame":
             condition = features[frames_of.any_frame(individuals, generator)]
         for group in optimizer.param_groups:
@@ -83,13 +86,20 @@ def learn_prompts(
         optimizer.step()
         loop.record(step, loss=loss, match=match, diff=diff)
     prompts.requires_grad_(False).eval()
-    if config.condition == "individual":
-        bank = PromptBank.build(prompts, conditions, dataset.individuals, dataset.emotions, clip=clip)
-    else:
-        bank = PromptBank.build(prompts, features, dataset.keys, dataset.emotions, clip=clip, condition="frame")
+    by_frame = config.condition == "frame"
+    names, seen_by = (dataset.keys, features) if by_frame else (dataset.individuals, conditions)
+    path = Path(config.out) / "bank.safetensors"
+    PromptBank.build(prompts, seen_by, names, dataset.emotions, clip=clip, condition=config.condition, path=path)
     save_prompts(Path(config.out) / "prompts.safetensors", prompts, dataset.emotions, clip)
-    bank.save(Path(config.out) / "bank.safetensors")
+    bank = PromptBank.load(path, clip, on_disk=by_frame)
     return prompts, bank, loop
+
+
+def frame_features(clip: Clip, dataset: FrameDataset, config: RunConfig) -> Features:
+    """Image features of a data set's frames: from the store; by the reference backend anew whenever they are needed."""
+    if choose(None) == "reference":
+        return LiveFeatures(clip, dataset)
+    return FeatureStore(config.features_folder, clip, dtype=getattr(torch, config.features_dtype))(dataset)
 
 
 def matching_loss(
