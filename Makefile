@@ -29,10 +29,10 @@ test: $(READY)
 # Three minutes of compiling; `make -j4 sanitize` shares them out.
 SANITIZED := $(patsubst csrc/%.cpp,build/sanitize/%.o,$(addprefix csrc/,tests/kernels_test.cpp cpu/kernels.cpp \
 	cpu/portable.cpp cpu/avx2.cpp cpu/avx512.cpp))
-SANITIZE := -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-psabi
+SANITIZE := -std=c++17 -O1 -g1 -fsanitize=address,undefined -Wno-psabi
 
 sanitize: build/sanitize/test
-	$<
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $<
 
 build/sanitize/test: $(SANITIZED)
 	$(CXX) $(SANITIZE) $^ -o $@
