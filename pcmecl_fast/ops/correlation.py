@@ -42,7 +42,7 @@ def correlation_loss(
 
     Args:
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
-        text: unit text features, (N, E, D), the same dtype and device.
+        text: unit text features, (N, E, D), the same dtype and device (under autocast the wider dtype counts).
         scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
         mask: True where individual n has emotion e, (N, E) bool; None: everywhere.
         negatives: "all", "within" or "distinct".
@@ -63,7 +63,7 @@ def correlation_loss(
     sizes.check("visual", visual, "NED")
     checks.check_float("text", text)
     sizes.check("text", text, "NED")
-    checks.check_alike(visual=visual, text=text)
+    visual, text = checks.alike(visual=visual, text=text)
     if mask is not None:
         checks.check_bool("mask", mask)
         sizes.check("mask", mask, "NE")
@@ -81,7 +81,7 @@ def _fused_loss(
 
 
 def _empty_loss(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and of each pair a < b (b < a has the same) the sums of its row and of its column, as a backend likes."""
+    """The loss, and what a backend keeps of the row and the column of each pair a < b; those of b → a have the same."""
     individuals, emotions, _ = visual.shape
     wide = reference.computing_dtype(visual)
     pairs = emotions * (emotions - 1) // 2
