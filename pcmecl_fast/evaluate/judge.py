@@ -2,9 +2,10 @@
 
 It was trained on the parameters that drew the faces (people that no experiment uses) and reads from a 64×64 frame the
 emotion, the action units, the speech (mouth openness and spread, whatever the emotion) and a vector of who it is. It
-ships with the package; retrain it with
+ships with the package, trained by
 
-    python -m pcmecl_fast.evaluate.judge [--steps 4000] [--out FOLDER]
+    python -m pcmecl_fast.evaluate.judge --steps 6000 --individuals 3000 --out a
+    python -m pcmecl_fast.evaluate.judge --start a/judge.safetensors --steps 5000 --individuals 4000 --seed 78 --lr 1e-3
 """
 
 from __future__ import annotations
@@ -67,10 +68,10 @@ class Judge(nn.Module):
         return Reading(emotion, units.unflatten(1, (-1, 2)), speech, identity)
 
 
-def load_judge(device: torch.device | str | None = None) -> Judge:
-    """The shipped judge, frozen and in eval mode."""
+def load_judge(device: torch.device | str | None = None, *, path: Path = ASSETS / "judge.safetensors") -> Judge:
+    """The shipped judge, or another, frozen and in eval mode."""
     judge = Judge()
-    state = load_file(ASSETS / "judge.safetensors")
+    state = load_file(path)
     # Stored without the batch counters, which only training reads.
     judge.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     return judge.eval().requires_grad_(False).to(device)
@@ -90,6 +91,8 @@ class JudgeConfig:
     """Peak learning rate (AdamW, one cycle)."""
     seed: int = 77
     """Seed of people and weights."""
+    start: Path | None = None
+    """A `judge.safetensors` to go on from."""
     out: Path = ASSETS
     """Folder that `judge.safetensors` is written to."""
 
@@ -103,7 +106,7 @@ def train(config: JudgeConfig) -> dict[str, float]:
     # A faint expression is not an emotion that one could name: only clear ones teach the emotion.
     clear = faces.intensity > 0.5
     identity = faces.identities.vector()[faces.individual_index]
-    judge = Judge()
+    judge = Judge() if config.start is None else load_judge(path=config.start).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=config.lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
     progress = tqdm(range(config.steps), desc="judge")

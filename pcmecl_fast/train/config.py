@@ -103,7 +103,7 @@ class GeneratorOptions:
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     jitter: float = 0.06
     """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
-    w_pcmecl: float = 10.0
+    w_pcmecl: float = 13.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
     """Weight of looking like a real frame."""
@@ -113,11 +113,11 @@ class GeneratorOptions:
     """Weight of leaving a frame as it is when its own emotion is asked for (L1)."""
     w_recognition: float = 1.0
     """Weight of naming the emotion that the source shows (cross entropy), which the generator has to know."""
-    w_smooth: float = 60.0
+    w_smooth: float = 50.0
     """Weight of the total variation of the fields that move and shade the face."""
-    w_person: float = 10.0
+    w_person: float = 5.0
     """Drawn faces: weight of being the same person to the frozen reader."""
-    w_speech: float = 40.0
+    w_speech: float = 28.0
     """Drawn faces: weight of saying the same to the frozen reader; with w_person 0 too, pixels are compared instead."""
     w_identity: float = 1.5
     """Other faces: weight of few changed pixels, and the same colours and shapes from afar."""
