@@ -33,7 +33,7 @@ from pcmecl_fast.kernels.common import (
 )
 
 CONFIGS = [Config(warps=4), Config(warps=2), Config(warps=8)]
-TILE = 8192  # numbers of the bank a program holds at once: 64 registers a thread at 4 warps
+TILE = 4096  # numbers of the bank a program holds at once: 32 registers a thread at 4 warps, E rows of D = 512 at E ≤ 8
 
 NO_BANK, ATOMICS, COEFFICIENTS = (tl.constexpr(i) for i in range(3))  # what the backward does for the bank's gradient
 
