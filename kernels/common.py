@@ -32,9 +32,9 @@ class Config:
     stages: int = 2
     blocks: dict[str, int] = field(default_factory=dict)
 
-    def options(self) -> dict[str, int]:
-        """As keyword arguments of a launch."""
-        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages}
+    def options(self) -> dict[str, int | bool]:
+        """As keyword arguments of a launch. Fused multiply-adds are asked for: Triton's default differs by version."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def run_tuned(

@@ -51,16 +51,20 @@ STRIPS = 24  # programs along rows and along columns, each with its own partial 
 ALL, WITHIN, DISTINCT = (tl.constexpr(i) for i in range(3))
 KINDS = {"all": ALL, "within": WITHIN, "distinct": DISTINCT}
 PRODUCT_CONFIGS = [
-    Config(warps=4, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
-    Config(warps=4, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}),
-    Config(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}),
+    Config(warps=4, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}),
+    Config(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}),
+    Config(warps=8, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
 ]
-PAIR_CONFIGS = [Config(warps=8, stages=1), Config(warps=4, stages=1)]
-FOLD_CONFIG = Config(warps=8, stages=1)  # it works in place, so it cannot be repeated to be timed
+PAIR_CONFIGS = [
+    Config(warps=8, stages=1, blocks={"PART": 32}),
+    Config(warps=4, stages=1, blocks={"PART": 16}),
+]
+# It works in place, so it cannot be repeated to be timed.
+FOLD_CONFIG = Config(warps=8, stages=1, blocks={"PART": 32})
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How N individuals with E emotions are divided into groups, chunks of groups, and strips of groups."""
 
     people: int
@@ -116,6 +120,10 @@ class _Plan:
     def constants(self) -> dict[str, int]:
         return {"E": self.emotions, "Q": self.pairs, "G": self.group, "SLOTS": self.slots}
 
+    def parts(self, config: Config) -> dict[str, int | bool]:
+        """A launch's options, its part of a tile no wider than the tile."""
+        return {**config.options(), "PART": min(config.blocks["PART"], self.slots)}
+
     @property
     def tiling(self) -> dict[str, int]:
         return {
@@ -149,7 +157,7 @@ def correlation_loss_forward(
     if not _has_pairs(visual):
         nothing = visual.new_zeros(people, emotions * max(emotions - 1, 0) // 2, dtype=torch.float32)
         return visual.new_zeros((), dtype=torch.float32), nothing, nothing.clone()
-    plan = _Plan(people, emotions, width, negatives)
+    plan = Plan(people, emotions, width, negatives)
     prepared = _prepare(plan, visual, text, mask)
     row_sums = visual.new_empty(plan.column_strips, plan.groups, plan.slots, dtype=torch.float32)
     column_sums = visual.new_empty(_column_slots(plan), plan.groups, plan.slots, dtype=torch.float32)
@@ -174,7 +182,7 @@ def correlation_loss_forward(
                 **plan.constants,
                 KIND=KINDS[negatives].value,
                 ADD=first > 0 and negatives != "within",
-                **config.options(),
+                **plan.parts(config),
             )
 
         # Later chunks add to the first one's sums, so only the first can be repeated to be timed.
@@ -202,7 +210,7 @@ def correlation_loss_backward(
             torch.zeros_like(text) if need_text else None,
             torch.zeros_like(scale) if need_scale and scale is not None else None,
         )
-    plan = _Plan(*visual.shape, negatives)
+    plan = Plan(*visual.shape, negatives)
     prepared = _prepare(plan, visual, text, mask)
     row_pulls = visual.new_empty(plan.column_strips, plan.groups, plan.slots, dtype=torch.float32)
     column_pulls = visual.new_empty(_column_slots(plan), plan.groups, plan.slots, dtype=torch.float32)
@@ -225,12 +233,12 @@ def _has_pairs(visual: Tensor) -> bool:
     return visual.shape[0] > 0 and visual.shape[1] > 1 and visual.shape[2] > 0
 
 
-def _column_slots(plan: _Plan) -> int:
+def _column_slots(plan: Plan) -> int:
     # A group's columns meet its own rows alone within individuals: one program has them all.
     return 1 if plan.negatives == "within" else plan.row_strips
 
 
-def _prepare(plan: _Plan, visual: Tensor, text: Tensor, mask: Tensor | None) -> _Prepared:
+def _prepare(plan: Plan, visual: Tensor, text: Tensor, mask: Tensor | None) -> _Prepared:
     padded = plan.groups * plan.group
     visual_centred, text_centred = visual.new_empty(2, padded * plan.emotions, plan.width, dtype=torch.float32)
     by_visual, by_text = visual.new_empty(2, plan.groups, plan.slots, dtype=torch.float32).fill_(-1)
@@ -262,7 +270,7 @@ def _prepare(plan: _Plan, visual: Tensor, text: Tensor, mask: Tensor | None) -> 
     return _Prepared(visual_centred, text_centred, by_visual, by_text, count)
 
 
-def _products(plan: _Plan, prepared: _Prepared, first: int) -> Tensor:
+def _products(plan: Plan, prepared: _Prepared, first: int) -> Tensor:
     """S of a chunk: (groups in it · rows, columns), or of each group with itself, (groups in it, rows, rows)."""
     visual, text = _chunk_of(plan, prepared.visual, first), prepared.text
     if plan.negatives == "within":
@@ -277,7 +285,7 @@ def _products(plan: _Plan, prepared: _Prepared, first: int) -> Tensor:
 
 
 def _gradient_products(
-    plan: _Plan, prepared: _Prepared, g_products: Tensor, first: int, g_visual: Tensor | None, g_text: Tensor | None
+    plan: Plan, prepared: _Prepared, g_products: Tensor, first: int, g_visual: Tensor | None, g_text: Tensor | None
 ) -> None:
     visual, text = _chunk_of(plan, prepared.visual, first), prepared.text
     by_group = (-1, plan.rows, plan.width)
@@ -295,7 +303,7 @@ def _gradient_products(
             _multiply(g_products.mT[None], visual[None], g_text[None], add=first > 0)
 
 
-def _chunk_of(plan: _Plan, features: Tensor, first: int) -> Tensor:
+def _chunk_of(plan: Plan, features: Tensor, first: int) -> Tensor:
     return features[first * plan.rows : (first + plan.chunk) * plan.rows]
 
 
@@ -323,7 +331,7 @@ def _multiply(
 
 
 def _loss(
-    plan: _Plan,
+    plan: Plan,
     prepared: _Prepared,
     row_sums: Tensor,
     column_sums: Tensor,
@@ -361,7 +369,7 @@ def _loss(
 
 
 def _fold(
-    plan: _Plan,
+    plan: Plan,
     prepared: _Prepared,
     products: Tensor,
     first: int,
@@ -399,13 +407,13 @@ def _fold(
             ROWS=power_of_2(plan.rows, least=16),
             KIND=KINDS[plan.negatives].value,
             ADD=first > 0 and plan.negatives != "within",
-            **config.options(),
+            **plan.parts(config),
         ),
     )
 
 
 def _gradients(
-    plan: _Plan,
+    plan: Plan,
     prepared: _Prepared,
     sums: tuple[Tensor | None, Tensor | None],  # (groups·G·E, D)
     pulls: tuple[Tensor, Tensor],
@@ -589,17 +597,16 @@ def _differences(products, at_a, at_b, c, d):
 
 
 @triton.jit
-def _kept(slot, by_row, by_column, same_group, Q: tl.constexpr, KIND: tl.constexpr):
-    """Which logits count, and which of the directions the same way round (e^l, not e^−l) do."""
+def _kept(row, column, by_row, by_column, same_group, Q: tl.constexpr, KIND: tl.constexpr):
+    """Which logits of a row's and a column's slots count, and which of the same way round (e^l, not e^−l) do."""
     keep = (by_row[:, None] != -1.0) & (by_column[None, :] != -1.0)
-    person, pair = slot // Q, slot % Q
     if KIND == WITHIN:
-        keep = keep & (person[:, None] == person[None, :])
+        keep = keep & ((row // Q)[:, None] == (column // Q)[None, :])
     same_way = keep
     if KIND == DISTINCT:
         # In another group nobody is the same person.
-        other = person[:, None] != tl.where(same_group, person, -1)[None, :]
-        same_way = keep & ((pair[:, None] != pair[None, :]) | (other == 0))
+        person = tl.where(same_group, column // Q, -1)
+        same_way = keep & (((row % Q)[:, None] != (column % Q)[None, :]) | ((row // Q)[:, None] == person[None, :]))
     return keep, same_way
 
 
@@ -625,6 +632,7 @@ def _sums_kernel(
     SLOTS: tl.constexpr,
     KIND: tl.constexpr,
     ADD: tl.constexpr,
+    PART: tl.constexpr,
 ):
     row_strip, column_strip = tl.program_id(0), tl.program_id(1)
     s = load_scale(scale, scale_number)
@@ -632,6 +640,7 @@ def _sums_kernel(
     slot = tl.arange(0, SLOTS)
     a, b = _slot_rows(slot, E, Q, G)
     of_strip = groups * SLOTS
+    columns_strip = 0 if KIND == WITHIN else row_strip  # within individuals a group's columns meet its own rows alone
     begin = row_strip * rows_per_strip
     for row in range(begin, tl.minimum(begin + rows_per_strip, here)):
         group = first + row
@@ -643,28 +652,35 @@ def _sums_kernel(
         else:
             from_column = column_strip * columns_per_strip
             to_column = tl.minimum(from_column + columns_per_strip, groups)
-        for column in range(from_column, to_column):
-            by_column = tl.load(by_text + column * SLOTS + slot)
+        positive = tl.zeros([SLOTS], tl.float32)
+        for step in range(from_column * (SLOTS // PART), to_column * (SLOTS // PART)):
+            column = step // (SLOTS // PART)
+            other = step % (SLOTS // PART) * PART + tl.arange(0, PART)
+            by_column = tl.load(by_text + column * SLOTS + other)
             base = 0 if KIND == WITHIN else column * G * E
-            l = _differences(products, at_a, at_b, base + a, base + b)
+            c, d = _slot_rows(other, E, Q, G)
+            l = _differences(products, at_a, at_b, base + c, base + d)
             l = l * (by_row * (s * LOG2E))[:, None] * by_column[None, :]
-            keep, same_way = _kept(slot, by_row, by_column, column == group, Q, KIND)
+            keep, same_way = _kept(slot, other, by_row, by_column, column == group, Q, KIND)
             weight = tl.where(same_way, tl.exp2(l - shift), 0.0) + tl.where(keep, tl.exp2(-l - shift), 0.0)
             total += tl.sum(weight, axis=1)
-            of_columns = tl.sum(weight, axis=0)
-            if KIND == WITHIN:
-                tl.store(column_sums + column * SLOTS + slot, of_columns)
-            else:
-                to = column_sums + row_strip * of_strip + column * SLOTS + slot
-                if ADD:
-                    of_columns += tl.load(to)
-                elif row > begin:
-                    of_columns += tl.load(to)
-                tl.store(to, of_columns)
+            _add_up(column_sums + columns_strip * of_strip + column * SLOTS + other, tl.sum(weight, axis=0), KIND != WITHIN and row > begin, ADD)
             if column == group:
-                tl.store(positives + group * SLOTS + slot, tl.sum(tl.where(slot[:, None] == slot[None, :], l, 0.0), 1))
+                positive += tl.sum(tl.where(slot[:, None] == other[None, :], l, 0.0), 1)
+        if (from_column <= group) & (group < to_column):
+            tl.store(positives + group * SLOTS + slot, positive)
         tl.store(row_sums + column_strip * of_strip + group * SLOTS + slot, total)
         tl.debug_barrier()  # the next row of groups adds to what other threads have stored
+
+
+@triton.jit
+def _add_up(to, of_columns, again, ADD: tl.constexpr):
+    """Add a tile's column sums to those that this program, or its like of an earlier chunk, has stored."""
+    if ADD:
+        of_columns += tl.load(to)
+    elif again:
+        of_columns += tl.load(to)
+    tl.store(to, of_columns)
 
 
 @triton.jit
@@ -745,6 +761,7 @@ def _fold_kernel(
     ROWS: tl.constexpr,
     KIND: tl.constexpr,
     ADD: tl.constexpr,
+    PART: tl.constexpr,
 ):
     row_strip, column_strip = tl.program_id(0), tl.program_id(1)
     s = load_scale(scale, scale_number)
@@ -753,9 +770,9 @@ def _fold_kernel(
     slot = tl.arange(0, SLOTS)
     a, b = _slot_rows(slot, E, Q, G)
     x = tl.arange(0, ROWS)
-    signs = tl.where(x[None, :] == b[:, None], 1.0, 0.0) - tl.where(x[None, :] == a[:, None], 1.0, 0.0)
     signs_t = tl.where(x[:, None] == b[None, :], 1.0, 0.0) - tl.where(x[:, None] == a[None, :], 1.0, 0.0)
     of_strip = groups * SLOTS
+    columns_strip = 0 if KIND == WITHIN else row_strip  # within individuals a group's columns meet its own rows alone
     begin = row_strip * rows_per_strip
     for row in range(begin, tl.minimum(begin + rows_per_strip, here)):
         group = first + row
@@ -769,37 +786,42 @@ def _fold_kernel(
             from_column = column_strip * columns_per_strip
             to_column = tl.minimum(from_column + columns_per_strip, groups)
         for column in range(from_column, to_column):
-            by_column = tl.load(by_text + column * SLOTS + slot)
-            of_column = _over_sum(column_lse, column, slot, shift, people, Q, G)
             base = 0 if KIND == WITHIN else column * G * E
-            l = _differences(products, at_a, at_b, base + a, base + b)
-            by = (by_row * s)[:, None] * by_column[None, :]
-            l = l * by
-            keep, same_way = _kept(slot, by_row, by_column, column == group, Q, KIND)
-            weight = tl.where(same_way, tl.exp2(l * LOG2E - shift), 0.0)
-            weight -= tl.where(keep, tl.exp2(-l * LOG2E - shift), 0.0)
-            g = weight * (of_row[:, None] + of_column[None, :]) * (0.5 * each)
-            if column == group:
-                g -= tl.where(keep & (slot[:, None] == slot[None, :]), each, 0.0)
-            pulls = g * l
-            pull += tl.sum(pulls, axis=1)
-            of_columns = tl.sum(pulls, axis=0)
-            if KIND == WITHIN:
-                tl.store(column_pulls + column * SLOTS + slot, of_columns)
-            else:
-                to = column_pulls + row_strip * of_strip + column * SLOTS + slot
-                if ADD:
-                    of_columns += tl.load(to)
-                elif row > begin:
-                    of_columns += tl.load(to)
-                tl.store(to, of_columns)
-            g = tl.where(keep, g * by, 0.0)
-            folded = tl.dot(tl.dot(signs_t, g, input_precision="tf32x3"), signs, input_precision="tf32x3")
+            folded = tl.zeros([ROWS, ROWS], tl.float32)
+            for part in range(0, SLOTS, PART):
+                other = part + tl.arange(0, PART)
+                by_column = tl.load(by_text + column * SLOTS + other)
+                of_column = _over_sum(column_lse, column, other, shift, people, Q, G)
+                c, d = _slot_rows(other, E, Q, G)
+                l = _differences(products, at_a, at_b, base + c, base + d) * (by_row * s)[:, None] * by_column[None, :]
+                keep, same_way = _kept(slot, other, by_row, by_column, column == group, Q, KIND)
+                g = tl.where(same_way, tl.exp2(l * LOG2E - shift), 0.0)
+                g -= tl.where(keep, tl.exp2(-l * LOG2E - shift), 0.0)
+                g *= (of_row[:, None] + of_column[None, :]) * (0.5 * each)
+                if column == group:
+                    g -= tl.where(keep & (slot[:, None] == other[None, :]), each, 0.0)
+                pulls = g * l
+                pull += tl.sum(pulls, axis=1)
+                of_columns = tl.sum(pulls, axis=0)
+                _add_up(column_pulls + columns_strip * of_strip + column * SLOTS + other, of_columns, KIND != WITHIN and row > begin, ADD)
+                high, low = _two_parts(g * (by_row * s)[:, None] * by_column[None, :])
+                half = tl.dot(signs_t, low, acc=tl.dot(signs_t, high, input_precision="tf32"), input_precision="tf32")
+                signs = tl.where(x[None, :] == d[:, None], 1.0, 0.0) - tl.where(x[None, :] == c[:, None], 1.0, 0.0)
+                high, low = _two_parts(half)
+                folded = tl.dot(high, signs, acc=folded, input_precision="tf32")
+                folded = tl.dot(low, signs, acc=folded, input_precision="tf32")
             tl.debug_barrier()  # all threads have read their products, whose place the gradient takes
             to = products + (row * G * E + x[:, None]) * columns + base + x[None, :]
             tl.store(to, folded, (x[:, None] < G * E) & (x[None, :] < G * E))
         tl.store(row_pulls + column_strip * of_strip + group * SLOTS + slot, pull)
         tl.debug_barrier()  # the next row of groups adds to what other threads have stored
+
+
+@triton.jit
+def _two_parts(x):
+    """x as a sum of two numbers that TF32 holds, but for 2⁻²² of it: the signs it is multiplied by are exact there."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
 
 
 @triton.jit

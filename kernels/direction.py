@@ -266,7 +266,7 @@ def _add_in_order(
     starts = torch.searchsorted(in_order, torch.arange(people + 1, device=bank.device))
     g_bank = torch.empty_like(bank, dtype=torch.float32)
     every = power_of_2(emotions)
-    tile = min(power_of_2(width), max(TILE // 4 // every, 16))
+    tile = bank_tile(width, every)
     run(
         source,
         lambda: _bank_kernel[(people, triton.cdiv(width, tile))](
@@ -288,6 +288,11 @@ def _add_in_order(
         ),
     )
     return g_bank
+
+
+def bank_tile(width: int, rows: int) -> int:
+    """Columns of the bank that a program adds samples up on: small, so that few individuals fill a GPU."""
+    return min(power_of_2(width), max(TILE // 4 // rows, 16))
 
 
 def _shape(bank: Tensor, *, everything: bool) -> dict[str, int]:

@@ -1,10 +1,10 @@
 """tree_attention: a prompt tree's attention straight from the packed qkv, without a mask tensor or a transposed copy.
 
-A program owns one individual, one head and a block of tokens; up to 64 tokens the block is the whole tree. The mask is
+A program owns one individual, one head and a block of tokens: the whole tree up to 64 tokens (32 in float32). The mask is
 one number for each token, where its segment begins: token q sees key k if k ≤ q and (k < prefix or k ≥ begin[q]).
 Blocks of keys that no query of the block sees are passed by. A streaming softmax goes over the rest.
 
-The backward recomputes the logits from qkv and the saved log-sum-exp: one launch up to 64 tokens, else one for the
+The backward recomputes the logits from qkv and the saved log-sum-exp: one launch for one block, else one for the
 queries' gradient and one for the keys' and values'.
 
 S tokens, d wide, w bytes a number: 4·S·d·w bytes forward and 7·S·d·w backward for each individual and head, about
@@ -25,9 +25,7 @@ from torch import Tensor
 
 from pcmecl_fast.kernels.common import INTERPRETED, LN2, LOG2E, Config, power_of_2, run_tuned
 
-CONFIGS = [Config(warps=4, stages=1), Config(warps=2, stages=1), Config(warps=8, stages=1)]
-BLOCK = 64
-BACKWARD_BLOCK = 32  # of trees over 64 tokens with heads over 64 wide, whose gradients would spill in blocks of 64
+CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
 
 
 def tree_attention_forward(
@@ -41,7 +39,7 @@ def tree_attention_forward(
     if out.numel() == 0:
         return out, lse.zero_()
     begins = _begins(prefix, tuple(segment_lengths), qkv.device)
-    constants = _constants(qkv, _block(tokens))
+    constants = _constants(qkv)
     run_tuned(
         "tree_attention",
         (tokens, width, heads, qkv.dtype),
@@ -70,7 +68,7 @@ def tree_attention_backward(
     if g_qkv.numel() == 0:
         return (g_qkv,)
     begins = _begins(prefix, tuple(segment_lengths), qkv.device)
-    constants = _constants(qkv, backward_block(tokens, width))
+    constants = _constants(qkv)
     blocks = triton.cdiv(tokens, constants["BLOCK"])
     deltas = torch.empty_like(lse)
     for kernel in (_backward_kernel,) if blocks == 1 else (_queries_kernel, _keys_kernel):
@@ -86,20 +84,17 @@ def tree_attention_backward(
     return (g_qkv,)
 
 
-def backward_block(tokens: int, width: int) -> int:
-    """Tokens that a program of the backward owns."""
-    return _block(tokens) if tokens <= BLOCK or width <= 64 else BACKWARD_BLOCK
+def block_of(tokens: int, *, half: bool) -> int:
+    """Tokens that a program owns: the whole tree up to 64, or 32 of float32; of longer ones what spills no register."""
+    whole = 64 if half else 32
+    return power_of_2(tokens, least=16) if tokens <= whole else whole // 2
 
 
-def _block(tokens: int) -> int:
-    return min(power_of_2(tokens, least=16), BLOCK)
-
-
-def _constants(qkv: Tensor, block: int) -> dict[str, Any]:
-    width = qkv.shape[4]
+def _constants(qkv: Tensor) -> dict[str, Any]:
+    _, tokens, _, _, width = qkv.shape
     # The interpreter multiplies bfloat16 wrongly, so there the factors are widened.
     wide = qkv.dtype == torch.float32 or INTERPRETED
-    return {"WIDTH": width, "BLOCK": block, "BLOCK_D": power_of_2(width, least=16), "WIDE": wide}
+    return {"WIDTH": width, "BLOCK": block_of(tokens, half=qkv.dtype != torch.float32), "BLOCK_D": power_of_2(width, least=16), "WIDE": wide}
 
 
 @lru_cache(maxsize=64)

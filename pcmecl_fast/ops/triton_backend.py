@@ -75,8 +75,9 @@ def _why_not_correlation(visual: Tensor, text: Tensor, *, scale: float | Tensor,
 def _why_not_attention(qkv: Tensor, layout: PromptTree) -> str | None:
     if qkv.shape[1] > LONGEST_TREE:
         return f"it takes trees of at most {LONGEST_TREE} tokens, got {qkv.shape[1]}"
-    if qkv.shape[4] > WIDEST_HEAD:
-        return f"it takes heads at most {WIDEST_HEAD} wide, got {qkv.shape[4]}"
+    widest = WIDEST_HEAD if qkv.dtype != torch.float32 else WIDEST_HEAD // 2
+    if qkv.shape[4] > widest:
+        return f"it takes {qkv.dtype} heads at most {widest} wide, got {qkv.shape[4]}"
     return _why_not_tensor(qkv)
 
 
