@@ -48,7 +48,7 @@ class Needs:
 
 
 def variants(*, everything: bool = False) -> Iterator[Variant]:
-    """Every kernel at sizes of training (D = 512, E = 7) as it is launched first; `everything`: all that is ever tried."""
+    """Every kernel at sizes of training (D = 512, E = 7) as launched first; `everything`: all that is ever tried."""
     for variant in _all_variants():
         if everything or variant.main:
             yield variant
@@ -132,11 +132,17 @@ def _correlation_variants() -> Iterator[Variant]:
         **{"counter": "*i32", "scale_number": "fp32"},
     }
     # One inner stride is 1, as Triton sees by itself at a launch: S = V Tᵀ, dV = dS T, dT = dSᵀ V.
-    for product, inner in (("VTᵀ", ("left_k", "right_k")), ("dS T", ("left_k", "right_n")), ("dSᵀV", ("left_m", "right_n"))):
+    for product, inner in (
+        ("VTᵀ", ("left_k", "right_k")),
+        ("dS T", ("left_k", "right_n")),
+        ("dSᵀV", ("left_m", "right_n")),
+    ):
         for config in correlation.PRODUCT_CONFIGS:
             constants = {**dict.fromkeys(inner, 1), "ADD": inner[0] == "left_m"}
             main = config is correlation.PRODUCT_CONFIGS[0]
-            yield _variant(f"correlation product {product}", correlation._product_kernel, types, constants, config, main)
+            yield _variant(
+                f"correlation product {product}", correlation._product_kernel, types, constants, config, main
+            )
     for emotions, kind in ((7, "all"), (7, "within"), (7, "distinct"), (11, "distinct")):
         plan = correlation.Plan(512, emotions, 512, kind)
         rows = power_of_2(plan.rows, least=16)
@@ -147,7 +153,9 @@ def _correlation_variants() -> Iterator[Variant]:
             yield _variant(f"correlation sums {says}", correlation._sums_kernel, types, constants, config, main)
         yield _variant(f"correlation fold {says}", correlation._fold_kernel, types, constants, correlation.FOLD_CONFIG)
         if kind == "distinct":
-            yield _variant(f"correlation loss E={emotions}", correlation._loss_kernel, types, constants, Config(warps=2))
+            yield _variant(
+                f"correlation loss E={emotions}", correlation._loss_kernel, types, constants, Config(warps=2)
+            )
 
 
 def _prepare_variants(dtype: str) -> Iterator[Variant]:
@@ -164,7 +172,10 @@ def _prepare_variants(dtype: str) -> Iterator[Variant]:
     }
     for emotions in (7, 11):
         plan = correlation.Plan(512, emotions, 512, "all")
-        for name, kernel, tile in (("prepare", correlation._prepare_kernel, 64), ("gradient", correlation._gradient_kernel, 256)):
+        for name, kernel, tile in (
+            ("prepare", correlation._prepare_kernel, 64),
+            ("gradient", correlation._gradient_kernel, 128),
+        ):
             blocks = {"BLOCK_E": power_of_2(emotions), "BLOCK_Q": power_of_2(plan.pairs), "BLOCK_D": tile}
             constants = {**plan.constants, **blocks, "D": 512}
             yield _variant(f"correlation {name} E={emotions}, {dtype}", kernel, types, constants, Config())
@@ -205,7 +216,9 @@ def _frames_variants(dtype: str) -> Iterator[Variant]:
         constants = {"TILE": frames.TILE, "BLOCK": block, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         for config in frames.CONFIGS:
             main = config is frames.CONFIGS[0]
-            yield _variant(f"frames blocks of {block}, {dtype}", frames._resample_kernel, types, constants, config, main)
+            yield _variant(
+                f"frames blocks of {block}, {dtype}", frames._resample_kernel, types, constants, config, main
+            )
 
 
 def _variant(
@@ -214,7 +227,9 @@ def _variant(
     constants = {k: v for k, v in {**constants, **config.blocks}.items() if k in kernel.arg_names}
     types = {k: types[k] for k in kernel.arg_names if k not in constants}
     blocks = "×".join(map(str, config.blocks.values()))
-    return Variant(f"{name}{', ' + blocks if blocks else ''}, {config.warps} warps", kernel, types, constants, config, main)
+    return Variant(
+        f"{name}{', ' + blocks if blocks else ''}, {config.warps} warps", kernel, types, constants, config, main
+    )
 
 
 def _cuobjdump(way: str, cubin: Path) -> str:

@@ -56,7 +56,7 @@ PRODUCT_CONFIGS = [
     Config(warps=8, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),
 ]
 PAIR_CONFIGS = [
-    Config(warps=8, stages=1, blocks={"PART": 32}),
+    Config(warps=8, stages=1, blocks={"PART": 16}),
     Config(warps=4, stages=1, blocks={"PART": 16}),
 ]
 # It works in place, so it cannot be repeated to be timed.
@@ -218,9 +218,7 @@ def correlation_loss_backward(
     g_text = torch.empty_like(prepared.text) if need_text else None
     for first in range(0, plan.groups, plan.chunk):
         products = _products(plan, prepared, first)
-        _fold(
-            plan, prepared, products, first, scale, scale_number, grad, row_lse, column_lse, row_pulls, column_pulls
-        )
+        _fold(plan, prepared, products, first, scale, scale_number, grad, row_lse, column_lse, row_pulls, column_pulls)
         _gradient_products(plan, prepared, products, first, g_visual, g_text)
     g_scale = torch.empty_like(scale) if need_scale and scale is not None else None
     return (
@@ -452,7 +450,7 @@ def _gradients(
             D=plan.width,
             BLOCK_E=power_of_2(plan.emotions),
             BLOCK_Q=power_of_2(plan.pairs),
-            BLOCK_D=min(power_of_2(plan.width), 256),
+            BLOCK_D=min(power_of_2(plan.width), 128),
             num_warps=4,
         ),
     )
@@ -659,14 +657,19 @@ def _sums_kernel(
             by_column = tl.load(by_text + column * SLOTS + other)
             base = 0 if KIND == WITHIN else column * G * E
             c, d = _slot_rows(other, E, Q, G)
-            l = _differences(products, at_a, at_b, base + c, base + d)
-            l = l * (by_row * (s * LOG2E))[:, None] * by_column[None, :]
+            logit = _differences(products, at_a, at_b, base + c, base + d)
+            logit = logit * (by_row * (s * LOG2E))[:, None] * by_column[None, :]
             keep, same_way = _kept(slot, other, by_row, by_column, column == group, Q, KIND)
-            weight = tl.where(same_way, tl.exp2(l - shift), 0.0) + tl.where(keep, tl.exp2(-l - shift), 0.0)
+            weight = tl.where(same_way, tl.exp2(logit - shift), 0.0) + tl.where(keep, tl.exp2(-logit - shift), 0.0)
             total += tl.sum(weight, axis=1)
-            _add_up(column_sums + columns_strip * of_strip + column * SLOTS + other, tl.sum(weight, axis=0), KIND != WITHIN and row > begin, ADD)
+            _add_up(
+                column_sums + columns_strip * of_strip + column * SLOTS + other,
+                tl.sum(weight, axis=0),
+                KIND != WITHIN and row > begin,
+                ADD,
+            )
             if column == group:
-                positive += tl.sum(tl.where(slot[:, None] == other[None, :], l, 0.0), 1)
+                positive += tl.sum(tl.where(slot[:, None] == other[None, :], logit, 0.0), 1)
         if (from_column <= group) & (group < to_column):
             tl.store(positives + group * SLOTS + slot, positive)
         tl.store(row_sums + column_strip * of_strip + group * SLOTS + slot, total)
@@ -676,9 +679,7 @@ def _sums_kernel(
 @triton.jit
 def _add_up(to, of_columns, again, ADD: tl.constexpr):
     """Add a tile's column sums to those that this program, or its like of an earlier chunk, has stored."""
-    if ADD:
-        of_columns += tl.load(to)
-    elif again:
+    if ADD or again:
         of_columns += tl.load(to)
     tl.store(to, of_columns)
 
@@ -793,17 +794,24 @@ def _fold_kernel(
                 by_column = tl.load(by_text + column * SLOTS + other)
                 of_column = _over_sum(column_lse, column, other, shift, people, Q, G)
                 c, d = _slot_rows(other, E, Q, G)
-                l = _differences(products, at_a, at_b, base + c, base + d) * (by_row * s)[:, None] * by_column[None, :]
+                logit = (
+                    _differences(products, at_a, at_b, base + c, base + d) * (by_row * s)[:, None] * by_column[None, :]
+                )
                 keep, same_way = _kept(slot, other, by_row, by_column, column == group, Q, KIND)
-                g = tl.where(same_way, tl.exp2(l * LOG2E - shift), 0.0)
-                g -= tl.where(keep, tl.exp2(-l * LOG2E - shift), 0.0)
+                g = tl.where(same_way, tl.exp2(logit * LOG2E - shift), 0.0)
+                g -= tl.where(keep, tl.exp2(-logit * LOG2E - shift), 0.0)
                 g *= (of_row[:, None] + of_column[None, :]) * (0.5 * each)
                 if column == group:
                     g -= tl.where(keep & (slot[:, None] == other[None, :]), each, 0.0)
-                pulls = g * l
+                pulls = g * logit
                 pull += tl.sum(pulls, axis=1)
                 of_columns = tl.sum(pulls, axis=0)
-                _add_up(column_pulls + columns_strip * of_strip + column * SLOTS + other, of_columns, KIND != WITHIN and row > begin, ADD)
+                _add_up(
+                    column_pulls + columns_strip * of_strip + column * SLOTS + other,
+                    of_columns,
+                    KIND != WITHIN and row > begin,
+                    ADD,
+                )
                 high, low = _two_parts(g * (by_row * s)[:, None] * by_column[None, :])
                 half = tl.dot(signs_t, low, acc=tl.dot(signs_t, high, input_precision="tf32"), input_precision="tf32")
                 signs = tl.where(x[None, :] == d[:, None], 1.0, 0.0) - tl.where(x[None, :] == c[:, None], 1.0, 0.0)
@@ -870,7 +878,9 @@ def _gradient_kernel(
         pull = _pulls(row_pulls, column_strips, of_strip, at, by, pair, Q)
         total = tl.sum(pull)
         if visual_sum is not None:
-            _without_pulls(visual_sum, g_visual, visual_centred, person, pull * by * by, E, Q, D, BLOCK_E, BLOCK_Q, BLOCK_D)
+            _without_pulls(
+                visual_sum, g_visual, visual_centred, person, pull * by * by, E, Q, D, BLOCK_E, BLOCK_Q, BLOCK_D
+            )
     else:
         if text_sum is not None:
             by = tl.load(by_text + at, pair < Q, other=-1.0)

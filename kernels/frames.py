@@ -1,13 +1,13 @@
-"""clip_frames: the bicubic antialiased resize, the range and the colours in one launch; its backward is the same kernel.
+"""clip_frames: bicubic antialiased resize, range and colours in one launch; its backward is the same kernel.
 
-y = a · L x Rᵀ + b: L and R hold how much each old row and column adds to each new one, a = 1/(2 std), b = (½ − mean)/std
-(the weights of a new pixel add up to one, so the range can change last). The backward is a · Lᵀ g R: the transposed
-weights, no atomics. Both are banded: a program owns a tile of new pixels, takes the old rows and columns between its
-first and last weight in blocks, and multiplies them by the two bands with tl.dot, columns first.
+y = a · L x Rᵀ + b: L and R hold how much each old row and column adds to each new one, a = 1/(2 std),
+b = (½ − mean)/std (the weights of a new pixel add up to one, so the range can change last). The backward is a · Lᵀ g R:
+the transposed weights, no atomics. Both are banded: a program owns a tile of new pixels, takes the old rows and columns
+between its first and last weight in blocks, and multiplies them by the two bands with tl.dot, columns first.
 
-A frame of H × W becomes n × n: w·3·(H·W + n²) bytes; with tiles of 32 and blocks of K about 2·K²·(1 + 32/K)·32 operations
-for each block that a tile takes. float32 frames in 3xTF32; half frames, which TF32 holds exactly, in TF32 with weights
-rounded to 2⁻¹¹.
+A frame of H × W becomes n × n: w·3·(H·W + n²) bytes; with tiles of 32 and blocks of K, 64·K² + 2048·K operations for each
+block that a tile takes. float32 frames in 3xTF32; half frames, which TF32 holds exactly, in TF32 with weights rounded
+to 2⁻¹¹.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def clip_frames_forward(
     _, _, height, width = frames.shape
     rows, columns = (_bands(old, size, False, frames.device) for old in (height, width))
     out = frames.new_empty(frames.shape[0], 3, size, size)
-    _resample(frames, out, rows, columns, [0.5 / s for s in std], [(0.5 - m) / s for m, s in zip(mean, std, strict=True)])
+    _resample(
+        frames, out, rows, columns, [0.5 / s for s in std], [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
+    )
     return (out,)
 
 
@@ -60,7 +62,7 @@ class _Bands:
     """Weights of each new pixel on a line, (new, old), and where each tile's weights begin and end."""
 
     def __init__(self, weights: Tensor, device: torch.device) -> None:
-        new, old = weights.shape
+        old = weights.shape[1]
         used = weights.ne(0)
         first = used.float().argmax(dim=1)
         last = old - used.flip(1).float().argmax(dim=1)
@@ -112,7 +114,7 @@ def _bands(old: int, new: int, transposed: bool, device: torch.device) -> _Bands
 
 
 def resize_weights(old: int, new: int) -> Tensor:  # (new, old) float64
-    """`F.interpolate(mode="bicubic", antialias=True)` on a line: Keys' cubic, a = −½, widened by a reduction's factor."""
+    """`F.interpolate(mode="bicubic", antialias=True)` on a line: Keys' cubic, a = −½, widened by a reduction."""
     factor = old / new
     stretch = max(factor, 1.0)
     centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * factor

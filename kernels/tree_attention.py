@@ -1,7 +1,7 @@
 """tree_attention: a prompt tree's attention straight from the packed qkv, without a mask tensor or a transposed copy.
 
-A program owns one individual, one head and a block of tokens: the whole tree up to 64 tokens (32 in float32). The mask is
-one number for each token, where its segment begins: token q sees key k if k ≤ q and (k < prefix or k ≥ begin[q]).
+A program owns one individual, one head and a block of tokens: the whole tree up to 64 tokens (32 in float32). The mask
+is one number for each token, where its segment begins: token q sees key k if k ≤ q and (k < prefix or k ≥ begin[q]).
 Blocks of keys that no query of the block sees are passed by. A streaming softmax goes over the rest.
 
 The backward recomputes the logits from qkv and the saved log-sum-exp: one launch for one block, else one for the
@@ -78,7 +78,18 @@ def tree_attention_backward(
             CONFIGS,
             qkv,
             lambda config, kernel=kernel: kernel[(people * heads, blocks)](  # type: ignore[misc]
-                grad, qkv, begins, lse, deltas, g_qkv, prefix, tokens, heads, width**-0.5, **constants, **config.options()
+                grad,
+                qkv,
+                begins,
+                lse,
+                deltas,
+                g_qkv,
+                prefix,
+                tokens,
+                heads,
+                width**-0.5,
+                **constants,
+                **config.options(),
             ),
         )
     return (g_qkv,)
@@ -94,7 +105,12 @@ def _constants(qkv: Tensor) -> dict[str, Any]:
     _, tokens, _, _, width = qkv.shape
     # The interpreter multiplies bfloat16 wrongly, so there the factors are widened.
     wide = qkv.dtype == torch.float32 or INTERPRETED
-    return {"WIDTH": width, "BLOCK": block_of(tokens, half=qkv.dtype != torch.float32), "BLOCK_D": power_of_2(width, least=16), "WIDE": wide}
+    return {
+        "WIDTH": width,
+        "BLOCK": block_of(tokens, half=qkv.dtype != torch.float32),
+        "BLOCK_D": power_of_2(width, least=16),
+        "WIDE": wide,
+    }
 
 
 @lru_cache(maxsize=64)
@@ -264,7 +280,7 @@ def _queries_kernel(
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A block of queries: δ = Σ over keys of weight · its gradient, then dq. δ from the rounded output would be less."""
+    """A block of queries: δ = Σ over keys of weight · its gradient, then dq. The rounded output gives less."""
     person, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
     at = tl.cast(person, tl.int64) * tokens * stride + head * WIDTH

@@ -103,10 +103,14 @@ def test_correlation_loss_by_chunks_gives_the_same(monkeypatch, negatives):
     from pcmecl_fast.kernels import correlation
 
     floats, mask = correlation_inputs(11, 7, 9, dtype=torch.float32)
-    whole = value_and_gradients(lambda *x, backend: correlate(*x, mask=mask, negatives=negatives, backend=backend), floats)
+    whole = value_and_gradients(
+        lambda *x, backend: correlate(*x, mask=mask, negatives=negatives, backend=backend), floats
+    )
     monkeypatch.setattr(correlation, "CHUNK", 4 * 21 * 84 * 3)
     monkeypatch.setattr(correlation, "STRIPS", 2)
-    parts = value_and_gradients(lambda *x, backend: correlate(*x, mask=mask, negatives=negatives, backend=backend), floats)
+    parts = value_and_gradients(
+        lambda *x, backend: correlate(*x, mask=mask, negatives=negatives, backend=backend), floats
+    )
     for x, x_whole in zip((parts[0], *parts[1]), (whole[0], *whole[1]), strict=True):
         assert_close_for(torch.float32)(x, x_whole)
 

@@ -1,4 +1,4 @@
-"""Runs `test_kernels.py` under Triton's interpreter, in a process that has the variable set before it imports Triton."""
+"""Runs `test_kernels.py` under Triton's interpreter, in a process where that is set before Triton is imported."""
 
 import importlib.util
 import os
