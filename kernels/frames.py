@@ -5,9 +5,9 @@ b = (½ − mean)/std (the weights of a new pixel add up to one, so the range ca
 the transposed weights, no atomics. Both are banded: a program owns a tile of new pixels, takes the old rows and columns
 between its first and last weight in blocks, and multiplies them by the two bands with tl.dot, columns first.
 
-A frame of H × W becomes n × n: w·3·(H·W + n²) bytes; with tiles of 32 and blocks of K, 64·K² + 2048·K operations for each
-block that a tile takes. float32 frames in 3xTF32; half frames, which TF32 holds exactly, in TF32 with weights rounded
-to 2⁻¹¹.
+A frame of H × W becomes n × n: w·3·(H·W + n²) bytes; with tiles of 32 and blocks of K, 64·K² + 2048·K operations for
+each block that a tile takes. float32 frames in 3xTF32; half frames, which TF32 holds exactly, in TF32 with weights
+rounded to 2⁻¹¹.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from pcmecl_fast.kernels.common import Config, power_of_2, run_tuned
 
 TILE = 32  # new pixels on a side
-CONFIGS = [Config(warps=4, stages=2), Config(warps=8, stages=2), Config(warps=4, stages=1)]
+CONFIGS = [Config(warps=8, stages=2), Config(warps=8, stages=1)]
 
 
 def clip_frames_forward(

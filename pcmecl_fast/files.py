@@ -122,11 +122,14 @@ class MappedTensor:
         index: Tensor,  # (…) int
     ) -> Tensor:
         """A copy of the rows at `index`, (*index.shape, *the tensor's other dimensions)."""
-        rows = self.tensor[index]
-        # A kernel may map megabytes around each row, and count them as ours until they are given back.
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-        return rows
+        flat = index.flatten()
+        rows = self.tensor.new_empty(len(flat), *self.tensor.shape[1:])
+        for part in torch.arange(len(flat)).split(128):
+            rows[part] = self.tensor[flat[part]]
+            # A kernel may map megabytes around each row, and count them as ours until they are given back.
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
+        return rows.view(*index.shape, *self.tensor.shape[1:])
 
 
 @contextmanager

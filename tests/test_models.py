@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pcmecl_fast.models import ExpressionGenerator, GeneratorConfig, PatchDiscriminator, load_generator, save_generator
-from pcmecl_fast.models.generator import warp
+from pcmecl_fast.models.generator import pose_grid, warp
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -34,7 +34,10 @@ def test_it_starts_near_the_identity_with_a_gradient_everywhere(config):
     assert change.max() < 0.1
     assert change.mean() < 0.02
     assert change.max() > 0
-    torch.nn.functional.mse_loss(edited, smooth(3, 32).flip(-1)).backward()
+    _, _, _, shown = model.edit(source, torch.tensor([0, 1, 2]))
+    # The emotion shown is learned from labels alone, everything else from the edit.
+    loss = torch.nn.functional.mse_loss(edited, smooth(3, 32).flip(-1))
+    (loss + torch.nn.functional.cross_entropy(shown, torch.tensor([2, 0, 1]))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.norm() > 0, name
@@ -69,6 +72,28 @@ def test_edits_stay_in_range_and_depend_on_the_target_and_the_frame():
     torch.testing.assert_close(alone, edited[1][:1], rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_asked_nothing_changed():
+    model, source = generator(), smooth(2, 32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        model.shown[-1].weight.zero_()
+        model.shown[-1].bias.copy_(torch.tensor([0.0, 200.0, 0.0]))  # sees a happy face, and is sure of it
+        kept, changed = model(source, torch.tensor([1, 1])), model(source, torch.tensor([2, 2]))
+    torch.testing.assert_close(kept, source)
+    assert (changed - source).abs().max() > 1e-3
+
+
+def test_shading_darkens_and_lightens_without_changing_hues():
+    model, source = generator(), smooth(1, 32)
+    with torch.no_grad():
+        model.shade.fill_(1.0)
+        frames, flow, shade, _ = model.edit(source, torch.tensor([1]))
+    expected = ((warp(source, flow) + 1) * shade.exp() - 1).clamp(-1, 1)
+    torch.testing.assert_close(frames, expected)
+    assert shade.abs().max() <= model.config.shading
+
+
 @pytest.mark.parametrize("size", [(16, 28), (64, 64), (37, 29)])
 def test_any_sides_are_taken(size):
     assert generator()(frames(2, 3, *size), torch.tensor([0, 2])).shape == (2, 3, *size)
@@ -82,7 +107,10 @@ def test_a_reference_frame_drives_it_too():
     assert (edited - source).abs().max() < 0.1
     assert not torch.equal(edited, model(source, -reference))
     edited.square().sum().backward()
-    assert all(parameter.grad.norm() > 0 for parameter in model.target.parameters())
+    # The last bias shifts both styles alike.
+    *others, last = model.target.parameters()
+    assert all(parameter.grad.norm() > 0 for parameter in others)
+    assert last.grad.norm() == 0
     # A reference may have another size than the frames.
     assert model(source, frames(2, 3, 64, 64)).shape == source.shape
 
@@ -98,6 +126,15 @@ def test_no_flow_is_no_warp_and_a_flow_moves_what_is_seen():
     torch.testing.assert_close(warp(source, down)[..., :-1, :], source[..., 1:, :])
 
 
+def test_fields_lie_as_the_head_does():
+    grid = pose_grid(torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.25, 0.0]]), 4, 4)
+    straight, moved = grid
+    assert straight[0, 0].tolist() == [-0.75, -0.75]
+    torch.testing.assert_close(moved, straight + torch.tensor([0.25, 0.0]))
+    rolled = pose_grid(torch.tensor([[0.1, 0.2, 0.0, 0.0]]), 4, 4)[0, 0, 3]  # top right
+    torch.testing.assert_close(rolled, torch.tensor([1.1 * 0.75 - 0.2 * 0.75, -0.2 * 0.75 - 1.1 * 0.75]))
+
+
 def test_a_flow_that_became_nan_is_seen_and_does_not_crash():
     flow = torch.zeros(1, 2, 8, 8)
     flow[0, 0, 2], flow[0, 1, 5] = torch.nan, torch.inf
@@ -111,7 +148,7 @@ def test_a_flow_that_became_nan_is_seen_and_does_not_crash():
 
 @pytest.mark.parametrize("driven_by", ["emotion", "reference"])
 def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
-    model = generator(driven_by=driven_by, residual=0.3)
+    model = generator(driven_by=driven_by, shading=0.3)
     save_generator(tmp_path / "model", model, EMOTIONS, 32)
     again, emotions, size = load_generator(tmp_path / "model")
     assert (emotions, size, again.config) == (EMOTIONS, 32, model.config)

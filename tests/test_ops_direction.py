@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pcmecl_fast.ops import direction_logits, direction_loss
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 EPS = 1e-8
 SIZES = [(1, 1, 2, 3), (5, 3, 7, 33), (13, 4, 8, 127), (31, 2, 3, 512)]  # B, N, E, D
 
@@ -222,6 +224,16 @@ def test_autocast_changes_nothing(dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(direction_loss(*inputs, individual, a, b, contrast=0.5), plain)
         assert torch.equal(direction_logits(*inputs, individual, a), plain_logits)
+
+
+def test_under_autocast_dtypes_may_differ_and_the_widest_counts():
+    source, edited, bank, individual, a, b = make(5, 3, 4, 65, dtype=torch.float32)
+    half = edited.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = direction_loss(source, half, bank, individual, a, b)
+    assert torch.equal(loss, direction_loss(source, half.float(), bank, individual, a, b))
+    loss.backward()
+    assert half.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])

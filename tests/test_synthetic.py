@@ -143,7 +143,7 @@ def test_the_truth_changes_the_expression_and_keeps_person_speech_pose_light_and
         synthetic, "draw", lambda who, what, size: drawn.append((who, what)) or torch.zeros(len(what), 3, size, size)
     )
     index = torch.tensor([0, 9, 40])
-    data.frames(index)
+    data.truth(index, data.emotion_index[index])  # the frames themselves, by a test above
     data.truth(index, torch.tensor([4, 6, 2]))
     (who, before), (who_then, after) = drawn
     assert who is who_then

@@ -266,6 +266,19 @@ def test_the_mouth_loss_looks_at_the_mouth():
         assert (mouth_loss(source, edited, box) > 0) == counts
 
 
+def test_the_reader_keeps_drawn_faces_and_pixels_keep_others(clip, stage1, tmp_path, caplog):
+    bank, drawn = bank_and_data(clip, stage1)
+    _, loop = train_generator(clip, bank, drawn, train_config(tmp_path / "drawn"))
+    assert {"stage 2/speech", "stage 2/person"} <= loop.curves.keys()
+    assert not {"stage 2/mouth", "stage 2/identity"} & loop.curves.keys()
+    others = drawn.subset(range(len(drawn)))
+    with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
+        _, loop = train_generator(clip, bank, others, train_config(tmp_path / "others"))
+    assert {"stage 2/mouth", "stage 2/identity"} <= loop.curves.keys()
+    assert not {"stage 2/speech", "stage 2/person"} & loop.curves.keys()
+    assert caplog.text.count("the reader knows drawn faces only") == 1
+
+
 def test_references_show_what_is_asked_for():
     shown = torch.tensor([0, 1, 2, 1, 0, 2])
     target = torch.tensor([2, 2, 1, 0] * 10)
@@ -435,7 +448,7 @@ def test_resuming_a_finished_stage_changes_nothing(clip, tmp_path, few_faces):
         ({"seed": 1}, "seed was 0, is 1"),
         ({"steps": 9}, "steps was 3, is 9"),
         ({"batch": 6}, "batch was 4, is 6"),
-        ({"generator": {"residual": 0.1}}, "generator was GeneratorConfig.*is GeneratorConfig"),
+        ({"generator": {"shading": 0.1}}, "generator was GeneratorConfig.*is GeneratorConfig"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_is_refused(clip, stage1, tmp_path, change, says):

@@ -194,11 +194,16 @@ class FrameParameters:
     blink: Tensor  # (B,) in [0, 1]: 0 open, 1 shut
     noise: Tensor  # (B,) int, which noise image
 
-    def __getitem__(self, index: Tensor) -> FrameParameters:
+    def __getitem__(self, index: Tensor | slice) -> FrameParameters:
         return FrameParameters(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def __len__(self) -> int:
         return len(self.individual)
+
+
+_KEPT_VALUES = 100_000_000
+"""The most values of frames that a data set keeps, 400 MB."""
+_BLOCK = 64
 
 
 class SyntheticFaces(FrameDataset):
@@ -266,13 +271,25 @@ class SyntheticFaces(FrameDataset):
         self.individual_index = self.parameters.individual
         self.emotion_index = torch.tensor(emotion_index)
         self.intensity = torch.tensor(intensities)
+        # Drawing takes longer than most of what is done with a frame: a set that is small enough is drawn once.
+        small = len(self.keys) * 3 * size**2 <= _KEPT_VALUES
+        self._kept = torch.empty(len(self.keys), 3, size, size) if small else None
+        self._is_kept = torch.zeros(len(self.keys), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def frames(self, indices: Indices) -> Tensor:
         """Frames in [-1, 1], (len(indices), 3, size, size)."""
-        return self._draw(self.parameters[as_indices(indices, len(self))])
+        rows = as_indices(indices, len(self))
+        if self._kept is None:
+            return self._draw(self.parameters[rows])
+        # By whole blocks, so that a frame's last bits never depend on what was asked for together with it.
+        for block in (rows[~self._is_kept[rows]] // _BLOCK).unique().tolist():
+            span = slice(block * _BLOCK, (block + 1) * _BLOCK)
+            self._kept[span] = self._draw(self.parameters[span])
+            self._is_kept[span] = True
+        return self._kept[rows]
 
     def stamps(self) -> list[str]:
         # The frames are as old as this file and the parameters that they are drawn from.

@@ -1,16 +1,19 @@
 """The built-in generator: a few learned fields that move and shade a face, mixed anew for every frame (ours).
 
-    a, b   = mix(encoder(frame), target)                                       K weights each
-    edited = clamp( warp(frame, window · reach · tanh(Σ a_k flow_k)) + window · residual · tanh(Σ b_k shade_k) )
+    change = style(target) − style(shown)                                 what the frame shows now is recognised
+    a, b   = mix(encoder(frame), change) − mix(encoder(frame), 0)         K weights each; nothing asked, nothing changed
+    flow   = window · reach · tanh(Σ a_k flow_k),   shade = window · shading · tanh(Σ b_k shade_k)
+    edited = clamp( (1 + warp(frame, flow)) · exp(shade) − 1 )
 
-The fields are the same for everybody, as muscles are; how much of each is used depends on the face and the target. So
-few degrees of freedom can bend brows and lips, but not draw the patterns that please a CLIP tower and nobody else: an
-encoder–decoder that paints freely raised CLIP's score as far and the expression hardly at all. The weights start so
-close to zero that the untrained generator is the identity.
+The fields are the same for everybody, as muscles are, and lie where the head does; how much of each is used depends on
+the face and on the change. So few degrees of freedom can bend brows and lips, but not draw the patterns that please a
+CLIP tower and nobody else: an encoder–decoder that paints freely raised CLIP's score as far and the expression hardly
+at all. The weights start so close to zero that the untrained generator is the identity.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,8 +36,8 @@ class GeneratorConfig:
     """Width of the network that mixes them."""
     reach: float = 0.09
     """Largest displacement of the flow, as a fraction of the frame's side."""
-    residual: float = 0.8
-    """Largest change of a colour by the residual, of a range of 2."""
+    shading: float = 0.4
+    """Largest change of brightness, as a natural logarithm; hues stay."""
     window: list[float] = field(default_factory=lambda: [0.5, 0.60, 0.27, 0.27])
     """Centre x, y and half-axes of what may change, as fractions of the frame: expressions are not in hair or walls."""
     driven_by: Literal["emotion", "reference"] = "emotion"
@@ -46,7 +49,8 @@ class Edit(NamedTuple):
 
     frames: Tensor  # (B, 3, H, W) in [-1, 1]
     flow: Tensor  # (B, 2, H, W), x and y in units of half a side
-    shade: Tensor  # (B, 1, H, W), what is added to every colour
+    shade: Tensor  # (B, 1, H, W), logarithm of what brightness is multiplied by
+    shown: Tensor | None  # (B, E) logits of the emotion that the frames show; None for one driven by a reference
 
 
 class ExpressionGenerator(nn.Module):
@@ -61,8 +65,10 @@ class ExpressionGenerator(nn.Module):
         super().__init__()
         self.config = config = config or GeneratorConfig()
         style = 64
+        self.shown: nn.Module | None = None
         if config.driven_by == "emotion":
             self.target: nn.Module = nn.Embedding(emotions, style)
+            self.shown = nn.Sequential(_FaceEncoder(style), nn.SiLU(), nn.Linear(style, emotions))
         else:
             self.target = _FaceEncoder(style)
         self.encoder = _FaceEncoder(64)
@@ -72,6 +78,9 @@ class ExpressionGenerator(nn.Module):
             nn.Linear(config.hidden, 2 * config.fields),
         )  # fmt: skip
         # Not exactly zero: a zero change has a zero gradient in a directional loss, and would never begin.
+        self.pose = nn.Linear(64, 4)
+        nn.init.normal_(self.pose.weight, std=0.01)
+        nn.init.zeros_(self.pose.bias)
         self.flow = nn.Parameter(0.01 * torch.randn(config.fields, 2, 16, 16))
         self.shade = nn.Parameter(0.01 * torch.randn(config.fields, 1, 32, 32))
 
@@ -84,18 +93,27 @@ class ExpressionGenerator(nn.Module):
         return self.edit(frames, target).frames
 
     def edit(self, frames: Tensor, target: Tensor) -> Edit:
-        """`forward`, with the flow and the shade that make the edit."""
+        """`forward`, with the flow and the shade that make the edit and the emotion that was seen."""
         height, width = frames.shape[-2:]
-        mix = self.mix(torch.cat([self.encoder(frames), self.target(target)], dim=1))
+        seen = self.encoder(frames)
+        change, shown = self._change(frames, target)
+        mix = self.mix(torch.cat([seen, change], 1)) - self.mix(torch.cat([seen, torch.zeros_like(change)], 1))
         of_flow, of_shade = mix.chunk(2, dim=1)  # (B, K) each
-        flow = torch.einsum("bk,kchw->bchw", of_flow, self.flow)
-        flow = F.interpolate(flow, (height, width), mode="bicubic", align_corners=False)
-        shade = torch.einsum("bk,kchw->bchw", of_shade, self.shade)
-        shade = F.interpolate(shade, (height, width), mode="bilinear", align_corners=False)
+        grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), height, width)
+        flow = _lay(torch.einsum("bk,kchw->bchw", of_flow, self.flow), grid, "bicubic")
+        shade = _lay(torch.einsum("bk,kchw->bchw", of_shade, self.shade), grid, "bilinear")
         window = soft_window(height, width, self.config.window).to(frames)
         flow = window * 2 * self.config.reach * torch.tanh(flow)
-        shade = window * self.config.residual * torch.tanh(shade)
-        return Edit((warp(frames, flow) + shade).clamp(-1, 1), flow, shade)
+        shade = window * self.config.shading * torch.tanh(shade)
+        return Edit(((warp(frames, flow) + 1) * shade.exp() - 1).clamp(-1, 1), flow, shade, shown)
+
+    def _change(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From the style that is shown to the one that is asked for, and the emotion recognised on the way."""
+        if self.shown is None:
+            return self.target(target) - self.target(frames), None
+        shown = self.shown(frames)
+        # Detached: recognition learns from labels alone, not to be wrong where that suits an edit.
+        return self.target(target) - shown.detach().softmax(dim=1) @ self.target.weight, shown
 
 
 def save_generator(path: str | Path, generator: ExpressionGenerator, emotions: Sequence[str], size: int) -> None:
@@ -138,13 +156,36 @@ def warp(
     return warped.masked_fill(grid.isnan().any(-1)[:, None], torch.nan)
 
 
+def pose_grid(
+    pose: Tensor,  # (B, 4): zoom − 1, roll, shift x, shift y; in units of half a side
+    height: int,
+    width: int,
+) -> Tensor:  # (B, H, W, 2)
+    """For each pixel its place in the fields, which lie as the head does; zero is where they lie on the frame."""
+    zoom, roll, x, y = pose.unbind(1)
+    theta = torch.stack([1 + zoom, roll, x, -roll, 1 + zoom, y], dim=1).unflatten(1, (2, 3))
+    return F.affine_grid(theta, [len(pose), 1, height, width], align_corners=False)
+
+
+def _lay(
+    fields: Tensor,  # (B, C, h, w), coarse
+    grid: Tensor,  # (B, H, W, 2)
+    smoothly: str,
+) -> Tensor:  # (B, C, H, W)
+    fine = F.interpolate(fields, grid.shape[1:3], mode=smoothly, align_corners=False)
+    return F.grid_sample(fine, grid, padding_mode="border", align_corners=False)
+
+
 class _FaceEncoder(nn.Module):
     def __init__(self, style: int) -> None:
         super().__init__()
+        widths = (3, 16, 32, 48, 64)
         self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GroupNorm(8, 32), nn.SiLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.GroupNorm(8, 64), nn.SiLU(),
+            *(
+                layer
+                for i, o in itertools.pairwise(widths)
+                for layer in (nn.Conv2d(i, o, 3, stride=2, padding=1), nn.GroupNorm(8, o), nn.SiLU())
+            ),
             nn.AdaptiveAvgPool2d(4), nn.Flatten(),
             nn.Linear(64 * 16, style),
         )  # fmt: skip

@@ -42,7 +42,7 @@ def correlation_loss(
 
     Args:
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
-        text: unit text features, (N, E, D), the same dtype and device.
+        text: unit text features, (N, E, D), the same dtype and device (under autocast the wider dtype counts).
         scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
         mask: True where individual n has emotion e, (N, E) bool; None: everywhere.
         negatives: "all", "within" or "distinct".
@@ -63,7 +63,7 @@ def correlation_loss(
     sizes.check("visual", visual, "NED")
     checks.check_float("text", text)
     sizes.check("text", text, "NED")
-    checks.check_alike(visual=visual, text=text)
+    visual, text = checks.alike(visual=visual, text=text)
     if mask is not None:
         checks.check_bool("mask", mask)
         sizes.check("mask", mask, "NE")
@@ -81,11 +81,12 @@ def _fused_loss(
 
 
 def _empty_loss(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and the log-sum-exp of the rows and of the columns of each pair a < b; b < a has the same."""
+    """The loss, and what a backend keeps of the row and the column of each pair a < b; those of b → a have the same."""
     individuals, emotions, _ = visual.shape
     wide = reference.computing_dtype(visual)
-    sums = (individuals, emotions * (emotions - 1) // 2)
-    return visual.new_empty((), dtype=wide), visual.new_empty(sums, dtype=wide), visual.new_empty(sums, dtype=wide)
+    pairs = emotions * (emotions - 1) // 2
+    rows, columns = (visual.new_empty(individuals, pairs, dtype=wide) for _ in range(2))
+    return visual.new_empty((), dtype=wide), rows, columns
 
 
 _LOSS = FusedOperator(

@@ -19,11 +19,11 @@ class DataConfig:
     """Side in pixels that frames are brought to."""
     emotions: list[str] | None = None
     """Emotions to use, in this order; by default those that the data has."""
-    individuals: int = 40
+    individuals: int = 100
     """synthetic: how many people to draw for training."""
     clips: int = 2
     """synthetic: clips for each individual and emotion."""
-    frames_per_clip: int = 3
+    frames_per_clip: int = 2
     """synthetic: frames of each clip."""
     missing: int = 0
     """synthetic: emotions (other than neutral) that each individual lacks in training."""
@@ -111,14 +111,20 @@ class GeneratorOptions:
     """Weight of looking like a real frame."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
-    w_reconstruction: float = 5.0
+    w_reconstruction: float = 20.0
     """Weight of leaving a frame as it is when its own emotion is asked for (L1)."""
-    w_identity: float = 1.5
-    """Weight of keeping who it is: few changed pixels, and the same colours and shapes from afar."""
-    w_mouth: float = 40.0
-    """Weight of keeping the middle of the mouth, which speaks."""
+    w_recognition: float = 1.0
+    """Weight of naming the emotion that the source shows (cross entropy), which the generator has to know."""
     w_smooth: float = 60.0
     """Weight of the total variation of the fields that move and shade the face."""
+    w_person: float = 10.0
+    """Drawn faces: weight of being the same person to the frozen reader."""
+    w_speech: float = 40.0
+    """Drawn faces: weight of saying the same to the frozen reader; with w_person 0 too, pixels are compared instead."""
+    w_identity: float = 1.5
+    """Other faces: weight of few changed pixels, and the same colours and shapes from afar."""
+    w_mouth: float = 40.0
+    """Other faces: weight of keeping the middle of the mouth, which speaks."""
     mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])
     """Left, top, right, bottom of the middle of the mouth, as fractions of the frame."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
@@ -138,7 +144,7 @@ class PromptsConfig(RunConfig, PromptsOptions):
 class TrainConfig(RunConfig, PromptsOptions, GeneratorOptions):
     """Train the built-in generator under PCMECL (stage 2); learns the prompts first where none are given."""
 
-    steps: int = 1500
+    steps: int = 1000
     """Optimiser steps of the generator."""
     prompts: Path | None = None
     """Output folder of `pcmecl-fast prompts`; by default the prompts are learned first, with the options above."""
@@ -153,6 +159,22 @@ class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in some minutes on a laptop."""
 
     out: Path = Path("runs/demo")
+    """Output folder."""
+
+
+@dataclass
+class AblateConfig(TrainConfig):
+    """Train the same generator under every supervision, and judge the edits on paired truth."""
+
+    quick: bool = False
+    """The five main supervisions, one seed, few steps: a first look."""
+    seeds: int = 3
+    """Seeds of data, weights and batches, for the error bars."""
+    quick_steps: int = 300
+    """Optimiser steps of each generator with --quick."""
+    steps: int = 600
+    """Optimiser steps of each generator."""
+    out: Path = Path("runs/ablation")
     """Output folder."""
 
 

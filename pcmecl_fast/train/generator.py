@@ -1,14 +1,17 @@
 """Stage 2: training a generator on unpaired frames, supervised by PCMECL.
 
     loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back)
-         + w_reconstruction · (nothing asked, nothing changed) + w_identity · (same person) + w_mouth · (same speech)
-         + w_smooth · (simple fields)
+         + w_reconstruction · (nothing asked, nothing changed) + w_recognition · (names the emotion shown)
+         + w_person · (same person) + w_speech · (same speech) + w_smooth · (simple fields)
 
-Every eighth target is the source's own emotion: there PCMECL is silent and the frame must stay as it is.
+Person and speech are read from drawn faces by the shipped `FaceReader`. Of real faces it knows nothing: there pixel
+terms, w_identity and w_mouth, stand for the two. Every eighth target is the source's own emotion: there PCMECL is
+silent and the frame must stay as it is.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,15 +22,30 @@ from torch import Tensor, nn
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.criterion import PCMECLCriterion
 from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
 from pcmecl_fast.ops.backend import choose
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
 from pcmecl_fast.train.prompts import frame_features
+from pcmecl_fast.train.reader import FaceReader, load_reader, reading_losses
+
+log = logging.getLogger("pcmecl_fast")
 
 _FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend", "features"}
-_TERMS = ("pcmecl", "adversarial", "cycle", "reconstruction", "identity", "mouth", "smooth")
+_TERMS = (
+    "pcmecl",
+    "adversarial",
+    "cycle",
+    "reconstruction",
+    "identity",
+    "mouth",
+    "smooth",
+    "speech",
+    "person",
+    "recognition",
+)
 
 
 def train_generator(
@@ -36,14 +54,19 @@ def train_generator(
     dataset: FrameDataset,
     config: TrainConfig,
     *,
+    criterion: nn.Module | None = None,
     preview: Callable[[ExpressionGenerator], Tensor] | None = None,
 ) -> tuple[ExpressionGenerator, Loop]:
-    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then."""
+    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then.
+
+    `criterion` takes the place of PCMECL's, with the same arguments.
+    """
     device = clip.device
     torch.manual_seed(config.seed)
     generator = ExpressionGenerator(len(dataset.emotions), config.generator).to(device)
     critic = PatchDiscriminator().to(device)
-    criterion = PCMECLCriterion(clip, bank, contrast=config.contrast)
+    criterion = criterion or PCMECLCriterion(clip, bank, contrast=config.contrast)
+    reader = _reader_for(dataset, config, device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -85,7 +108,7 @@ def train_generator(
 
         critic.requires_grad_(False)
         with autocast:
-            edited, flow, shade = generator.edit(frames, to)
+            edited, flow, shade, shown = generator.edit(frames, to)
             again = generator(edited, back) if config.w_cycle else None
             realism = critic(edited)
             views = _seen_alike(frames, edited, config.jitter, loop.generator(~step))
@@ -96,10 +119,15 @@ def train_generator(
             "pcmecl": pcmecl,
             "adversarial": -realism.float().mean(),
             "reconstruction": _mean_where((edited - frames).abs(), same),
-            "identity": identity_loss(frames, edited.float()),
-            "mouth": mouth_loss(frames, edited.float(), config.mouth_box),
             "smooth": total_variation(flow.float()) + total_variation(shade.float()),
         }
+        if reader is not None:
+            terms["speech"], terms["person"] = reading_losses(reader, *(view.float() for view in views))
+        else:
+            terms["identity"] = identity_loss(frames, edited.float())
+            terms["mouth"] = mouth_loss(frames, edited.float(), config.mouth_box)
+        if shown is not None:
+            terms["recognition"] = F.cross_entropy(shown.float(), source)
         if again is not None:
             terms["cycle"] = F.l1_loss(again, frames)
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), device=device))
@@ -124,6 +152,13 @@ def train_generator(
     return generator.eval().requires_grad_(False), loop
 
 
+def _reader_for(dataset: FrameDataset, config: TrainConfig, device: torch.device) -> FaceReader | None:
+    if isinstance(dataset, SyntheticFaces):
+        return load_reader(device) if config.w_speech or config.w_person else None
+    log.info("stage 2: the reader knows drawn faces only; here pixel terms alone keep speech and identity")
+    return None
+
+
 def _seen_alike(
     source: Tensor,  # (B, 3, H, W)
     edited: Tensor,  # (B, 3, H, W)
@@ -141,9 +176,8 @@ def _seen_alike(
     theta[:, :, 2] = jitter * (torch.rand(count, 2, generator=random) * 2 - 1)
     noise = jitter * torch.randn(source.shape, generator=random).to(source)
     grid = F.affine_grid(theta.to(source), list(source.shape), align_corners=False)
-    views = (F.grid_sample(x, grid, padding_mode="border", align_corners=False) + noise for x in (source, edited))
-    first, second = views
-    return first, second
+    seen = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) + noise for x in (source, edited)]
+    return seen[0], seen[1]
 
 
 def identity_loss(

@@ -1,0 +1,435 @@
+"""Named comparisons, side by side in one process: what people run, and what this library runs instead.
+
+    python -m bench.compare text_tower stage1_step [--device cuda] [--dtype bfloat16] [--json FILE]
+    python -m bench.compare --all
+
+Both sides get the same inputs. Before anything is timed their results and gradients have to agree; that they do not is
+the only thing that makes the exit status 1. Then the sides run in turns, and the table shows medians, quartiles, the
+ratio to ours, peak extra memory, and the limit of the machine: the bytes that must be moved over its measured copy
+bandwidth, or the operations over its measured matrix-product rate, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import importlib
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pcmecl_fast.files import write_atomically
+
+ROOT = Path(__file__).parents[1]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest relative error between two sides, |a − b| / |b|, by dtype: float32's leaves room for a logit scale of 100."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do the work."""
+
+    name: str
+    run: Callable[[], Sequence[Tensor]]
+    """Does it once, forward and backward; returns the result and the gradients."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several ways to do the same work; ours is the last."""
+
+    sides: Sequence[Side]
+    moved: float = 0.0
+    """Bytes that have to be read and written."""
+    operations: float = 0.0
+    """Multiplications and additions that have to be done."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Sides that do not run here, and why."""
+
+
+Build = Callable[[torch.device, torch.dtype], Comparison]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A comparison by name, with the ratios that it is meant to reach and the files whose speed it shows."""
+
+    build: Build
+    what: str
+    sources: Sequence[str]
+    targets: dict[str, dict[str, float]]
+
+
+COMPARISONS: dict[str, Entry] = {}
+
+
+def comparison(
+    name: str, what: str, *, sources: Sequence[str], targets: dict[str, dict[str, float]] | None = None
+) -> Callable[[Build], Build]:
+    """Register a comparison.
+
+    Args:
+        name: what it is called on the command line.
+        what: the work, in a few words.
+        sources: globs of the files whose change makes a measured result old.
+        targets: by kind of device and name of a side, how many times as long it should take as ours.
+    """
+
+    def register(build: Build) -> Build:
+        COMPARISONS[name] = Entry(build, what, sources, targets or {})
+        return build
+
+    return register
+
+
+@dataclass
+class Row:
+    """What was measured of one side."""
+
+    comparison: str
+    side: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+    ratio: float
+    """Its median over ours."""
+    target: float | None
+    """What the ratio should be at least."""
+    error: float
+    """Largest relative error of its results and gradients against the first side's."""
+    peak_mb: float
+    """Memory needed beside the inputs, at the peak."""
+    limit_ms: float | None
+    """How long the machine needs for the bytes or the operations alone."""
+    note: str = ""
+
+
+@dataclass
+class Options:
+    """Compare what people run with what this library runs."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Names of comparisons."""
+    all: bool = False
+    """Every comparison."""
+    device: str = "auto"
+    """cpu or cuda; auto takes a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the inputs and the towers."""
+    seconds: float = 20.0
+    """Time for each comparison, at least; slow sides take three runs whatever that takes."""
+    json: Path | None = None
+    """A file for the results; those of other comparisons that it holds already stay."""
+
+
+def main() -> int:
+    options = tyro.cli(Options)
+    load_all()
+    names = list(COMPARISONS) if options.all else list(options.names)
+    unknown = [name for name in names if name not in COMPARISONS]
+    if unknown or not names:
+        print(f"names: takes {', '.join(COMPARISONS)}, or --all; got {', '.join(unknown) or 'none'}", file=sys.stderr)
+        return 2
+    kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = torch.device(kind), DTYPES[options.dtype]
+    console, agreed = Console(), True
+    if not console.is_terminal:
+        console = Console(width=150)
+    for name in names:
+        with console.status(f"{name}: {COMPARISONS[name].what}"):
+            rows, failure = compare(name, device, dtype, seconds=options.seconds)
+        show(console, name, rows, failure)
+        agreed &= failure is None
+        if options.json is not None:
+            keep(options.json, name, rows, failure, device, dtype)
+        _forget(device)
+    return 0 if agreed else 1
+
+
+def compare(
+    name: str, device: torch.device, dtype: torch.dtype, *, seconds: float = 20.0
+) -> tuple[list[Row], str | None]:
+    """Run one comparison: its rows, and what is wrong where the sides disagree (then nothing is timed)."""
+    entry = COMPARISONS[name]
+    work = entry.build(device, dtype)
+    errors = {side.name: 0.0 for side in work.sides}
+    expected = [x.detach().clone() for x in work.sides[0].run()]
+    for side in work.sides[1:]:
+        errors[side.name] = max(map(relative_error, side.run(), expected), default=0.0)
+        if not errors[side.name] <= TOLERANCES[dtype]:
+            return [], f"{side.name} and {work.sides[0].name} disagree: relative error {errors[side.name]:.1e}"
+    del expected
+    peaks = {side.name: peak_memory(side.run, device) for side in work.sides}
+    times = alternate([side.run for side in work.sides], device, seconds)
+    ours = statistics.median(times[-1])
+    limit = machine_limit(work, device, dtype)
+    targets = entry.targets.get(device.type, {})
+    rows = []
+    for side, measured in zip(work.sides, times, strict=True):
+        middle = statistics.median(measured)
+        low, high = (measured[0], measured[-1]) if len(measured) < 4 else _quartiles(measured)
+        rows.append(
+            Row(
+                name, side.name, 1e3 * middle, 1e3 * low, 1e3 * high, len(measured), middle / ours,
+                targets.get(side.name), errors[side.name], peaks[side.name], limit and 1e3 * limit,
+            )
+        )  # fmt: skip
+    nan = float("nan")
+    rows[-1:-1] = [
+        Row(name, side, nan, nan, nan, 0, nan, targets.get(side), nan, nan, None, f"not run: {why}")
+        for side, why in work.skipped.items()
+    ]
+    return rows, None
+
+
+def alternate(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> list[list[float]]:
+    """Times of each, sorted, from runs in turns; a fast one runs several times in its turn. All are warm already."""
+    once = [timed(run, device) for run in runs]
+    turns = [max(1, min(50, round(0.2 / max(t, 1e-6)))) for t in once]
+    times: list[list[float]] = [[] for _ in runs]
+    begin = time.perf_counter()
+    while len(times[0]) < 3 or (time.perf_counter() - begin < seconds and len(times[0]) < 2000):
+        for run, count, measured in zip(runs, turns, times, strict=True):
+            measured += [timed(run, device) for _ in range(count)]
+    return [sorted(measured) for measured in times]
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call; on a GPU between two events on its stream."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def finished(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` that returns when its work is done, for clocks that do not know of GPUs."""
+    if not torch.cuda.is_available():
+        return run
+
+    def wait(*args: Any) -> Any:
+        result = run(*args)
+        torch.cuda.synchronize()
+        return result
+
+    return wait
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
+    """Megabytes that one call needs at its peak beyond what was held before; NaN where the system does not tell."""
+    _forget(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+        before = _resident("VmRSS")
+        run()
+        return (_resident("VmHWM") - before) / 1e6
+    except OSError:
+        return float("nan")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual − expected| / |expected| as vectors, in float64; infinite where one is not finite."""
+    difference = (actual.detach().double() - expected.double()).norm()
+    error = float(difference / expected.double().norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
+
+
+def machine_limit(work: Comparison, device: torch.device, dtype: torch.dtype) -> float | None:
+    """Seconds that the machine needs for the bytes or for the operations alone, whichever are more; None if unknown."""
+    if not work.moved and not work.operations:
+        return None
+    return max(work.moved / copy_bandwidth(device), work.operations / product_rate(device, dtype))
+
+
+@cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written in a second by a copy that fits no cache."""
+    source = torch.randn(1 << (26 if device.type == "cpu" else 28), device=device)
+    target = torch.empty_like(source)
+    best = min(timed(lambda: target.copy_(source), device) for _ in range(12))
+    return 2 * source.nbytes / best
+
+
+@cache
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions in a second by the fastest large matrix product that PyTorch has."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    products: list[Callable[[], Tensor]] = [lambda: a @ b]
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    best = min(timed(product, device) for product in products for _ in range(6))
+    return 2 * size**3 / best
+
+
+def count_operations(run: Callable[[], Any]) -> float:
+    """Multiplications and additions of the matrix products in one call."""
+    counter = FlopCounterMode(display=False)
+    # PyTorch counts its own products, not oneDNN's.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.backends.mkldnn.flags(enabled=False), counter:
+            run()
+    return float(counter.get_total_flops())
+
+
+def show(console: Console, name: str, rows: Sequence[Row], failure: str | None) -> None:
+    title = f"{name}: {COMPARISONS[name].what}"
+    if failure is not None:
+        console.print(f"[bold red]{title}: {failure}[/]")
+        return
+    table = Table(title=title, title_justify="left")
+    for column in ("side", "median", "quartiles", "runs", "÷ ours", "target", "error", "peak", "limit"):
+        table.add_column(column, justify="left" if column == "side" else "right")
+    for row in rows:
+        if row.note:
+            table.add_row(row.side, row.note)
+            continue
+        met = row.target is None or row.ratio >= row.target
+        ratio = f"{row.ratio:.2f}×" if row.ratio < 10 else f"{row.ratio:.1f}×"
+        limit = row.limit_ms and f"{row.limit_ms:.3g} ms, {100 * row.limit_ms / row.median_ms:.0f} %"
+        table.add_row(
+            row.side,
+            f"{row.median_ms:.4g} ms",
+            f"{row.low_ms:.4g}–{row.high_ms:.4g}",
+            str(row.runs),
+            ratio if met else f"[red]{ratio}[/]",
+            "" if row.target is None else f"{row.target:g}×",
+            f"{row.error:.1e}",
+            f"{row.peak_mb:.0f} MB",
+            limit or "",
+        )
+    console.print(table)
+
+
+def keep(
+    path: Path, name: str, rows: Sequence[Row], failure: str | None, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Write a comparison's results beside those that the file holds already."""
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results[f"{name} {str(dtype).removeprefix('torch.')}"] = {
+        "what": COMPARISONS[name].what,
+        "rows": [{k: v for k, v in asdict(row).items() if v == v} for row in rows],  # JSON has no NaN
+        "disagreement": failure,
+        "sources": sources_digest(name),
+        **environment(device),
+    }
+    write_atomically(path, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def sources_digest(name: str) -> str:
+    """A hash of the files whose speed a comparison shows: another one means that its results are old."""
+    return files_digest(COMPARISONS[name].sources)
+
+
+def files_digest(patterns: Sequence[str]) -> str:
+    """A hash of the repository's files that match any of the globs."""
+    files = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if _is_source(path)})
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The command, the versions and the machine that a result belongs to."""
+    return {
+        "command": "python -m bench.compare " + shlex.join(sys.argv[1:]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def load_all() -> None:
+    """Import the files that register comparisons."""
+    # Run with -m this file is __main__; they register with the module of its own name.
+    sys.modules.setdefault("bench.compare", sys.modules[__name__])
+    for module in sorted(Path(__file__).parent.glob("compare_*.py")):
+        importlib.import_module(f"bench.{module.stem}")
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
+
+
+def _forget(device: torch.device) -> None:
+    """Give memory back that nobody holds, so that a peak is one run's own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(field_name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field_name):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field_name} in /proc/self/status")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    try:
+        head = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Other people's kernels on the part of our work that they can do, on equal inputs; one that wins is shown winning.
+
+The contrastive losses are handed what they need, the difference features, and take each change of an individual's face
+against each change of all texts: the loss of `ops.correlation_loss` with negatives="all". The difference features
+are made inside every side, since the gradient has to reach the features.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.compare import Comparison, Side, comparison
+from pcmecl_fast import ops
+from pcmecl_fast.ops import PromptTree, reference
+
+E, D, SCALE = 7, 512, 20.0
+PAIRS = E * (E - 1)
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Contrastive loss of unit rows (n, D) against unit rows (n, D)."""
+
+
+@comparison(
+    "peers_contrastive",
+    "every change of the face against every change of the text, 64 (CPU) or 512 (GPU) individuals, with backward",
+    sources=("pcmecl_fast/ops/*.py", "csrc/**/*", "kernels/*.py"),
+)
+def peers_contrastive(device: torch.device, dtype: torch.dtype) -> Comparison:
+    individuals = 64 if device.type == "cpu" else 512
+    generator = torch.Generator().manual_seed(0)
+    visual, text = (
+        F.normalize(torch.randn(individuals, E, D, generator=generator), dim=-1).to(device, dtype).requires_grad_()
+        for _ in range(2)
+    )
+    before, after = reference.ordered_pairs(E, device)
+
+    def differences(x: Tensor) -> Tensor:
+        return F.normalize(x[:, after] - x[:, before], dim=-1).flatten(0, 1)
+
+    def plain(loss: Loss) -> Callable[[], list[Tensor]]:
+        return lambda: _with_gradients(loss(differences(visual), differences(text)), visual, text)
+
+    def ours() -> list[Tensor]:
+        return _with_gradients(ops.correlation_loss(visual, text, scale=SCALE), visual, text)
+
+    def compiled() -> list[Tensor]:
+        return _with_gradients(compiled_reference(visual, text), visual, text)
+
+    @torch.compile(dynamic=False)
+    def compiled_reference(visual: Tensor, text: Tensor) -> Tensor:
+        return ops.correlation_loss(visual, text, scale=SCALE, backend="reference")
+
+    candidates: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
+        "F.cross_entropy, both ways": lambda: plain(_cross_entropy),
+        "open_clip ClipLoss": lambda: plain(_open_clip()),
+        "torch.compile of the reference": lambda: compiled,
+        "inf-cl": lambda: plain(_inf_cl(device)),
+        "memeff": lambda: plain(_memeff(device)),
+        "liger-kernel": lambda: plain(_liger(device)),
+    }
+    sides, skipped = _those_that_run(candidates)
+    count, width = individuals * PAIRS, dtype.itemsize
+    # S = V Tᵀ once forward and twice backward; features and gradients once.
+    return Comparison(
+        [*sides, Side("pcmecl_fast", ours)],
+        operations=3 * 2 * (individuals * E) ** 2 * D,
+        moved=4 * count / PAIRS * E * D * width,
+        skipped=skipped,
+    )
+
+
+@comparison(
+    "tree_attention",
+    "attention of 64 prompt trees of 30 tokens, 8 heads of 64, with backward",
+    sources=("pcmecl_fast/ops/*.py", "csrc/**/*", "kernels/*.py"),
+    targets={"cpu": {"SDPA with the mask": 1.0}, "cuda": {"SDPA with the mask": 1.5}},
+)
+def tree_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
+    tree = PromptTree(9, (3,) * 7)
+    generator = torch.Generator().manual_seed(0)
+    shape = (64 if device.type == "cpu" else 512, tree.length, 3, 8, 64)
+    qkv = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(shape[0], tree.length, 8, 64, generator=generator).to(device, dtype)
+
+    def side(attend: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            out = attend(qkv)
+            return [out, *torch.autograd.grad((out * weight).sum(), qkv)]
+
+        return run
+
+    candidates = {
+        "SDPA with the mask": lambda: side(lambda x: _sdpa(x, tree.mask(device))),
+        "FlexAttention": lambda: side(_flex(tree, device)),
+        "xformers": lambda: side(_xformers(tree, device, dtype)),
+    }
+    sides, skipped = _those_that_run(candidates)
+    pairs = int(tree.mask().sum())
+    return Comparison(
+        [*sides, Side("pcmecl_fast", side(lambda x: ops.tree_attention(x, tree)))],
+        operations=7 * 2 * shape[0] * 8 * pairs * 64,
+        moved=(3 + 1 + 3 + 1 + 3) * qkv.numel() / 3 * dtype.itemsize,
+        skipped=skipped,
+    )
+
+
+def _those_that_run(
+    candidates: dict[str, Callable[[], Callable[[], list[Tensor]]]],
+) -> tuple[list[Side], dict[str, str]]:
+    """Sides that can be built and run here once, and why the others cannot."""
+    sides, skipped = [], {}
+    for name, build in candidates.items():
+        try:
+            run = build()
+            run()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            skipped[name] = f"{type(error).__name__}: {lines[0][:110]}" if not isinstance(error, _Missing) else lines[0]
+        else:
+            sides.append(Side(name, run))
+    return sides, skipped
+
+
+class _Missing(Exception):
+    """What a peer needs and this machine lacks."""
+
+
+def _cross_entropy(a: Tensor, b: Tensor) -> Tensor:
+    logits, own = SCALE * (a @ b.T).float(), torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def _open_clip() -> Loss:
+    loss = importlib.import_module("open_clip.loss").ClipLoss()
+    return lambda a, b: loss(a, b, SCALE)
+
+
+def _inf_cl(device: torch.device) -> Loss:
+    peer = _import("inf_cl", device)
+    return lambda a, b: (peer.cal_flash_loss(a, b, scale=SCALE) + peer.cal_flash_loss(b, a, scale=SCALE)).mean() / 2
+
+
+def _memeff(device: torch.device) -> Loss:
+    peer = _import("memeff", device)
+    return peer.MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+
+
+def _liger(device: torch.device) -> Loss:
+    """It has no contrastive loss; its fused linear cross entropy does one direction of one."""
+    _import("liger_kernel", device)
+    fused = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss()
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        own = torch.arange(len(a), device=a.device)
+        return (fused(b, SCALE * a, own) + fused(a, SCALE * b, own)) / 2
+
+    return loss
+
+
+def _sdpa(qkv: Tensor, mask: Tensor) -> Tensor:
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+def _flex(tree: PromptTree, device: torch.device) -> Callable[[Tensor], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if device.type == "cpu":
+        raise _Missing("needs a GPU: on a CPU it has no backward")
+    allowed = tree.mask(device)
+    mask = create_block_mask(lambda b, h, q, k: allowed[q, k], None, None, tree.length, tree.length, device=str(device))
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+
+    def attend(qkv: Tensor) -> Tensor:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        return compiled(query, key, value, block_mask=mask).transpose(1, 2)
+
+    return attend
+
+
+def _xformers(tree: PromptTree, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    peer = _import("xformers", device)
+    operators = importlib.import_module(f"{peer.__name__}.ops")
+    # Its kernels want the mask's rows aligned to eight elements.
+    length = 8 * math.ceil(tree.length / 8)
+    bias = torch.zeros(1, 8, length, length, device=device, dtype=dtype)
+    bias.masked_fill_(~F.pad(tree.mask(device), (0, length - tree.length) * 2, value=True), -torch.inf)
+    bias = bias[..., : tree.length, : tree.length]
+
+    def attend(qkv: Tensor) -> Tensor:
+        query, key, value = qkv.unbind(2)
+        expanded = bias.expand(len(qkv), -1, -1, -1)
+        return operators.memory_efficient_attention(query, key, value, attn_bias=expanded)
+
+    return attend
+
+
+def _import(name: str, device: torch.device) -> Any:
+    if device.type != "cuda":
+        raise _Missing("needs a CUDA GPU")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise _Missing(f"not installed ({error})") from error
+
+
+def _with_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
+    return [loss, *torch.autograd.grad(loss, leaves)]

@@ -1,0 +1,225 @@
+"""Comparisons of the towers' work: padded prompts against prompt trees, frames encoded anew against the feature store.
+
+The plain sides are written as a good user would: batched, without gradients where none are needed, no needless copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.compare import Comparison, Side, comparison, count_operations
+from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank, load_clip, ops
+from pcmecl_fast.clip import Clip
+from pcmecl_fast.train.prompts import matching_loss
+
+EMOTIONS = ["neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised"]
+TOWER = "ViT-B-32"
+PROMPTS = ("pcmecl_fast/prompts/*.py", "pcmecl_fast/ops/tree_attention.py")
+CRITERION = (*PROMPTS, "pcmecl_fast/criterion.py", "pcmecl_fast/ops/*.py", "pcmecl_fast/clip.py")
+
+
+@comparison(
+    "text_tower",
+    "text features of 16 individuals × 7 emotions, shared context, with backward",
+    sources=PROMPTS,
+    targets={"cpu": {"padded batch": 25}, "cuda": {"padded batch": 15}},
+)
+def text_tower(device: torch.device, dtype: torch.dtype) -> Comparison:
+    individuals = 16 if device.type == "cpu" else 64
+    return _padded_and_tree(EMOTIONS, individuals, "shared", 8, device, dtype)
+
+
+@comparison(
+    "text_tower_per_emotion",
+    "text features of 4 individuals × 7 emotions, a context for each emotion, with backward",
+    sources=PROMPTS,
+    targets={"cpu": {"padded batch": 6.5}, "cuda": {"padded batch": 5}},
+)
+def text_tower_per_emotion(device: torch.device, dtype: torch.dtype) -> Comparison:
+    return _padded_and_tree(EMOTIONS, 4, "per-emotion", 8, device, dtype)
+
+
+@comparison(
+    "text_tower_classes",
+    "text features of ImageNet's classes (200 on a CPU, 1000 on a GPU) for one image, as CoCoOp, with backward",
+    sources=PROMPTS,
+    targets={"cpu": {"padded batch": 20}, "cuda": {"padded batch": 12}},
+)
+def text_tower_classes(device: torch.device, dtype: torch.dtype) -> Comparison:
+    names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))
+    return _padded_and_tree(names[:200] if device.type == "cpu" else names, 1, "shared", 4, device, dtype)
+
+
+@comparison(
+    "stage1_step",
+    "a step of stage 1 on 16 individuals × 7 frames, images encoded by the plain side",
+    sources=CRITERION,
+    targets={"cpu": {"plain trainer": 30}, "cuda": {"plain trainer": 15}},
+)
+def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
+    clip = _tower(device, dtype)
+    frames = _frames(16 * len(EMOTIONS), clip.image_size, device, dtype)
+
+    def encode() -> Tensor:
+        with torch.no_grad():
+            return F.normalize(clip.encode_image(frames, backend="reference").float(), dim=-1)
+
+    return _stage1(clip, encode(), encode, device)
+
+
+@comparison(
+    "stage1_step_features",
+    "a step of stage 1 on 16 individuals × 7 frames, both sides given the image features",
+    sources=CRITERION,
+    targets={"cpu": {"plain trainer": 20}, "cuda": {"plain trainer": 12}},
+)
+def stage1_step_features(device: torch.device, dtype: torch.dtype) -> Comparison:
+    clip = _tower(device, dtype)
+    features = F.normalize(_normal(16 * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
+    return _stage1(clip, features, lambda: features, device)
+
+
+@comparison(
+    "stage2_criterion",
+    "PCMECL on 16 edited frames with prompts conditioned on the frame, with backward to the frames",
+    sources=CRITERION,
+    targets={"cpu": {"plain trainer": 3}, "cuda": {"plain trainer": 3}},
+)
+def stage2_criterion(device: torch.device, dtype: torch.dtype) -> Comparison:
+    return _stage2(device, dtype, prompts_known=False)
+
+
+@comparison(
+    "stage2_criterion_bank",
+    "PCMECL on 16 edited frames, both sides given the prompts' features, with backward to the frames",
+    sources=CRITERION,
+    targets={"cpu": {"plain trainer": 1.25}, "cuda": {"plain trainer": 1.25}},
+)
+def stage2_criterion_bank(device: torch.device, dtype: torch.dtype) -> Comparison:
+    return _stage2(device, dtype, prompts_known=True)
+
+
+def _padded_and_tree(
+    descriptions: list[str], individuals: int, context: str, n_ctx: int, device: torch.device, dtype: torch.dtype
+) -> Comparison:
+    clip = _tower(device, dtype)
+    prompts = _prompts(clip, descriptions, context, n_ctx)
+    condition = F.normalize(_normal(individuals, clip.embed_dim, device=device), dim=-1)
+    weight = _normal(individuals, len(descriptions), clip.embed_dim, device=device)
+
+    def side(backend: str) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            prompts.zero_grad()
+            features = prompts(condition, backend=backend)
+            (features * weight).sum().backward()
+            return [features, *_gradients(prompts)]
+
+        return run
+
+    return Comparison(
+        [Side("padded batch", side("reference")), Side("prompt tree", side("auto"))],
+        operations=count_operations(side("auto")),
+    )
+
+
+def _stage1(clip: Clip, features: Tensor, encode: Callable[[], Tensor], device: torch.device) -> Comparison:
+    """A step: forward, backward and AdamW (with a learning rate of 0, so that every step is the same)."""
+    prompts = _prompts(clip, EMOTIONS, "shared", 8)
+    optimizer = torch.optim.AdamW(prompts.parameters(), lr=0.0)
+    mask = torch.ones(16, len(EMOTIONS), dtype=torch.bool, device=device)
+
+    def step(visual: Tensor, backend: str) -> list[Tensor]:
+        visual = visual.view(16, len(EMOTIONS), -1)
+        text = prompts(visual.mean(1), backend=backend)
+        match = matching_loss(visual, text, mask, 20.0)
+        loss = match + ops.correlation_loss(visual, text, scale=20.0, mask=mask, backend=backend)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return [loss, *_gradients(prompts)]
+
+    return Comparison(
+        [
+            Side("plain trainer", lambda: step(encode(), "reference")),
+            Side("store and trees", lambda: step(features, "auto")),
+        ],
+        operations=count_operations(lambda: step(features, "auto")),
+    )
+
+
+def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) -> Comparison:
+    clip = _tower(device, dtype)
+    prompts = _prompts(clip, EMOTIONS, "shared", 8)
+    source = _frames(16, 256, device, dtype)
+    edited = (source + 0.1 * _normal(*source.shape, device=device, seed=1).to(dtype)).clamp(-1, 1).requires_grad_()
+    individual = torch.arange(16, device=device)
+    shown = individual % len(EMOTIONS)
+    asked = (shown + 1 + individual % (len(EMOTIONS) - 1)) % len(EMOTIONS)
+    with torch.no_grad():
+        known = F.normalize(clip.encode_image(source, backend="reference").float(), dim=-1)
+    names = [str(i) for i in range(16)]
+    bank = PromptBank.build(prompts, known, names, EMOTIONS, clip=clip, condition="frame", backend="reference")
+    on_disk = _on_disk(bank, clip)
+    criterion = PCMECLCriterion(clip, on_disk if device.type == "cpu" else bank)
+
+    def plain() -> list[Tensor]:
+        with torch.no_grad():
+            features = F.normalize(clip.encode_image(source, backend="reference").float(), dim=-1)
+            rows = bank.features if prompts_known else prompts(features, backend="reference")
+        changed = clip.encode_image(edited, backend="reference").float()
+        loss = ops.direction_loss(features, changed, rows, individual, shown, asked, backend="reference")
+        return [loss, _backward_to(edited, loss)]
+
+    def ours() -> list[Tensor]:
+        loss = criterion(source, edited, individual, shown, asked, source_features=known)
+        return [loss, _backward_to(edited, loss)]
+
+    return Comparison([Side("plain trainer", plain), Side("store and bank", ours)], operations=count_operations(ours))
+
+
+@cache
+def _tower(device: torch.device, dtype: torch.dtype) -> Clip:
+    logging.getLogger("pcmecl_fast").setLevel(logging.ERROR)  # random weights are known to be meant here
+    return load_clip(TOWER, device=device, dtype=dtype)
+
+
+def _prompts(clip: Clip, descriptions: list[str], context: str, n_ctx: int) -> PersonalizedPrompts:
+    torch.manual_seed(0)
+    prompts = PersonalizedPrompts(clip, descriptions, n_ctx=n_ctx, context=context).to(clip.device)
+    with torch.no_grad():
+        next(prompts.condition_net[2].parameters()).normal_(std=0.02)  # zero at first, and so would gradients be
+    return prompts
+
+
+def _on_disk(bank: PromptBank, clip: Clip) -> PromptBank:
+    path = Path(tempfile.mkdtemp()) / "bank.safetensors"
+    bank.save(path)
+    return PromptBank.load(path, clip, on_disk=True)
+
+
+def _backward_to(leaf: Tensor, loss: Tensor) -> Tensor:
+    leaf.grad = None
+    loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _gradients(module: torch.nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+def _frames(count: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return (2 * torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) - 1).to(device, dtype)
+
+
+def _normal(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)

@@ -1,0 +1,264 @@
+"""Writes docs/performance.md, its pictures and the README's table from the files under bench/results/.
+
+    python -m bench.report [--check]
+
+No number is copied by hand: the same files give the same bytes. A result whose sources have changed since it was
+measured is marked as such. `--check` writes nothing and fails where something would change.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import tyro
+
+from bench.compare import COMPARISONS, ROOT, files_digest, load_all, sources_digest
+from bench.steps import PARTS, SOURCES
+from pcmecl_fast.files import write_atomically
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+STALE = " ⚠"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#bab0ac")
+
+METHOD = """# What is measured, and how
+
+This page is written by `python -m bench.report` from the files under `bench/results/`. What is marked ⚠ was measured
+before one of the files that it depends on changed.
+
+- Both sides get the same inputs, random and never zero, in one process. Before anything is timed, results and gradients
+  have to agree; *error* is the largest relative difference, |a − b| / |b|.
+- The plain side is what a good user would write: batched, no gradients where none are needed.
+- Both are warm. They run in turns; times are medians, with quartiles (or the extremes of fewer than four runs).
+- *÷ ours* is a side's median over that of pcmecl_fast: above 1 we are faster, below 1 the other side is.
+- *peak* is memory beyond the inputs: resident memory on a CPU, allocated memory on a GPU.
+- *limit* is the time that the machine needs for the bytes alone, at its measured copy bandwidth, or for the matrix
+  products alone, at the rate it was measured to multiply large matrices with PyTorch, whichever is longer; the
+  percentage is how near a side comes to it. Exponentials and other arithmetic are not in it.
+- CPU times are for ratios. Other work on a machine moves both sides.
+"""
+
+
+@dataclass
+class Options:
+    """Write docs/performance.md and the README's table from bench/results/."""
+
+    check: bool = False
+    """Write nothing; fail where something would change."""
+
+
+def main() -> int:
+    options = tyro.cli(Options)
+    load_all()
+    plt.rcParams |= {
+        "svg.hashsalt": "pcmecl_fast",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    files = {path: content for path, content in pages()}
+    changed = [path for path, content in files.items() if not path.exists() or path.read_bytes() != content]
+    if options.check:
+        print("\n".join(f"{path.relative_to(ROOT)} is not what bench/results/ says" for path in changed))
+        return 1 if changed else 0
+    for path in changed:
+        write_atomically(path, files[path])
+    return 0
+
+
+def pages() -> Iterator[tuple[Path, bytes]]:
+    """Every file that is made from results, and its content."""
+    parts = [METHOD]
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        if not results.keys() & {"compare", "steps", "scaling"}:
+            continue
+        parts.append(f"## {folder.name}\n")
+        if "compare" in results:
+            parts += compare_section(results["compare"])
+        if "steps" in results:
+            picture = DOCS / "images" / f"steps-{folder.name}.svg"
+            yield picture, draw_steps(results["steps"]["rows"])
+            parts += steps_section(results["steps"], picture)
+        if "scaling" in results:
+            picture = DOCS / "images" / f"scaling-{folder.name}.svg"
+            drawn, exponents = draw_scaling(results["scaling"]["points"])
+            yield picture, drawn
+            parts += scaling_section(results["scaling"], exponents, picture)
+    yield DOCS / "performance.md", ("\n".join(parts).rstrip() + "\n").encode()
+    yield ROOT / "README.md", readme().encode()
+
+
+def compare_section(results: dict[str, Any]) -> list[str]:
+    lines = []
+    for key, result in results.items():
+        name, dtype = key.rsplit(" ", 1)
+        mark = STALE if name in COMPARISONS and sources_digest(name) != result["sources"] else ""
+        lines += [f"### `{name}`, {dtype}{mark}\n", f"{result['what'][0].upper()}{result['what'][1:]}.\n"]
+        if result["disagreement"]:
+            lines.append(f"**The sides do not agree**: {result['disagreement']}.\n")
+            continue
+        lines += [
+            "| side | median | quartiles | ÷ ours | target | error | peak | limit |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        lines += [_compare_row(row) for row in result["rows"]]
+        lines += ["", f"`{result['command']}`: {_machine(result)}\n"]
+    return lines
+
+
+def steps_section(results: dict[str, Any], picture: Path) -> list[str]:
+    mark = STALE if files_digest(SOURCES) != results["sources"] else ""
+    header = "| tower | stage | side | " + " | ".join(PARTS) + " | sum | peak |"
+    lines = [
+        f"### A training step, part by part{mark}\n",
+        f"![parts of a step]({picture.relative_to(DOCS).as_posix()})\n",
+    ]
+    lines += [f"Milliseconds; stage 1 with {results['individuals']} individuals.\n", header]
+    lines.append("|---|---|---|" + "--:|" * (len(PARTS) + 2))
+    for row in results["rows"]:
+        numbers = [f"{row[part]:.3g}" for part in PARTS] + [f"{sum(row[part] for part in PARTS):.4g}"]
+        names = [row["tower"], row["stage"], row["side"]]
+        lines.append("| " + " | ".join([*names, *numbers, f"{row['peak_mb']:.0f} MB"]) + " |")
+    return [*lines, "", f"`{results['command']}`: {_machine(results)}\n"]
+
+
+def scaling_section(results: dict[str, Any], exponents: dict[str, str], picture: Path) -> list[str]:
+    mark = STALE if files_digest(SOURCES) != results["sources"] else ""
+    lines = [f"### How cost grows{mark}\n", f"![growth]({picture.relative_to(DOCS).as_posix()})\n"]
+    lines += ["Exponents are fitted to the larger half of each curve.\n", "| work | side | time grows as | memory as |"]
+    lines.append("|---|---|---|---|")
+    lines += [f"| {key} | {value} |" for key, value in exponents.items()]
+    return [*lines, "", f"`{results['command']}`: {_machine(results)}\n"]
+
+
+def readme() -> str:
+    """The README with the table between its markers made anew."""
+    text = (ROOT / "README.md").read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"README.md: lacks the markers {BEGIN} and {END}")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    lines = ["| what | against | faster by | memory | measured on |", "|---|---|--:|--:|---|"]
+    for folder in sorted(path for path in RESULTS.iterdir() if (path / "compare.json").exists()):
+        for key, result in json.loads((folder / "compare.json").read_text()).items():
+            lines += _readme_rows(key, result, folder.name)
+    return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after
+
+
+def draw_steps(rows: Sequence[dict[str, Any]]) -> bytes:
+    """One panel a tower: a bar for each stage and side, its parts stacked."""
+    towers = list(dict.fromkeys(row["tower"] for row in rows))
+    figure, axes = plt.subplots(1, len(towers), figsize=(3.6 * len(towers), 3.4), layout="constrained", squeeze=False)
+    for axis, tower in zip(axes[0], towers, strict=True):
+        own = [row for row in rows if row["tower"] == tower]
+        labels = [f"{row['stage']}\n{row['side'].replace(' trainer', '')}" for row in own]
+        bottom = np.zeros(len(own))
+        for part, colour in zip(PARTS, COLOURS, strict=True):
+            heights = np.array([row[part] / 1e3 for row in own])
+            axis.bar(labels, heights, 0.7, bottom=bottom, label=part, color=colour)
+            bottom += heights
+        axis.bar_label(axis.containers[-1], [f"{total:.3g} s" for total in bottom], padding=2)
+        axis.set(title=tower, ylabel="seconds" if tower == towers[0] else "")
+        axis.tick_params(axis="x", labelsize=7)
+    axes[0][-1].legend(frameon=False)
+    return _svg(figure)
+
+
+def draw_scaling(points: Sequence[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
+    """Time and memory against size, one column a series, on logarithmic axes; and the exponents."""
+
+    def panel(point: dict[str, Any]) -> tuple[str, str]:
+        return point["name"], point["grows"]
+
+    panels = [(key, list(group)) for key, group in groupby(sorted(points, key=panel), panel)]
+    figure, axes = plt.subplots(2, len(panels), figsize=(2.7 * len(panels), 4.6), layout="constrained", squeeze=False)
+    exponents = {}
+    for column, ((name, grows), own) in enumerate(panels):
+        for side, colour in (("reference", COLOURS[1]), ("pcmecl_fast", COLOURS[0])):
+            curve = sorted((p for p in own if p["side"] == side), key=lambda p: p["size"])
+            if not curve:
+                continue
+            sizes = [p["size"] for p in curve]
+            for axis, measure in zip(axes[:, column], ("median_ms", "peak_mb"), strict=True):
+                values = [max(p.get(measure, math.nan), 1e-3) for p in curve]
+                axis.loglog(sizes, values, "o-", color=colour, label=side, markersize=3)
+            fits = [_exponent(sizes, [p.get(m, math.nan) for p in curve]) for m in ("median_ms", "peak_mb")]
+            exponents[f"{name} with {grows} | {side}"] = " | ".join(fits)
+        axes[0, column].set(title=f"{name}", ylabel="ms" if not column else "")
+        axes[1, column].set(xlabel=grows, ylabel="MB beside inputs" if not column else "")
+    axes[0, 0].legend(frameon=False)
+    return _svg(figure), exponents
+
+
+def _exponent(sizes: Sequence[int], values: Sequence[float]) -> str:
+    half = len(sizes) // 2
+    kept = [(s, v) for s, v in zip(sizes[half:], values[half:], strict=True) if v >= 0.5]
+    if len(kept) < 2:
+        return "–"
+    slope = np.polyfit(np.log([s for s, _ in kept]), np.log([v for _, v in kept]), 1)[0]
+    return f"size^{slope:.2f}"
+
+
+def _compare_row(row: dict[str, Any]) -> str:
+    if row["note"]:
+        return f"| {row['side']} | {row['note']} | | | | | | |"
+    limit = ""
+    if row["limit_ms"]:
+        limit = f"{row['limit_ms']:.3g} ms, {100 * row['limit_ms'] / row['median_ms']:.0f} %"
+    peak = f"{row['peak_mb']:.0f} MB" if "peak_mb" in row else ""
+    target = "" if row["target"] is None else f"≥ {row['target']:g}×"
+    short = " (short)" if row["target"] is not None and row["ratio"] < row["target"] else ""
+    cells = (
+        row["side"], f"{row['median_ms']:.4g} ms", f"{row['low_ms']:.4g}–{row['high_ms']:.4g}",
+        f"{_ratio(row['ratio'])}{short}", target, f"{row['error']:.0e}", peak, limit,
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _readme_rows(key: str, result: dict[str, Any], machine: str) -> list[str]:
+    name = key.rsplit(" ", 1)[0]
+    if result["disagreement"]:
+        return []
+    mark = STALE if name in COMPARISONS and sources_digest(name) != result["sources"] else ""
+    ours = result["rows"][-1]
+    lines = []
+    for row in result["rows"][:-1]:
+        if row["target"] is None or row["note"]:
+            continue
+        memory = f"{row['peak_mb']:.0f} → {ours['peak_mb']:.0f} MB" if "peak_mb" in ours else ""
+        lines.append(f"| {result['what']}{mark} | {row['side']} | {_ratio(row['ratio'])} | {memory} | {machine} |")
+    return lines
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
+
+
+def _machine(result: dict[str, Any]) -> str:
+    threads = f"{result['threads']} threads, " if "cuda" not in result["command"] else ""
+    return f"{result['device']}, {threads}torch {result['torch']}, Python {result['python']}, {result['date']}"
+
+
+def _svg(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+// The CPU kernels' interface: plain functions on pointers and ranges, without PyTorch, compiled once per instruction set.
+//
+// A kernel does the range [begin, end) of its units on one thread; the drivers beside this file allocate, spread ranges
+// over PyTorch's threads and add up. T is the tensors' type, C the type that is computed in.
+#pragma once
+
+#include <cstdint>
+
+namespace pcmecl::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Computing {
+  using type = T;
+};
+template <>
+struct Computing<BFloat16> {
+  using type = float;
+};
+
+// direction_loss and direction_logits. Units are samples.
+template <typename T>
+struct Direction {
+  using C = typename Computing<T>::type;
+  int64_t samples, emotions, width;
+  const T* source;                // (B, D)
+  const T* edited;                // (B, D)
+  const T* bank;                  // (N, E, D)
+  const int64_t* individual;      // (B,)
+  const int64_t* source_emotion;  // (B,)
+  const int64_t* target_emotion;  // (B,), null for the logits
+  bool normalize;
+  C scale, contrast;
+
+  // Forward: one of the two.
+  T* logits;  // (B, E)
+  C* losses;  // (B,)
+
+  // Backward. `grad` is (B, E) for the logits; for the loss (B,), or one number with stride 0.
+  const T* grad_logits;
+  const C* grad_losses;
+  int64_t grad_stride;
+  C grad_factor;
+  T* grad_source;  // (B, D) or null
+  T* grad_edited;  // (B, D) or null
+  C* grad_scale;   // (B,) or null
+  // What the bank's gradient needs of each sample, (B, 2E + 2), or null: along[E], across[E], 1/|source|, 1/|edited|,
+  // with grad d[e] = along[e]·δ − across[e]·d[e].
+  C* coefficients;
+};
+
+template <typename T>
+struct DirectionBank {
+  const Direction<T>* direction;
+  const int64_t* first;    // (N + 1,): where each individual's samples begin in `order`
+  const int64_t* order;    // (B,): samples sorted by individual
+  int64_t columns;         // features a unit owns
+  int64_t columns_blocks;  // units per individual
+  T* grad;                 // (N, E, D)
+};
+
+template <typename T>
+struct DirectionKernels {
+  void (*forward)(const Direction<T>&, int64_t begin, int64_t end);
+  void (*backward)(const Direction<T>&, int64_t begin, int64_t end);
+  void (*bank)(const DirectionBank<T>&, int64_t begin, int64_t end);  // units: individuals × blocks of features
+};
+
+// correlation_loss. Individuals j of the text lie in lanes: a tile's columns are ordered (emotion, j).
+template <typename C>
+struct Correlation {
+  int64_t individuals, emotions, width, pairs;
+  const C* visual;  // (N, E, D) as given
+  const C* text;
+  const bool* mask;  // (N, E) or null
+  bool distinct;
+  C scale;         // times log2(e): logits are exponents of 2
+  int64_t offset;  // K: sums are of 2^(l - K)
+
+  C* centred;         // (N, E, D): the visual features less each individual's mean
+  C* visual_inverse;  // (N, Q): scale / |change|, 0 where there is none
+  bool* valid;        // (N, Q)
+  C* positive;        // (N, Q): the positive logits
+  C* row_sum;         // (N, Q)
+  C* column_sum;      // (N, Q)
+
+  // Backward.
+  C* row_rate;     // (N, Q): 1 / row_sum
+  C* column_rate;  // (N, Q)
+  C factor;        // what a logit's gradient is multiplied by: grad / valid directions
+  C* row_moment;   // (N, Q): Σ of gradient times logit over a row
+  C* grad_centred;  // (N, E, D) or null
+  C* grad_text;     // (N, E, D) or null
+};
+
+// A tile: individuals [row, row + rows) against [column, column + columns), the latter padded to `lanes`.
+template <typename C>
+struct CorrelationTile {
+  int64_t row, rows, column, columns, lanes;
+  C* text;           // (E, lanes, D): centred, 0 in the padding
+  C* text_inverse;   // (Q, lanes): 1 / |change|, 0 where there is none
+  C* text_valid;     // (Q, lanes): 1 or 0
+  C* text_rate;      // (Q, lanes): 1 / column_sum, 0 where not valid
+  const C* product;  // (rows·E, E·lanes): centred · text transposed
+  C* grad_product;   // the same
+  C* grad_text;      // (E, lanes, D)
+};
+
+template <typename C>
+struct CorrelationKernels {
+  int64_t width;  // lanes of a vector
+  void (*centre)(const Correlation<C>&, int64_t begin, int64_t end);
+  void (*pack)(const Correlation<C>&, const CorrelationTile<C>&, int64_t begin, int64_t end);
+  void (*forward)(const Correlation<C>&, const CorrelationTile<C>&, C* column_sum, int64_t begin, int64_t end);
+  void (*backward)(const Correlation<C>&, const CorrelationTile<C>&, C* column_moment, int64_t begin, int64_t end);
+  void (*finish)(const Correlation<C>&, const CorrelationTile<C>&, const C* column_moment, int64_t begin, int64_t end);
+  void (*finish_visual)(const Correlation<C>&, int64_t begin, int64_t end);
+  // negatives="within": each individual alone, `blocks` (N, E, E) being centred · text transposed.
+  void (*forward_within)(const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, int64_t, int64_t);
+  void (*backward_within)(
+      const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, C* grad_blocks, C* column_moment, int64_t,
+      int64_t);
+};
+
+// clip_frames: a linear map of rows and one of columns, both banded. Units are rows of `out` over all planes.
+struct Band {
+  int64_t before, after, taps;
+  const int32_t* first;  // (after,): the first old pixel of each new one
+  const void* weights;   // (taps, after) of C; rows past a pixel's own count are 0 and stay inside `before`
+};
+
+template <typename T>
+struct Frames {
+  using C = typename Computing<T>::type;
+  int64_t planes, channels;
+  const T* in;  // (planes, rows.before, columns.before)
+  T* out;       // (planes, rows.after, columns.after)
+  Band rows, columns;
+  C gain[3], bias[3];  // out = gain[channel] · resized + bias[channel]
+};
+
+template <typename T>
+struct FramesKernels {
+  void (*resize)(const Frames<T>&, int64_t begin, int64_t end);
+};
+
+struct Kernels {
+  const char* name;
+  DirectionKernels<float> direction_float;
+  DirectionKernels<double> direction_double;
+  DirectionKernels<BFloat16> direction_bfloat16;
+  CorrelationKernels<float> correlation_float;
+  CorrelationKernels<double> correlation_double;
+  FramesKernels<float> frames_float;
+  FramesKernels<double> frames_double;
+  FramesKernels<BFloat16> frames_bfloat16;
+};
+
+// The fastest that this processor runs; the variable PCMECL_CPU=portable|avx2|avx512 asks for less (read once).
+const Kernels& kernels();
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PCMECL_X86 1
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace pcmecl::cpu

@@ -1,0 +1,14 @@
+// Every header that the kernels use, before an instruction set is turned on.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../common/cubic.h"
+#include "../common/directions.h"
+#include "kernels.h"
