@@ -114,7 +114,9 @@ def _direction_variants(dtype: str) -> Iterator[Variant]:
         tile = {"EVERY": every, "BLOCK_D": direction.bank_tile(512, every)}
         gone_target = {} if rows == 1 else {"target_emotion": None}
         way = constants | tile | gone_target
-        yield _variant(f"direction bank {says}", direction._bank_kernel, types, way, Config(), main)
+        yield _variant(
+            f"direction bank {says}", direction._bank_kernel, types, way, Config(), dtype == "fp32" and emotions == 7
+        )
 
 
 def _correlation_variants() -> Iterator[Variant]:
@@ -174,7 +176,7 @@ def _prepare_variants(dtype: str) -> Iterator[Variant]:
         plan = correlation.Plan(512, emotions, 512, "all")
         for name, kernel, tile in (
             ("prepare", correlation._prepare_kernel, 64),
-            ("gradient", correlation._gradient_kernel, 128),
+            ("gradient", correlation._gradient_kernel, 512),
         ):
             blocks = {"BLOCK_E": power_of_2(emotions), "BLOCK_Q": power_of_2(plan.pairs), "BLOCK_D": tile}
             constants = {**plan.constants, **blocks, "D": 512}
@@ -212,7 +214,7 @@ def _frames_variants(dtype: str) -> Iterator[Variant]:
         **dict.fromkeys(("old_height", "old_width", "new_height", "new_width"), "i32"),
         **dict.fromkeys(colours, "fp32"),
     }
-    for block in (16, 64):
+    for block in (16, 64 if dtype == "bf16" else 32):
         constants = {"TILE": frames.TILE, "BLOCK": block, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         for config in frames.CONFIGS:
             main = config is frames.CONFIGS[0]

@@ -450,7 +450,7 @@ def _gradients(
             D=plan.width,
             BLOCK_E=power_of_2(plan.emotions),
             BLOCK_Q=power_of_2(plan.pairs),
-            BLOCK_D=min(power_of_2(plan.width), 128),
+            BLOCK_D=min(power_of_2(plan.width), 512),
             num_warps=4,
         ),
     )

@@ -76,7 +76,7 @@ def _resample(x: Tensor, out: Tensor, rows: _Bands, columns: _Bands, gain: list[
     """out = gain · (rows x columnsᵀ) + offset for each colour."""
     if out.numel() == 0:
         return
-    block = block_for(max(rows.widest, columns.widest))
+    block = block_for(max(rows.widest, columns.widest), half=x.dtype != torch.float32)
     run_tuned(
         "clip_frames",
         (x.shape[2:], out.shape[2:], x.dtype),
@@ -101,9 +101,9 @@ def _resample(x: Tensor, out: Tensor, rows: _Bands, columns: _Bands, gain: list[
     )
 
 
-def block_for(span: int) -> int:
-    """Old pixels taken at once: a tile's span where 64 hold it, for most enlargements and small reductions."""
-    return min(power_of_2(span, least=16), 64)
+def block_for(span: int, *, half: bool) -> int:
+    """Old pixels taken at once: a tile's whole span, up to what spills no register."""
+    return min(power_of_2(span, least=16), 64 if half else 32)
 
 
 @lru_cache(maxsize=64)

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 def test_kernels_in_the_interpreter(operator):
     words = ["direction", "correlation", "attention", "frames"]
     wanted = operator if operator in words else " and ".join(f"not {word}" for word in words)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "test_kernels.py"), "-k", wanted]
+    command = [sys.executable, "-m", "pytest", "-x", str(HERE / "test_kernels.py"), "-k", wanted]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
