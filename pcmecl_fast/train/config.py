@@ -87,6 +87,8 @@ class PromptsOptions:
     """Weight of the correlation of differences beside the matching loss."""
     negatives: Literal["all", "within", "distinct"] = "all"
     """Which other changes of emotion count as negatives."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as one CUDA graph: auto does on a GPU where the step can be captured; on a CPU there is none."""
 
 
 @dataclass

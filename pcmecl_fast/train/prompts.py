@@ -6,6 +6,7 @@ the batch's individuals; L_diff = ops.correlation_loss(v, that); total = L_match
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,10 @@ from pcmecl_fast.data.features import Features, FeatureStore, LiveFeatures, indi
 from pcmecl_fast.ops.backend import choose
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, save_prompts
 from pcmecl_fast.train.config import PromptsConfig, RunConfig
+from pcmecl_fast.train.graphs import adamw, make_step, set_learning_rate
 from pcmecl_fast.train.loop import Loop
+
+IGNORED = -100  # a target that cross_entropy leaves out of the mean
 
 
 def learn_prompts(
@@ -42,7 +46,7 @@ def learn_prompts(
     features = frame_features(clip, dataset, config)
     conditions = individual_conditions(features, dataset.individual_index, len(dataset.individuals))
     frames_of = _FramesOf(dataset)
-    optimizer = torch.optim.AdamW(prompts.parameters(), lr=config.prompt_lr, weight_decay=0.01)
+    optimizer = adamw(prompts.parameters(), config.prompt_lr, config.cuda_graphs, clip.device)
     loop = Loop(
         config.out,
         "stage 1",
@@ -60,6 +64,9 @@ def learn_prompts(
             "seed": config.seed,
         },
     )
+    take_step = make_step(
+        partial(_take_step, clip, prompts, optimizer, config), optimizer, config.cuda_graphs, clip.device
+    )
     for step in loop:
         generator = loop.generator(step)
         individuals, frames, mask = frames_of.draw(config.batch_individuals, generator)
@@ -69,21 +76,8 @@ def learn_prompts(
         condition = conditions[individuals.to(conditions.device)]
         if config.condition == "frame":
             condition = features[frames_of.any_frame(individuals, generator)]
-        for group in optimizer.param_groups:
-            group["lr"] = config.prompt_lr * min(1.0, (step + 1) / 10) * (1 - step / config.steps)
-        text = prompts(condition)
-        match = matching_loss(visual, text, mask.to(visual.device), clip.logit_scale)
-        diff = ops.correlation_loss(
-            visual,
-            text.to(visual.dtype),
-            scale=clip.logit_scale,
-            mask=mask.to(visual.device),
-            negatives=config.negatives,
-        )
-        loss = match + config.lambda_diff * diff
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        set_learning_rate(optimizer, config.prompt_lr * min(1.0, (step + 1) / 10) * (1 - step / config.steps))
+        loss, match, diff = take_step(visual, condition, mask.to(visual.device))
         loop.record(step, loss=loss, match=match, diff=diff)
     prompts.requires_grad_(False).eval()
     by_frame = config.condition == "frame"
@@ -93,6 +87,28 @@ def learn_prompts(
     save_prompts(Path(config.out) / "prompts.safetensors", prompts, dataset.emotions, clip)
     bank = PromptBank.load(path, clip, on_disk=by_frame)
     return prompts, bank, loop
+
+
+def _take_step(
+    clip: Clip,
+    prompts: PersonalizedPrompts,
+    optimizer: torch.optim.Optimizer,
+    config: PromptsConfig,
+    visual: Tensor,  # (n, E, D)
+    condition: Tensor,  # (n, D)
+    mask: Tensor,  # (n, E) bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of the optimiser: the total loss and its two parts. Nothing in it waits for the device."""
+    text = prompts(condition)
+    match = matching_loss(visual, text, mask, clip.logit_scale)
+    diff = ops.correlation_loss(
+        visual, text.to(visual.dtype), scale=clip.logit_scale, mask=mask, negatives=config.negatives
+    )
+    loss = match + config.lambda_diff * diff
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach(), match.detach(), diff.detach()
 
 
 def frame_features(clip: Clip, dataset: FrameDataset, config: RunConfig) -> Features:
@@ -109,14 +125,17 @@ def matching_loss(
     scale: float,
 ) -> Tensor:
     """½ · (image → the individual's own prompts + prompt → the same emotion's images of the batch's individuals)."""
-    emotions = torch.arange(text.shape[1], device=text.device)
+    # What is missing is left out by its target: picking rows by the mask would have to wait for the device.
+    people, emotions = mask.shape
+    own_prompt = torch.arange(emotions, device=text.device).masked_fill(~mask, IGNORED)
     to_prompts = scale * torch.einsum("ned,nfd->nef", visual, text)
-    image_loss = F.cross_entropy(to_prompts[mask], emotions.expand(len(text), -1)[mask])
+    image_loss = F.cross_entropy(to_prompts.flatten(0, 1), own_prompt.flatten(), ignore_index=IGNORED)
+    own_image = torch.arange(people, device=text.device).expand(emotions, -1).masked_fill(~mask.T, IGNORED)
     to_people = scale * torch.einsum("ned,med->enm", text, visual)
-    # A person who lacks the emotion is nobody's candidate.
-    to_people = to_people.masked_fill(~mask.T[:, None, :], float("-inf"))
-    people = torch.arange(len(text), device=text.device).expand(text.shape[1], -1)
-    prompt_loss = F.cross_entropy(to_people[mask.T], people[mask.T])
+    # A person who lacks the emotion is nobody's candidate but their own, whose row is left out.
+    candidate = mask.T[:, None, :] | torch.eye(people, dtype=torch.bool, device=text.device)
+    to_people = to_people.masked_fill(~candidate, float("-inf"))
+    prompt_loss = F.cross_entropy(to_people.flatten(0, 1), own_image.flatten(), ignore_index=IGNORED)
     return (image_loss + prompt_loss) / 2
 
 

@@ -1,0 +1,146 @@
+"""What the kernels share: which launch configuration, on which device, and sums over a whole grid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+SHORT = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py`
+
+logger = logging.getLogger("pcmecl_fast")
+
+_chosen: dict[Hashable, Config] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_announced: set[torch.device] = set()
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched: its block sizes, warps, and depth of the software pipeline."""
+
+    warps: int = 4
+    stages: int = 2
+    blocks: dict[str, int] = field(default_factory=dict)
+
+    def options(self) -> dict[str, int | bool]:
+        """As keyword arguments of a launch. Fused multiply-adds are asked for: Triton's default differs by version."""
+        return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+def run_tuned(
+    name: str, shape_class: Hashable, configs: Sequence[Config], x: Tensor, launch: Callable[[Config], Any]
+) -> None:
+    """Launch on x's device and current stream with the fastest configuration for this kernel, shape class and GPU.
+
+    The first call times them all, so `launch` must be repeatable; it waits for the device. Inside a CUDA graph's
+    capture, where nothing can be timed, and in the interpreter the first configuration is taken and none is kept.
+    """
+    with torch.cuda.device_of(x):
+        if INTERPRETED or not x.is_cuda:
+            launch(configs[0])
+            return
+        _announce(x.device)
+        key = (name, shape_class, torch.cuda.get_device_name(x.device))
+        if key not in _chosen and len(configs) > 1 and not torch.cuda.is_current_stream_capturing():
+            _chosen[key] = min(configs, key=lambda config: _milliseconds(launch, config))
+        launch(_chosen.get(key, configs[0]))
+
+
+def run(x: Tensor, launch: Callable[[], Any]) -> None:
+    """Launch on x's device and current stream a kernel that has one configuration."""
+    run_tuned("", None, [Config()], x, lambda _: launch())
+
+
+def programs_for(x: Tensor, work: int, per_processor: int) -> int:
+    """How many programs share `work` items in a loop: enough to fill the GPU, at least one."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return max(1, min(work, processors * per_processor))
+
+
+def counter_for(x: Tensor) -> Tensor:
+    """A zeroed integer for `sum_over_grid`, which leaves it zeroed: one per stream, one per call in a CUDA graph.
+
+    Two graphs captured on one stream may replay side by side, so a graph has its own, zeroed by each replay.
+    """
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros((), dtype=torch.int32, device=x.device)
+    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+    if key not in _counters:
+        with torch.inference_mode(False):
+            _counters[key] = torch.zeros((), dtype=torch.int32, device=x.device)
+    return _counters[key]
+
+
+def power_of_2(number: int, least: int = 1) -> int:
+    """The smallest power of two that is neither below `number` nor below `least`."""
+    return max(triton.next_power_of_2(max(number, 1)), least)
+
+
+def _milliseconds(launch: Callable[[Config], Any], config: Config) -> float:
+    launch(config)  # compiles
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(5):
+        launch(config)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _announce(device: torch.device) -> None:
+    if device not in _announced:
+        _announced.add(device)
+        logger.info(
+            "compiling Triton kernels for %s; the first call of each takes some seconds",
+            torch.cuda.get_device_name(device),
+        )
+
+
+@triton.jit
+def inverse_length(square):
+    """1 / |x| from |x|²; 0 where |x| ≤ ε, which makes the unit vector and the gradient through it 0. NaN stays NaN."""
+    short = square <= SHORT
+    return tl.where(short, 0.0, tl.rsqrt(tl.where(short, 1.0, square)))
+
+
+@triton.jit
+def load_scale(scale, scale_number):
+    """The logit scale: a tensor on the device where there is one, else the number."""
+    if scale is None:
+        return scale_number
+    else:  # noqa: RET505 - Triton compiles one branch only if it is written as one
+        return tl.load(scale).to(tl.float32)
+
+
+@triton.jit
+def sum_over_grid(partial, counter, first, second, BLOCK: tl.constexpr):
+    """The sums of two numbers over all programs of a one-dimensional grid, in a fixed order: (last, sum, sum).
+
+    Only the program that ends last has them, and `last` says whether this is the one. `partial` holds two numbers for
+    each program; `counter` is 0 before and after.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(partial + program, first)
+    tl.store(partial + programs + program, second)
+    tl.debug_barrier()  # the stores come before the count, which releases them to the other programs
+    last = tl.atomic_add(counter, 1) == programs - 1
+    firsts = tl.zeros([BLOCK], tl.float32)
+    seconds = tl.zeros([BLOCK], tl.float32)
+    if last:
+        for start in range(0, programs, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            inside = index < programs
+            firsts += tl.load(partial + index, inside, other=0.0, volatile=True)
+            seconds += tl.load(partial + programs + index, inside, other=0.0, volatile=True)
+        tl.store(counter, 0)
+    return last, tl.sum(firsts), tl.sum(seconds)

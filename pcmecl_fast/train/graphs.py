@@ -1,0 +1,147 @@
+"""A training step as one CUDA graph: at stage 1's sizes a GPU waits for the launches, not for the arithmetic.
+
+The first steps run as they are, on a stream of their own, which warms everything up and is training already. The next
+one is captured; from then on a step is copying its inputs to where the graph reads them, and one replay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # steps before the capture: kernels compile and are tuned, the optimiser makes its state
+
+log = logging.getLogger("pcmecl_fast")
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+class Replayable(Protocol):
+    def replay(self) -> None: ...
+
+
+def adamw(parameters: Iterable[Tensor], lr: float, mode: str, device: torch.device) -> torch.optim.AdamW:
+    """AdamW, its learning rate and step count on the device where its step may be captured."""
+    if not _wanted(mode, device):
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    return torch.optim.AdamW(parameters, lr=torch.tensor(lr, device=device), weight_decay=0.01, capturable=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """In place where it is a tensor, which a captured step reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def make_step(step: Step, optimizer: torch.optim.Optimizer, mode: str, device: torch.device) -> Step:
+    """The step itself, or, where graphs are wanted, one that is captured after its first calls and then replayed.
+
+    Args:
+        step: takes tensors of the same shapes at every call, updates the weights, returns tensors; it makes its own
+            gradients (`zero_grad(set_to_none=True)` inside) and does not wait for the device.
+        optimizer: the one of `adamw` whose step is taken.
+        mode: "auto", "on" or "off". Where the capture fails, auto goes on without and says so; on raises.
+        device: where the training runs.
+
+    Raises:
+        ValueError: "on" without a CUDA device.
+    """
+    wanted = _wanted(mode, device)
+    _settle(optimizer, wanted, device)
+    if not wanted:
+        return step
+    return GraphedStep(step, must=mode == "on", capture=_capture, run_aside=_run_aside)
+
+
+class GraphedStep:
+    """See `make_step`; `capture` and `run_aside` do what needs a GPU."""
+
+    def __init__(
+        self,
+        step: Step,
+        *,
+        must: bool,
+        capture: Callable[[Step, tuple[Tensor, ...]], tuple[Replayable, tuple[Tensor, ...]]],
+        run_aside: Callable[[Step, tuple[Tensor, ...]], tuple[Tensor, ...]],
+    ) -> None:
+        self._step, self._must, self._capture, self._run_aside = step, must, capture, run_aside
+        self._calls = 0
+        self._graph: Replayable | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._outputs: tuple[Tensor, ...] = ()
+        self._given_up = False
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self._given_up:
+            return self._step(*inputs)
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            return self._run_aside(self._step, inputs)
+        if self._graph is None and not self._captured(inputs):
+            return self._step(*inputs)
+        return self._replay(inputs)
+
+    def _captured(self, inputs: tuple[Tensor, ...]) -> bool:
+        self._inputs = tuple(x.clone() for x in inputs)
+        try:
+            self._graph, self._outputs = self._capture(self._step, self._inputs)
+        except RuntimeError as error:
+            if self._must:
+                raise
+            self._given_up = True
+            reason = str(error).splitlines()[0]
+            log.info("the step runs without a CUDA graph: it could not be captured (%s)", reason)
+            return False
+        return True
+
+    def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert self._graph is not None
+        if [x.shape for x in inputs] != [x.shape for x in self._inputs]:
+            # The captured step belongs to one shape; another one is taken as it comes.
+            return self._step(*inputs)
+        for kept, x in zip(self._inputs, inputs, strict=True):
+            kept.copy_(x)
+        self._graph.replay()
+        return tuple(x.clone() for x in self._outputs)
+
+
+def _wanted(mode: str, device: torch.device) -> bool:
+    if mode == "on" and device.type != "cuda":
+        raise ValueError(
+            f"cuda_graphs: got 'on' with device {device.type}; takes 'auto' or 'off' without a CUDA device"
+        )
+    return mode != "off" and device.type == "cuda"
+
+
+def _settle(optimizer: torch.optim.Optimizer, captured: bool, device: torch.device) -> None:
+    """Undo what a resumed checkpoint brings along, which was read to the CPU and may come from another kind of step."""
+    for group in optimizer.param_groups:
+        group["capturable"] = captured
+        group["lr"] = torch.as_tensor(group["lr"], device=device) if captured else float(group["lr"])
+    for state in optimizer.state.values():
+        state["step"] = state["step"].to(device if captured else "cpu")
+
+
+def _run_aside(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """On another stream than the default, as a capture wants it."""
+    here = torch.cuda.current_stream()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        outputs = step(*inputs)
+    here.wait_stream(aside)
+    return outputs
+
+
+def _capture(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(*inputs)
+    return graph, outputs
