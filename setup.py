@@ -7,8 +7,8 @@ Environment variables read here:
     MAX_JOBS          compilers that ninja starts at once.
     CXX               the compiler.
 
-The extension is compiled against the torch that is installed (hence pip's --no-build-isolation) for any processor of the
-machine's architecture: AVX2 and AVX-512 are compiled beside the baseline and chosen at run time, see csrc/cpu/kernels.cpp.
+The extension is compiled against the torch that is installed (hence pip's --no-build-isolation), for any processor of
+the machine's architecture: AVX2 and AVX-512 lie beside the baseline and are chosen at run time (csrc/cpu/kernels.cpp).
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def _buildable(*, optional: bool) -> dict[str, Any]:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    class Build(BuildExtension):  # type: ignore[misc]
+    class Build(BuildExtension):
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
                 if not optional:
                     raise
-                self.extensions = []  # nothing was built, so there is nothing to copy beside the sources
+                self.extensions.clear()  # nothing was built, so there is nothing to copy beside the sources
                 _say(f"the compiler failed: {error}")
 
     version = f'-DPCMECL_TORCH_VERSION="{torch.__version__}"'

@@ -1,11 +1,11 @@
 """The compiled extension, `pcmecl_fast._C`: loaded if it is there and was built with this torch, explained if not.
 
-An extension that was built with another torch does not load, or worse, does. So the version is read from the file before
-it is loaded.
+One that was built with another torch does not load, or worse, does. So the version is read from the file beforehand.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import mmap
@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 
 NAME = "pcmecl_fast._C"
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (--editable as before), or `make build`"
+REBUILD = "`make build` in the clone, or pip install --no-build-isolation --no-deps --force-reinstall ."
 
 logger = logging.getLogger("pcmecl_fast")
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from pcmecl_fast import load_clip
+from pcmecl_fast import load_clip, ops
 from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
 from pcmecl_fast.data.synthetic import SyntheticFaces
+
+# The backends that run on this machine's CPU tensors: every test of an operator runs on each of them.
+ON_CPU = [status.name for status in ops.backends() if status.available and status.name in ("reference", "cpu")]
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,12 @@ def other_clip():
 def few_faces():
     """Makes data sets of a few small frames."""
     return partial(SyntheticFaces, 3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, size=32)
+
+
+@pytest.fixture(params=ON_CPU)
+def each_backend(request):
+    """The test's calls run on this backend; float16 is the reference's alone on a CPU."""
+    if request.param == "cpu" and request.node.callspec.params.get("dtype") == torch.float16:
+        pytest.skip("the cpu backend takes float32, float64 and bfloat16")
+    with ops.use_backend(request.param):
+        yield request.param

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pcmecl_fast.ops import correlation_loss
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 EPS = 1e-8
 NEGATIVES = ["all", "within", "distinct"]
 SIZES = [(1, 2, 3), (1, 7, 33), (3, 5, 17), (7, 3, 127)]  # N, E, D

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pcmecl_fast.ops import direction_logits, direction_loss
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 EPS = 1e-8
 SIZES = [(1, 1, 2, 3), (5, 3, 7, 33), (13, 4, 8, 127), (31, 2, 3, 512)]  # B, N, E, D
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pcmecl_fast.ops import clip_frames
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
 SIZES = [(1, 32, 32, 32), (2, 61, 47, 33), (1, 20, 27, 41), (3, 7, 90, 16), (1, 1, 1, 5)]  # B, H, W, size
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from pcmecl_fast.ops import PromptTree, tree_attention
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 LAYOUTS = [
     PromptTree(prefix=9, segment_lengths=(2, 2, 3, 2, 2, 2, 2)),  # a shared context of 8, one-word names
     PromptTree(prefix=1, segment_lengths=(11, 10, 13)),  # a context per emotion: SOS alone is shared

@@ -81,7 +81,7 @@ def _fused_loss(
 
 
 def _empty_loss(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and of each pair a < b (b < a has the same) the sums of its row and of its column, as a backend likes."""
+    """The loss, and what a backend keeps of the row and the column of each pair a < b; those of b → a have the same."""
     individuals, emotions, _ = visual.shape
     wide = reference.computing_dtype(visual)
     pairs = emotions * (emotions - 1) // 2

@@ -1,4 +1,4 @@
-"""The `cpu` backend: csrc/cpu, compiled into `pcmecl_fast._C`. What it takes, and which function is which operator's."""
+"""The `cpu` backend: csrc/cpu, compiled into `pcmecl_fast._C`: what it takes, which function is whose operator."""
 
 from __future__ import annotations
 

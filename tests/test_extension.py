@@ -1,0 +1,109 @@
+"""The compiled extension: built where it can be, and explained where it is missing or belongs to another torch."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pcmecl_fast import extension
+from pcmecl_fast.ops import backends
+
+ROOT = Path(__file__).parents[1]
+built = pytest.mark.skipif(isinstance(extension.load(), str), reason="the extension was not built")
+
+
+@pytest.fixture
+def built_file(tmp_path):
+    """Writes a file as the extension's, built with another torch."""
+
+    def write(version: str) -> Path:
+        path = tmp_path / "_C.so"
+        path.write_bytes(b"\x7fELF and so on\0pcmecl_fast built with torch " + version.encode() + b";\0and on")
+        return path
+
+    return write
+
+
+@built
+def test_the_extension_says_what_it_was_built_with_and_what_it_runs_on():
+    assert extension._built_with(extension._path()) == torch.__version__
+    assert extension.load().cpu_capability() in ("portable", "avx2", "avx512")
+    assert {status.name: status.available for status in backends()}["cpu"]
+
+
+def test_without_the_file_it_says_how_to_build_it():
+    assert "it was not built" in extension._load(None, torch.__version__)
+    assert "make build" in extension._load(None, torch.__version__)
+
+
+def test_one_built_with_another_torch_is_not_loaded_and_says_how_to_rebuild_it(built_file):
+    reason = extension._load(built_file("2.11.0+cu130"), "2.15.0")
+    assert reason.startswith("_C.so was built with torch 2.11.0+cu130, this is torch 2.15.0; rebuild it: `make build`")
+
+
+def test_a_file_that_is_no_extension_is_of_an_unknown_version(tmp_path):
+    (tmp_path / "_C.so").write_bytes(b"\x7fELF")
+    assert "built with torch of an unknown version" in extension._load(tmp_path / "_C.so", "2.15.0")
+
+
+def test_one_that_does_not_load_says_how_to_rebuild_it(built_file, monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: _ZN2at")
+
+    monkeypatch.setattr(extension.importlib, "import_module", broken)
+    reason = extension._load(built_file(torch.__version__), torch.__version__)
+    assert reason.startswith("_C.so does not load (undefined symbol: _ZN2at); rebuild it: `make build`")
+
+
+def test_a_missing_extension_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(extension, "_path", lambda: None)
+    load = extension.cache(extension.load.__wrapped__)
+    with caplog.at_level(logging.WARNING, logger="pcmecl_fast"):
+        load()
+        load()
+    (record,) = caplog.records
+    assert "runs without its compiled extension: it was not built" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"CXX": "no-such-compiler"}, "there is no C++ compiler"),
+        ({"CXX": "false"}, "the compiler failed"),
+        ({"PCMECL_EXTENSION": "0"}, ""),
+    ],
+)
+def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path, variables, says):
+    done = build(tmp_path, variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("installed without its compiled extension") == bool(says)
+    assert says in done.stderr
+    (package,) = tmp_path.glob("build/lib*/pcmecl_fast")
+    assert (package / "ops" / "cpu.py").exists()
+    assert not list(package.glob("*.so"))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_a_build_that_must_succeed_fails_without_a_compiler(tmp_path, compiler):
+    assert build(tmp_path, {"CXX": compiler, "PCMECL_EXTENSION": "1"}).returncode != 0
+
+
+def build(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
+    """`setup.py build` of a copy of the sources."""
+    for name in ("csrc", "pcmecl_fast"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return subprocess.run(
+        [sys.executable, "setup.py", "build"],
+        cwd=folder,
+        env=os.environ | {"PCMECL_EXTENSION": "auto"} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
