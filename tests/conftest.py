@@ -2,19 +2,19 @@
 
 from functools import partial
 
+import cuda_on_host
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-import cuda_on_host
 from pcmecl_fast import load_clip, ops
 from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
 from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.ops import backend as backend_module
 from pcmecl_fast.ops import cuda, library
 
-# The backends that run on this machine's CPU tensors: every test of an operator runs on each of them. The CUDA kernels do
-# under their host harness.
+# The backends that run on this machine's CPU tensors: every test of an operator runs on each of them. The CUDA kernels
+# do under their host harness.
 ON_CPU = [status.name for status in ops.backends() if status.available and status.name in ("reference", "cpu")]
 ON_CPU += ["cuda"] if cuda_on_host.compiler() else []
 

@@ -13,7 +13,11 @@
 namespace pcmecl::cuda {
 namespace {
 
+#ifdef PCMECL_ON_HOST
+constexpr int64_t kChunk = 1 << 12;  // so that a test has several chunks
+#else
 constexpr int64_t kChunk = 3 << 20;  // numbers of S at once: 12 MB
+#endif
 
 class Run {
  public:
