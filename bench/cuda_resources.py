@@ -42,8 +42,9 @@ def main(arguments: list[str]) -> int:
         print("needs the built CUDA extension and cuobjdump", file=sys.stderr)
         return 1
     text = tables(read(path, tool))
-    print(text)
-    if "--write" in arguments:
+    if "--write" not in arguments:
+        print(text)
+    else:
         before, rest = DOCUMENT.read_text().split(BEGIN)
         _, after = rest.split(END)
         DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")

@@ -175,7 +175,7 @@ __device__ void write_columns(const Correlation& args, int64_t j, Columns& colum
 }
 
 template <int E, bool distinct>
-__global__ void __launch_bounds__(kLanes<E>) sums_kernel(const Correlation args) {
+__global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correlation args) {
   const int emotions = E ? E : args.emotions, pairs = int(pair_count(emotions));
   const Place<E> at(args);
   const float scale = value_of(args.scale), K = offset(scale);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kLanes<E>) sums_kernel(const Correlation args)
 // dS and Σ of gradient times logit, both without the factor that all logits share (`CorrelationFinish`); a logit's
 // gradient is (2^(l−K) − 2^(−l−K))·(1/row + 1/column). A lane owns its E×E numbers of dS and adds to them in memory.
 template <int E, bool distinct>
-__global__ void __launch_bounds__(kLanes<E>) gradients_kernel(const Correlation args) {
+__global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const Correlation args) {
   const int emotions = E ? E : args.emotions, pairs = int(pair_count(emotions));
   const Place<E> at(args);
   const float scale = value_of(args.scale), K = offset(scale);

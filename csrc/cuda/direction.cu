@@ -10,7 +10,7 @@
 namespace pcmecl::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+constexpr int kWarps = 4;  // and below, blocks a multiprocessor has to hold: with more the compiler spills registers
 
 // y·y_inverse − x·x_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an edit
 // that changes nothing must not have a direction made of rounding.
@@ -228,7 +228,7 @@ struct Sample {
 };
 
 template <typename T, int V, int G>
-__global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Direction<T> args) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, 6) forward_kernel(const Direction<T> args) {
   const int64_t k = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   if (k >= args.samples) return;
   Sample<T, V, G> sample(args, k);
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) forward_kernel(const Direct
 }
 
 template <typename T, int V, int G>
-__global__ void __launch_bounds__(kWarps* kWarpSize) backward_kernel(const Direction<T> args) {
+__global__ void __launch_bounds__(kWarps* kWarpSize, 4) backward_kernel(const Direction<T> args) {
   const int64_t k = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   if (k >= args.samples) return;
   Sample<T, V, G> sample(args, k);

@@ -56,14 +56,20 @@ __device__ void fill_pixel_transposed(const Band& band, int old) {
   }
 }
 
-__global__ void bands_kernel(const Band rows, const Band columns, bool transposed) {
-  const Band& band = blockIdx.y == 0 ? rows : columns;
+__device__ void fill(const Band& band, bool transposed) {
   const int pixel = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (pixel >= band.after) return;
   if (transposed)
     fill_pixel_transposed(band, pixel);
   else
     fill_pixel(band, pixel);
+}
+
+__global__ void bands_kernel(const Band rows, const Band columns, bool transposed) {
+  if (blockIdx.y == 0)
+    fill(rows, transposed);
+  else
+    fill(columns, transposed);
 }
 
 // Old columns [start, start + kChunk) of the tile's rows.
@@ -88,7 +94,7 @@ __device__ void mix_rows(const Frames<T>& args, const T* plane, int first_row, i
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) resize_kernel(const Frames<T> args, int tiles_down, int tiles_across) {
+__global__ void __launch_bounds__(kThreads, 3) resize_kernel(const Frames<T> args, int tiles_down, int tiles_across) {
   float* mixed = reinterpret_cast<float*>(shared_memory());
   const int64_t plane = blockIdx.x / unsigned(tiles_down * tiles_across);
   const int tile = int(blockIdx.x % unsigned(tiles_down * tiles_across));

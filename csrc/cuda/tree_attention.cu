@@ -18,6 +18,9 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
+// Blocks that a multiprocessor has to hold with P numbers of a row to a lane: with more the compiler spills registers.
+template <int P>
+constexpr int kBlocks = P == 8 ? 4 : 2;
 constexpr int kGroup = 8, kGroups = kWarpSize / kGroup;
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 constexpr float kNoKey = -1e30f;  // finite, so that no difference is NaN
@@ -131,7 +134,7 @@ struct Keys {
 __device__ __forceinline__ int group_of_thread() { return lane_of_thread() / kGroup; }
 
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const Tree<T> args, const TreeLayout layout) {
+__global__ void __launch_bounds__(kThreads, kBlocks<P>) forward_kernel(const Tree<T> args, const TreeLayout layout) {
   const int64_t number = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   if (number >= args.people * args.heads * layout.tokens) return;
   const Item<T> item(args, layout, number);
@@ -218,7 +221,7 @@ __device__ void write_key(const Item<T>& item) {
 }
 
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const Tree<T> args, const TreeLayout layout) {
+__global__ void __launch_bounds__(kThreads, kBlocks<P>) backward_kernel(const Tree<T> args, const TreeLayout layout) {
   const int64_t number = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   const int64_t items = args.people * args.heads * layout.tokens;
   if (number < items)
