@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: setup build demo test sanitize lint bench bench-check clean
 setup: $(READY)
 
-$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+$(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN)/python -m pip install --quiet "torch>=2.11"

@@ -1,36 +1,49 @@
-"""Builds the package. All metadata is in pyproject.toml; this file builds the compiled extension, pcmecl_fast._C.
+"""Builds the package. All metadata is in pyproject.toml; this file builds the compiled extensions:
+
+pcmecl_fast._C, the CPU's kernels, and pcmecl_fast._C_cuda, the GPU's, where there is an nvcc and a torch with CUDA.
 
 Environment variables read here:
 
-    PCMECL_EXTENSION  auto (default): build it where there is a C++ compiler, else install without it and say so.
-                      1: a build that fails is an error.  0: do not build it.
-    MAX_JOBS          compilers that ninja starts at once.
-    CXX               the compiler.
+    PCMECL_EXTENSION      auto (default): build what there is a compiler for, else install without it and say so.
+                          1: a CPU extension that fails is an error.  0: build neither.
+    PCMECL_CUDA           auto (default), 1 and 0: the same for the CUDA extension.
+    TORCH_CUDA_ARCH_LIST  the GPUs to compile for, such as "8.0;9.0;12.0+PTX"; without it those that are visible, and
+                          where none is, 8.0, 9.0 and PTX for newer ones.
+    CUDA_HOME             the CUDA toolkit, if nvcc is not on the PATH. Its major version has to be that of torch.
+    MAX_JOBS              compilers that ninja starts at once.
+    CXX                   the C++ compiler.
 
-The extension is compiled against the torch that is installed (hence pip's --no-build-isolation), for any processor of
-the machine's architecture: AVX2 and AVX-512 lie beside the baseline and are chosen at run time (csrc/cpu/kernels.cpp).
+ccache is used where it is installed. The extensions are compiled against the torch that is installed (hence pip's
+--no-build-isolation); a wheel's local version names it and its CUDA, as in 0.1.0+torch2.15cu132. The CPU's runs on any
+processor of the machine's architecture: AVX2 and AVX-512 lie beside the baseline and are chosen at run time
+(csrc/cpu/kernels.cpp).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.dist import Distribution
 
-SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
+CPU_SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.c*") if path.suffix in (".cpp", ".cu"))
+FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-unknown-pragmas"]
+OLDEST_NVCC = (12, 4)
+WITHOUT_A_GPU = "8.0;9.0+PTX"
+LITTLE_SPACE = 500  # MB; a build takes about half of it
 
 
-def extension() -> dict[str, Any]:
-    """The arguments of `setup` that build the extension, or none."""
-    asked = os.environ.get("PCMECL_EXTENSION", "auto")
-    if asked not in ("auto", "0", "1"):
-        raise SystemExit(f"PCMECL_EXTENSION: got {asked!r}; takes auto, 0 or 1")
+def extensions() -> dict[str, Any]:
+    """The arguments of `setup` that build the extensions, or none."""
+    asked, cuda_asked = _asked("PCMECL_EXTENSION"), _asked("PCMECL_CUDA")
     if asked == "0":
         return {}
     missing = _missing()
@@ -39,45 +52,140 @@ def extension() -> dict[str, Any]:
             raise SystemExit(f"pcmecl_fast: the extension cannot be built: {missing}")
         _say(missing)
         return {}
-    return _buildable(optional=asked == "auto")
+
+    wanted = {"pcmecl_fast._C": asked == "1"}  # and whether a failure is an error
+    cuda_missing = "PCMECL_CUDA=0" if cuda_asked == "0" else _cuda_missing()
+    if cuda_missing is None:
+        wanted["pcmecl_fast._C_cuda"] = cuda_asked == "1"
+    elif cuda_asked == "1":
+        raise SystemExit(f"pcmecl_fast: the CUDA extension cannot be built: {cuda_missing}")
+    elif cuda_asked == "auto":
+        _say_without_cuda(cuda_missing)
+    return _buildable(wanted)
+
+
+def _asked(variable: str) -> str:
+    asked = os.environ.get(variable, "auto")
+    if asked not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable}: got {asked!r}; takes auto, 0 or 1")
+    return asked
 
 
 def _missing() -> str | None:
     """Why there is nothing to build with."""
     try:
-        import torch.utils.cpp_extension  # noqa: F401
+        import torch  # noqa: F401
     except ImportError as error:
         return f"torch cannot be imported ({error}); install it first and use pip's --no-build-isolation"
-    if sys.platform != "win32" and shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
-        return "there is no C++ compiler (c++, or what CXX names); on Debian: apt install g++"
     if sys.platform == "win32":
         return "it is written for GCC and Clang"
+    if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
+        return "there is no C++ compiler (c++, or what CXX names); on Debian: apt install g++"
     return None
 
 
-def _buildable(*, optional: bool) -> dict[str, Any]:
+def _cuda_missing() -> str | None:
+    """Why the CUDA extension cannot be built; where it can, the variables that the build reads are set."""
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    major = int(torch.version.cuda.split(".")[0])
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    if nvcc is None:
+        where = f"in CUDA_HOME={home}" if home else "on the PATH, and CUDA_HOME is not set"
+        return f"there is no nvcc {where}; install the CUDA toolkit {major}.x"
+    said = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
+    if said is None:
+        return f"{nvcc} does not say its version"
+    version = int(said[1]), int(said[2])
+    if version[0] != major:
+        return (
+            f"{nvcc} is of CUDA {version[0]}.{version[1]} and torch {torch.__version__} of CUDA {torch.version.cuda}; "
+            f"the major versions have to agree: install the toolkit {major}.x, or a torch for CUDA {version[0]}"
+        )
+    if version < OLDEST_NVCC:
+        return f"{nvcc} is of CUDA {version[0]}.{version[1]}; it has to be {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer"
+
+    # nvcc may be a script that calls another: it knows where its toolkit is.
+    top = re.search(r"TOP=(\S+)", _output(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
+    os.environ["CUDA_HOME"] = str(Path(top[1] if top else Path(nvcc).parents[1]).resolve())
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = WITHOUT_A_GPU
+    return None
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr  # a dry run is told on stderr
+
+
+def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
-            try:
-                super().build_extensions()
-            except Exception as error:
-                if not optional:
-                    raise
-                self.extensions.clear()  # nothing was built, so there is nothing to copy beside the sources
-                _say(f"the compiler failed: {error}")
+            asked, built = self.extensions, []
+            for extension in asked:  # one by one, so that the GPU's may fail alone
+                self.extensions = [extension]
+                try:
+                    super().build_extensions()
+                    built.append(extension)
+                except Exception as error:
+                    if wanted[extension.name]:
+                        raise
+                    if extension.name == "pcmecl_fast._C":
+                        _say(_failed(error))
+                        break
+                    _say_without_cuda(_failed(error))
+            asked[:] = built  # what was not built is not copied beside the sources
+            self.extensions = asked
 
     version = f'-DPCMECL_TORCH_VERSION="{torch.__version__}"'
-    module = CppExtension(
-        "pcmecl_fast._C",
-        SOURCES,
-        depends=[str(path) for path in Path("csrc").rglob("*.h")],
-        extra_compile_args=[*FLAGS, version],
-        extra_link_args=["-fopenmp"],
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+    headers = [str(path) for path in Path("csrc").rglob("*.h")]
+    modules = [
+        CppExtension(
+            "pcmecl_fast._C",
+            CPU_SOURCES,
+            depends=headers,
+            extra_compile_args=[*FLAGS, "-fopenmp", version],
+            extra_link_args=["-fopenmp"],
+        )
+    ]
+    if "pcmecl_fast._C_cuda" in wanted:
+        modules.append(
+            CUDAExtension(
+                "pcmecl_fast._C_cuda",
+                CUDA_SOURCES,
+                depends=headers,
+                extra_compile_args={"cxx": [*FLAGS, version], "nvcc": ["-O3", "--resource-usage"]},
+            )
+        )
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}, "distclass": _ForOneTorch}
+
+
+class _ForOneTorch(Distribution):
+    """A wheel with extensions carries the torch and the CUDA that it was built for in its local version."""
+
+    def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
+        super().parse_config_files(*args, **kwargs)
+        if {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
+            self.metadata.version = f"{self.metadata.version}+{_local_version()}"
+
+
+def _local_version() -> str:
+    import torch
+
+    number = ".".join(torch.__version__.split("+")[0].split(".")[:2])
+    return f"torch{number}" + (f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu")
+
+
+def _failed(error: Exception) -> str:
+    left = shutil.disk_usage(".").free >> 20
+    space = f"; only {left} MB are left on this disk" if left < LITTLE_SPACE else ""
+    return f"the compiler failed: {error}{space}"
 
 
 def _say(why: str) -> None:
@@ -85,4 +193,8 @@ def _say(why: str) -> None:
     print("pcmecl_fast: everything works, on the reference backend; `pcmecl-fast backends` says more.", file=sys.stderr)
 
 
-setup(**extension())
+def _say_without_cuda(why: str) -> None:
+    print(f"pcmecl_fast: installed without its CUDA extension, because {why}.", file=sys.stderr)
+
+
+setup(**extensions())

@@ -1,4 +1,6 @@
-"""The compiled extension, `pcmecl_fast._C`: loaded if it is there and was built with this torch, explained if not.
+"""The compiled extensions: loaded if they are there and were built with this torch, explained if not.
+
+`pcmecl_fast._C` holds the CPU's kernels, `pcmecl_fast._C_cuda` the GPU's: apart, so that the first does not need CUDA.
 
 One that was built with another torch does not load, or worse, does. So the version is read from the file beforehand.
 """
@@ -16,37 +18,48 @@ from types import ModuleType
 
 import torch
 
-NAME = "pcmecl_fast._C"
+NAME, CUDA_NAME = "pcmecl_fast._C", "pcmecl_fast._C_cuda"
 REBUILD = "`make build` in the clone, or pip install --no-build-isolation --no-deps --force-reinstall ."
+
+NOT_BUILT = (
+    "it was not built (no C++ compiler when the package was installed, or PCMECL_EXTENSION=0); with one at hand: "
+)
+CUDA_NOT_BUILT = (
+    "it was not built (no nvcc or a torch without CUDA when the package was installed, or PCMECL_CUDA=0); "
+    "with both at hand: PCMECL_CUDA=1 "
+)
 
 logger = logging.getLogger("pcmecl_fast")
 
 
 @cache
 def load() -> ModuleType | str:
-    """The extension, or why there is none and how to get it; said once in the log."""
+    """The CPU's extension, or why there is none and how to get it; said once in the log."""
     found = _load(_path(), torch.__version__)
     if isinstance(found, str):
         logger.warning("pcmecl_fast runs without its compiled extension: %s", found)
     return found
 
 
-def _path() -> Path | None:
-    spec = importlib.util.find_spec(NAME)
+@cache
+def load_cuda() -> ModuleType | str:
+    """The GPU's extension, or why there is none and how to get it. It loads on a machine without a GPU."""
+    return _load(_path(CUDA_NAME), torch.__version__, CUDA_NAME, CUDA_NOT_BUILT)
+
+
+def _path(name: str = NAME) -> Path | None:
+    spec = importlib.util.find_spec(name)
     return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
-def _load(path: Path | None, version: str) -> ModuleType | str:
+def _load(path: Path | None, version: str, name: str = NAME, not_built: str = NOT_BUILT) -> ModuleType | str:
     if path is None:
-        return (
-            "it was not built (no C++ compiler when the package was installed, or PCMECL_EXTENSION=0); "
-            f"with one at hand: {REBUILD}"
-        )
+        return not_built + REBUILD
     built_with = _built_with(path)
     if built_with != version:
         return f"{path.name} was built with torch {built_with}, this is torch {version}; rebuild it: {REBUILD}"
     try:
-        return importlib.import_module(NAME)
+        return importlib.import_module(name)
     except ImportError as error:
         return f"{path.name} does not load ({error}); rebuild it: {REBUILD}"
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import cuda_on_host
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
@@ -9,9 +10,13 @@ from open_clip.tokenizer import SimpleTokenizer
 from pcmecl_fast import load_clip, ops
 from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
 from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.ops import backend as backend_module
+from pcmecl_fast.ops import cuda, library
 
-# The backends that run on this machine's CPU tensors: every test of an operator runs on each of them.
+# The backends that run on this machine's CPU tensors: every test of an operator runs on each of them. The CUDA kernels
+# do under their host harness.
 ON_CPU = [status.name for status in ops.backends() if status.available and status.name in ("reference", "cpu")]
+ON_CPU += ["cuda"] if cuda_on_host.compiler() else []
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +45,8 @@ def each_backend(request):
     """The test's calls run on this backend; float16 is the reference's alone on a CPU."""
     if request.param == "cpu" and request.node.callspec.params.get("dtype") == torch.float16:
         pytest.skip("the cpu backend takes float32, float64 and bfloat16")
+    if request.param == "cuda":
+        request.getfixturevalue("cuda_kernels_on_host")
     with ops.use_backend(request.param):
         yield request.param
 
@@ -49,3 +56,25 @@ def compiled_backend(request):
     """The test's calls run on this backend."""
     with ops.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cuda_kernels_on_host(monkeypatch):
+    """The backend "cuda" takes CPU tensors; a test that gives it what it does not take is skipped."""
+    tables = [(backend_module, "_implementations"), (backend_module, "_missing"), (library, "_kernels")]
+    for module, table in tables:
+        monkeypatch.setattr(module, table, getattr(module, table).copy())
+    backend_module.register_backend("cuda", lambda: None)
+    cuda.register_module(cuda_on_host.load(), device="cpu")
+    for (operator, name), implementation in list(backend_module._implementations.items()):
+        if name == "cuda":
+            backend_module.register(operator, name, implementation.run, _or_skip(implementation.why_not))
+
+
+def _or_skip(why_not):
+    def ask(*args, **kwargs):
+        reason = why_not(*args, **kwargs)
+        if reason is not None:
+            pytest.skip(f"the cuda backend does not take this: {reason}")
+
+    return ask

@@ -1,6 +1,7 @@
 """PCMECL's operators: each takes `backend=` and follows the specification in `reference.py`."""
 
 from pcmecl_fast.ops import cpu as _cpu  # noqa: F401  registers its kernels
+from pcmecl_fast.ops import cuda as _cuda  # noqa: F401  likewise
 from pcmecl_fast.ops import triton_backend
 from pcmecl_fast.ops.backend import backends, use_backend
 from pcmecl_fast.ops.correlation import correlation_loss

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcmecl_fast.ops.choice import fastest_first
 from pcmecl_fast.ops.library import register_pair
 
 NAMES = ("reference", "cpu", "triton", "cuda", "auto")
-FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
 
 logger = logging.getLogger("pcmecl_fast")
 
@@ -120,7 +120,7 @@ def dispatch(operator: str, *args: Any, backend: str | None, **kwargs: Any) -> T
         return _implementations[operator, name].run(*args, **kwargs)
 
     lacks: dict[str, str] = {}
-    for name in FASTEST_FIRST:
+    for name in fastest_first(operator, args[0]):
         reason = _why_not(operator, name, args, kwargs)
         if reason is None:
             break

@@ -1,0 +1,138 @@
+"""Registers, shared memory, spills and the widest loads of every CUDA kernel, read from the built extension.
+
+    python -m bench.cuda_resources            print the tables
+    python -m bench.cuda_resources --write    and put them into docs/kernels-cuda.md
+
+It needs the extension and cuobjdump, which is in the CUDA toolkit and in Triton's wheel; no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pcmecl_fast import extension
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels-cuda.md"
+BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
+
+
+@dataclass
+class Kernel:
+    """What one kernel takes of a multiprocessor on one architecture, and what its machine code looks like."""
+
+    arch: str
+    name: str
+    registers: int
+    shared: int  # bytes besides what the launch asks for
+    spills: int  # loads and stores of local memory
+    wide_loads: int  # of 16 bytes from global memory
+    loads: int  # from global memory
+
+
+def main(arguments: list[str]) -> int:
+    path = extension._path(extension.CUDA_NAME)
+    tool = cuobjdump()
+    if path is None or tool is None:
+        print("needs the built CUDA extension and cuobjdump", file=sys.stderr)
+        return 1
+    text = tables(read(path, tool))
+    if "--write" not in arguments:
+        print(text)
+    else:
+        before, rest = DOCUMENT.read_text().split(BEGIN)
+        _, after = rest.split(END)
+        DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    return 0
+
+
+def cuobjdump() -> str | None:
+    """The tool's path: the toolkit's, else that in Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    if found is not None:
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    inside = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(inside) if inside.exists() else None
+
+
+def read(path: Path, tool: str) -> list[Kernel]:
+    """Every kernel of every architecture in the file."""
+    code = {(arch, name): body for arch, name, body in _functions(_output(tool, "-sass", str(path)))}
+    used = _usage(_output(tool, "-res-usage", str(path)))
+    names = _readable([name for _, name in code])
+    kernels = []
+    for (arch, name), body in sorted(code.items()):
+        registers, shared = used[arch, name]
+        loads = re.findall(r"\bLDG\.[A-Z0-9.]+", body)
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", body))
+        wide = sum(".128" in load for load in loads)
+        kernels.append(Kernel(arch, names[name], registers, shared, spills, wide, len(loads)))
+    return kernels
+
+
+def tables(kernels: list[Kernel]) -> str:
+    """One table per architecture."""
+    parts = []
+    for arch in sorted({kernel.arch for kernel in kernels}):
+        parts.append(f"### {arch}\n")
+        parts.append("| kernel | registers | static shared memory | local loads and stores | 16-byte loads of all |")
+        parts.append("| --- | --- | --- | --- | --- |")
+        for kernel in kernels:
+            if kernel.arch == arch:
+                loads = f"{kernel.wide_loads} of {kernel.loads}"
+                parts.append(f"| `{kernel.name}` | {kernel.registers} | {kernel.shared} | {kernel.spills} | {loads} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _functions(sass: str) -> Iterator[tuple[str, str, str]]:
+    arch = ""
+    for part in re.split(r"(?=\tcode for sm_|\t\tFunction : )", sass):
+        if found := re.match(r"\tcode for (sm_\w+)", part):
+            arch = found[1]
+        elif found := re.match(r"\t\tFunction : (\S+)", part):
+            yield arch, found[1], part
+
+
+def _usage(text: str) -> dict[tuple[str, str], tuple[int, int]]:
+    used, arch = {}, ""
+    for line in text.splitlines():
+        if found := re.match(r"arch = (sm_\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            name = found[1]
+        elif found := re.search(r"REG:(\d+) .*SHARED:(\d+)", line):
+            used[arch, name] = int(found[1]), int(found[2])
+    return used
+
+
+def _readable(names: list[str]) -> dict[str, str]:
+    """`forward_kernel<float, 4, 8>` of a mangled name; the file that a kernel is in tells two of one name apart."""
+    if shutil.which("c++filt") is None:
+        return {name: name for name in names}
+    demangled = _output("c++filt", *names).splitlines()
+    return {name: _short(text) for name, text in zip(names, demangled, strict=True)}
+
+
+def _short(demangled: str) -> str:
+    text = re.sub(r"pcmecl::cuda::|\(anonymous namespace\)::|c10::|^void ", "", demangled)
+    template = re.match(r"\w+(<[^(]*>)?", text)
+    of = re.search(r"\((?:const )?(\w+)", text)
+    return f"{template[0] if template else text} of {of[1] if of else '?'}"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

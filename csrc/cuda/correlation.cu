@@ -1,0 +1,540 @@
+// correlation_loss: all but the products S = V·Tᵀ and those with dS, which the driver has cuBLAS do in chunks.
+//
+// With directions numbered as unordered pairs (a < b), a logit is l = u[i,ab]·w[j,cd]·(S[b,d] − S[b,c] − S[a,d] + S[a,c]),
+// and the opposite directions have l or −l: every row and column sums e^l + e^-l over a quarter of the logits. A row holds l
+// and −l, so its largest logit is at least 0 and no maximum is needed: sums are of 2^(l − K), l in base 2, with
+// K = max(0, ⌈scale·log2 e⌉ − 100). 2^27 terms do not overflow, and up to a scale of 150 none that counts is lost.
+//
+// sums_kernel, gradients_kernel: a warp owns individual i, its lanes 32 individuals j: lane j expands the E×E block of
+// (i, j). Text columns are ordered (emotion, j), so a warp's load is 32 neighbours. A lane's column sums stay in registers
+// for E = 7 and 8 (else in shared memory, E up to 32); row sums are added over the warp once a pair. Parts are written per
+// block and added by the driver in a fixed order: nothing is atomic and every run gives the same bits.
+// Operations a logit of the quarter: about 10 and two exponentials forward, 16 and two backward. Bound by arithmetic.
+#include "kernels.h"
+#include "scale.h"
+#include "warp.h"
+
+namespace pcmecl::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarpSize;
+// Of the expanding kernels: E = 0 takes any number of emotions and keeps a lane's numbers in shared memory.
+template <int E>
+constexpr int kRows = E ? kWarps : 1;
+template <int E>
+constexpr int kLanes = kRows<E> * kWarpSize;
+
+bool known(int emotions) { return emotions == 7 || emotions == 8; }
+
+constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+constexpr float kMostScale = 150;
+
+template <int E>
+constexpr int kPairs = E * (E - 1) / 2;
+
+__device__ __forceinline__ float offset(float scale) { return fmaxf(0.0f, ceilf(scale * kLog2e) - 100); }
+
+// First an individual's features less their mean over its emotions, then its pairs, a warp each.
+template <typename T>
+__device__ void take_mean_off(const Changes<T>& args, const T* x, int64_t i, float* to, int64_t row, int64_t stride) {
+  const bool* present = args.mask ? args.mask + i * args.emotions : nullptr;
+  for (int64_t k = threadIdx.x; k < args.width; k += blockDim.x) {
+    const T* from = x + i * args.emotions * args.width + k;
+    float total = 0, count = 0;
+    for (int e = 0; e < args.emotions; ++e) {
+      if (present && !present[e]) continue;  // what is not present may be anything, NaN included
+      total += float(from[e * args.width]);
+      count += 1;
+    }
+    const float mean = total / fmaxf(count, 1.0f);
+    for (int e = 0; e < args.emotions; ++e)
+      to[row + e * stride + k] = present && !present[e] ? 0.0f : float(from[e * args.width]) - mean;
+  }
+}
+
+template <int V, typename T>
+__device__ void measure_pair(const Changes<T>& args, int64_t i, int a, int b, int pair) {
+  const int64_t N = args.individuals, D = args.width;
+  const float* visual = args.of_visual + i * args.emotions * D;
+  const float *before = args.of_text + (a * N + i) * D, *after = args.of_text + (b * N + i) * D;
+  float of_visual = 0, of_text = 0, of_both = 0;
+  for (int64_t k = lane_of_thread() * V; k < D; k += kWarpSize * V) {
+    float x[V], y[V], from_x[V], from_y[V];
+    load(visual + b * D + k, x);
+    load(visual + a * D + k, from_x);
+    load(after + k, y);
+    load(before + k, from_y);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float dx = x[v] - from_x[v], dy = y[v] - from_y[v];
+      of_visual += dx * dx;
+      of_text += dy * dy;
+      of_both += dx * dy;
+    }
+  }
+  const float u = inverse_length(sum_over(of_visual)), w = inverse_length(sum_over(of_text));
+  const float cosine = sum_over(of_both) * u * w;
+  if (lane_of_thread() != 0) return;
+  const bool* present = args.mask ? args.mask + i * args.emotions : nullptr;
+  const bool valid = !present || (present[a] && present[b]);
+  const int64_t Q = pair_count(args.emotions);
+  args.row_inverse[i * Q + pair] = valid ? u : -1.0f;
+  args.column_inverse[pair * N + i] = valid ? w : -1.0f;
+  args.cosine[i * Q + pair] = valid ? cosine : 0.0f;
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads) changes_kernel(const Changes<T> args) {
+  const int64_t i = blockIdx.x, N = args.individuals, D = args.width;
+  take_mean_off(args, args.visual, i, args.of_visual, i * args.emotions * D, D);
+  take_mean_off(args, args.text, i, args.of_text, i * D, N * D);
+  __syncthreads();
+  for (int a = 0, pair = 0; a < args.emotions; ++a)
+    for (int b = a + 1; b < args.emotions; ++b, ++pair)
+      if (pair % kWarps == warp_of_thread()) measure_pair<V>(args, i, a, b, pair);
+}
+
+// `count` numbers of a lane: in registers where the count is known to the compiler, else in shared memory, where other
+// lanes' lie between them.
+template <int count>
+struct Slots {
+  float values[count];
+  __device__ __forceinline__ Slots(char*&, int) {}
+  __device__ __forceinline__ float& operator[](int at) { return values[at]; }
+};
+
+template <>
+struct Slots<0> {
+  float* values;
+  __device__ __forceinline__ Slots(char*& shared, int count) {
+    values = reinterpret_cast<float*>(shared) + threadIdx.x;
+    shared += count * kLanes<0> * sizeof(float);
+  }
+  __device__ __forceinline__ float& operator[](int at) { return values[at * kLanes<0>]; }
+};
+
+// Slots per lane that the kernels take from shared memory, and room for the columns' sums over the warps.
+template <int E>
+int64_t shared_bytes(int emotions, bool backward) {
+  const int64_t per_emotion = E ? 0 : backward ? 3 : 1;
+  return (pair_count(emotions) + per_emotion * emotions) * kLanes<E> * sizeof(float);
+}
+
+// step(c, d, pair) for c < d; E = 0 takes any number of emotions.
+template <int E, typename Step>
+__device__ __forceinline__ void for_pairs(int emotions, Step&& step) {
+  if constexpr (E != 0) {
+#pragma unroll
+    for (int c = 0; c < E; ++c)
+#pragma unroll
+      for (int d = c + 1; d < E; ++d) step(c, d, c * (2 * E - c - 1) / 2 + d - c - 1);
+  } else {
+    int pair = 0;
+    for (int c = 0; c < emotions; ++c)
+      for (int d = c + 1; d < emotions; ++d) step(c, d, pair++);
+  }
+}
+
+template <int E, typename Step>
+__device__ __forceinline__ void for_emotions(int emotions, Step&& step) {
+  if constexpr (E != 0) {
+#pragma unroll
+    for (int e = 0; e < E; ++e) step(e);
+  } else {
+    for (int e = 0; e < emotions; ++e) step(e);
+  }
+}
+
+// Where a thread stands: individual i of the chunk against individual j.
+template <int E>
+struct Place {
+  int64_t i, j, row, stride;  // i: of all; row: of the chunk; stride: of a row of S
+  bool inside, own;           // own: i = j
+
+  __device__ Place(const Correlation& args) {
+    row = int64_t(blockIdx.x) * kRows<E> + warp_of_thread();
+    i = args.row + row;
+    j = int64_t(blockIdx.y) * kWarpSize + lane_of_thread();
+    stride = args.emotions * args.individuals;
+    inside = j < args.individuals && row < args.rows;
+    own = i == j;
+  }
+};
+
+// Adds the lanes' column numbers over the block's warps and writes them as this block's part.
+template <int E, typename Columns>
+__device__ void write_columns(const Correlation& args, int64_t j, Columns& columns, float* shared, int pairs) {
+  if constexpr (E != 0) for_pairs<E>(E, [&](int, int, int cd) { shared[cd * kLanes<E> + threadIdx.x] = columns[cd]; });
+  __syncthreads();
+  for (int cd = warp_of_thread(); cd < pairs; cd += kRows<E>) {
+    float total = 0;
+    for (int warp = 0; warp < kRows<E>; ++warp) total += shared[cd * kLanes<E> + warp * kWarpSize + lane_of_thread()];
+    if (j < args.individuals) args.column_parts[(int64_t(blockIdx.x) * pairs + cd) * args.individuals + j] = total;
+  }
+}
+
+template <int E, bool distinct>
+__global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correlation args) {
+  const int emotions = E ? E : args.emotions, pairs = int(pair_count(emotions));
+  const Place<E> at(args);
+  const float scale = value_of(args.scale), K = offset(scale);
+  const float* block = args.product + at.row * emotions * at.stride + at.j;
+  char* shared = shared_memory();
+  float* for_columns = reinterpret_cast<float*>(shared);
+  Slots<kPairs<E>> columns(shared, pairs);
+  Slots<E> difference(shared, emotions);
+  float inverse[E ? kPairs<E> : 1];  // the (Q, N) table's column j
+  for_pairs<E>(emotions, [&](int, int, int cd) {
+    if constexpr (E != 0) inverse[cd] = at.inside ? args.column_inverse[cd * args.individuals + at.j] : -1.0f;
+    columns[cd] = 0;
+  });
+
+  for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a)
+    for (int b = a + 1; b < emotions; ++b, ++ab) {
+      const float of_row = args.row_inverse[at.i * pairs + ab];
+      float sum = 0;
+      if (!(of_row < 0) && at.inside) {
+        for_emotions<E>(emotions, [&](int e) {
+          const float* column = block + e * args.individuals;
+          difference[e] = (column[b * at.stride] - column[a * at.stride]) * (of_row * scale * kLog2e);
+        });
+        for_pairs<E>(emotions, [&](int c, int d, int cd) {
+          float w;
+          if constexpr (E != 0) w = inverse[cd];
+          else w = args.column_inverse[cd * args.individuals + at.j];
+          const float logit = (difference[d] - difference[c]) * w;
+          float up = exp2_fast(logit - K);
+          const float down = exp2_fast(-logit - K);
+          if (distinct && cd == ab && !at.own) up = 0;
+          const float term = w < 0 ? 0.0f : up + down;
+          sum += term;
+          columns[cd] += term;
+        });
+      }
+      sum = sum_over(sum);
+      if (lane_of_thread() == 0) args.row_parts[(int64_t(blockIdx.y) * args.rows + at.row) * pairs + ab] = sum;
+    }
+  write_columns<E>(args, at.j, columns, for_columns, pairs);
+}
+
+// dS and Σ of gradient times logit, both without the factor that all logits share (`CorrelationFinish`); a logit's
+// gradient is (2^(l−K) − 2^(−l−K))·(1/row + 1/column). A lane owns its E×E numbers of dS and adds to them in memory.
+template <int E, bool distinct>
+__global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const Correlation args) {
+  const int emotions = E ? E : args.emotions, pairs = int(pair_count(emotions));
+  const Place<E> at(args);
+  const float scale = value_of(args.scale), K = offset(scale);
+  const float* block = args.product + at.row * emotions * at.stride + at.j;
+  float* grad = args.grad_product + at.row * emotions * at.stride + at.j;
+  char* shared = shared_memory();
+  float* for_columns = reinterpret_cast<float*>(shared);
+  Slots<kPairs<E>> moments(shared, pairs);
+  Slots<E> difference(shared, emotions), of_difference(shared, emotions), of_before(shared, emotions);
+  float inverse[E ? kPairs<E> : 1], rate[E ? kPairs<E> : 1];
+  for_pairs<E>(emotions, [&](int, int, int cd) {
+    if constexpr (E != 0) {
+      inverse[cd] = at.inside ? args.column_inverse[cd * args.individuals + at.j] : -1.0f;
+      rate[cd] = at.inside ? 1 / args.column_sum[at.j * pairs + cd] : 0.0f;
+    }
+    moments[cd] = 0;
+  });
+  if (at.inside)
+    for (int a = 0; a < emotions; ++a)
+      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.individuals] = 0; });
+
+  for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a) {
+    for_emotions<E>(emotions, [&](int e) { of_before[e] = 0; });
+    for (int b = a + 1; b < emotions; ++b, ++ab) {
+      const float of_row = args.row_inverse[at.i * pairs + ab], row_rate = 1 / args.row_sum[at.i * pairs + ab];
+      float moment = 0;
+      if (!(of_row < 0) && at.inside) {
+        for_emotions<E>(emotions, [&](int e) {
+          const float* column = block + e * args.individuals;
+          difference[e] = (column[b * at.stride] - column[a * at.stride]) * (of_row * scale * kLog2e);
+          of_difference[e] = 0;
+        });
+        for_pairs<E>(emotions, [&](int c, int d, int cd) {
+          float w, column_rate;
+          if constexpr (E != 0) {
+            w = inverse[cd], column_rate = rate[cd];
+          } else {
+            w = args.column_inverse[cd * args.individuals + at.j];
+            column_rate = 1 / args.column_sum[at.j * pairs + cd];
+          }
+          const float logit = (difference[d] - difference[c]) * w;
+          float up = exp2_fast(logit - K);
+          const float down = exp2_fast(-logit - K);
+          if (distinct && cd == ab && !at.own) up = 0;
+          const float g = w < 0 ? 0.0f : (up - down) * (row_rate + column_rate);
+          moment += g * logit;
+          moments[cd] += g * logit;
+          of_difference[d] += g * w;
+          of_difference[c] -= g * w;
+        });
+        for_emotions<E>(emotions, [&](int e) {
+          const float of = of_difference[e] * of_row;
+          grad[b * at.stride + e * args.individuals] += of;
+          of_before[e] -= of;
+        });
+      }
+      moment = sum_over(moment);
+      if (lane_of_thread() == 0) args.row_parts[(int64_t(blockIdx.y) * args.rows + at.row) * pairs + ab] = moment;
+    }
+    if (at.inside)
+      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.individuals] += of_before[e]; });
+  }
+  write_columns<E>(args, at.j, moments, for_columns, pairs);
+}
+
+// negatives="within": a block owns an individual and its E×E block of S.
+struct Own {
+  const float* block;
+  int64_t i;
+  int emotions, pairs;
+  float scale, K;
+  const Correlation& args;
+
+  __device__ Own(const Correlation& args)
+      : i(blockIdx.x), emotions(args.emotions), pairs(int(pair_count(args.emotions))), scale(value_of(args.scale)),
+        K(offset(scale)), args(args) {
+    block = args.product + i * emotions * emotions;
+  }
+
+  __device__ float row_inverse(int ab) const { return args.row_inverse[i * pairs + ab]; }
+  __device__ float column_inverse(int cd) const { return args.column_inverse[cd * args.individuals + i]; }
+
+  __device__ float logit(int a, int b, int ab, int c, int d, int cd) const {
+    const float* before = block + a * emotions;
+    const float* after = block + b * emotions;
+    return ((after[d] - after[c]) - (before[d] - before[c])) * row_inverse(ab) * column_inverse(cd) * (scale * kLog2e);
+  }
+
+  // step(x, y, xy) for every valid pair of the other side.
+  template <typename Valid, typename Step>
+  __device__ void for_valid(Valid&& inverse, Step&& step) const {
+    for (int x = 0, pair = 0; x < emotions; ++x)
+      for (int y = x + 1; y < emotions; ++y, ++pair)
+        if (!(inverse(pair) < 0)) step(x, y, pair);
+  }
+
+  // step(x, y, xy, along the row?) for this thread's rows and columns.
+  template <typename Step>
+  __device__ void for_lines(Step&& step) const {
+    for (int x = 0, pair = 0; x < emotions; ++x)
+      for (int y = x + 1; y < emotions; ++y, ++pair) {
+        if (2 * pair % kThreads == int(threadIdx.x)) step(x, y, pair, true);
+        if ((2 * pair + 1) % kThreads == int(threadIdx.x)) step(x, y, pair, false);
+      }
+  }
+
+  // Σ over a row, or a column, of f(logit, ab, cd).
+  template <typename F>
+  __device__ float sum_line(int x, int y, int pair, bool row, F&& f) const {
+    float sum = 0;
+    if (row && !(row_inverse(pair) < 0))
+      for_valid([&](int cd) { return column_inverse(cd); },
+                [&](int c, int d, int cd) { sum += f(logit(x, y, pair, c, d, cd), pair, cd); });
+    if (!row && !(column_inverse(pair) < 0))
+      for_valid([&](int ab) { return row_inverse(ab); },
+                [&](int a, int b, int ab) { sum += f(logit(a, b, ab, x, y, pair), ab, pair); });
+    return sum;
+  }
+};
+
+__global__ void __launch_bounds__(kThreads) sums_within_kernel(const Correlation args, float* row_sum, float* column_sum) {
+  const Own own(args);
+  own.for_lines([&](int x, int y, int pair, bool row) {
+    (row ? row_sum : column_sum)[own.i * own.pairs + pair] = own.sum_line(x, y, pair, row, [&](float logit, int, int) {
+      return exp2_fast(logit - own.K) + exp2_fast(-logit - own.K);
+    });
+  });
+}
+
+__global__ void __launch_bounds__(kThreads) gradients_within_kernel(
+    const Correlation args, float* row_moment, float* column_moment) {
+  const Own own(args);
+  const auto gradient = [&](float logit, int ab, int cd) {
+    const float rate = 1 / args.row_sum[own.i * own.pairs + ab] + 1 / args.column_sum[own.i * own.pairs + cd];
+    return (exp2_fast(logit - own.K) - exp2_fast(-logit - own.K)) * rate;
+  };
+  own.for_lines([&](int x, int y, int pair, bool row) {
+    const float moment = own.sum_line(
+        x, y, pair, row, [&](float logit, int ab, int cd) { return gradient(logit, ab, cd) * logit; });
+    if (row)
+      row_moment[own.i * own.pairs + pair] = moment;
+    else
+      column_moment[pair * args.individuals + own.i] = moment;
+  });
+  // A thread owns dS[x, y]: it adds every pair with x against every pair with y, turned so that x and y are their ends.
+  for (int at = threadIdx.x; at < own.emotions * own.emotions; at += kThreads) {
+    const int x = at / own.emotions, y = at % own.emotions;
+    float total = 0;
+    for (int a = 0; a < own.emotions; ++a) {
+      if (a == x) continue;
+      const int ab = int(pair_index(a < x ? a : x, a < x ? x : a, own.emotions));
+      if (own.row_inverse(ab) < 0) continue;
+      for (int c = 0; c < own.emotions; ++c) {
+        if (c == y) continue;
+        const int cd = int(pair_index(c < y ? c : y, c < y ? y : c, own.emotions));
+        if (own.column_inverse(cd) < 0) continue;
+        total += gradient(own.logit(a, x, ab, c, y, cd), ab, cd) * own.row_inverse(ab) * own.column_inverse(cd);
+      }
+    }
+    args.grad_product[own.i * own.emotions * own.emotions + at] = total;
+  }
+}
+
+// Valid pairs, at least 1, in the first thread of a block that takes all of them.
+__device__ float count_valid(const float* row_inverse, int64_t pairs, float* warps) {
+  float valid = 0;
+  for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) valid += row_inverse[at] < 0 ? 0.0f : 1.0f;
+  return fmaxf(sum_over_block(valid, warps), 1.0f);
+}
+
+__global__ void count_kernel(const float* row_inverse, int64_t pairs, float* valid) {
+  const float count = count_valid(row_inverse, pairs, reinterpret_cast<float*>(shared_memory()));
+  if (threadIdx.x == 0) *valid = count;
+}
+
+// One block adds everything up in a fixed order. Beyond the scale that float sums hold, the loss is NaN rather than wrong.
+__global__ void result_kernel(const CorrelationResult args) {
+  float* warps = reinterpret_cast<float*>(shared_memory());
+  const float scale = value_of(args.scale), K = offset(scale);
+  const int64_t pairs = args.individuals * pair_count(args.emotions);
+  float total = 0;
+  for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) {
+    if (args.row_inverse[at] < 0)
+      args.row_sum[at] = args.column_sum[at] = 1;
+    else
+      total += 0.5f * (logf(args.row_sum[at]) + logf(args.column_sum[at])) + (K * kLn2 - scale * args.cosine[at]);
+  }
+  total = sum_over_block(total, warps);
+  const float valid = count_valid(args.row_inverse, pairs, warps);
+  if (threadIdx.x == 0) *args.loss = scale <= kMostScale ? total / valid : nanf("");
+}
+
+// A block owns an individual. Lengths and positives are E×E matrices times its features: with M a pair's number,
+// grad[b] += M·(x_b − x_a) and grad[a] −= the same.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) finish_kernel(const CorrelationFinish<T> args) {
+  const int64_t i = blockIdx.x, N = args.individuals, D = args.width;
+  const int E = args.emotions, Q = int(pair_count(E));
+  const float scale = value_of(args.scale), factor = *args.grad / (2 * *args.pairs);
+  float* visual_lengths = reinterpret_cast<float*>(shared_memory());  // (E, E), symmetric; no diagonal
+  float* text_lengths = visual_lengths + E * E;
+  float* positives = text_lengths + E * E;
+  for (int a = 0, pair = 0; a < E; ++a)
+    for (int b = a + 1; b < E; ++b, ++pair) {
+      if (pair % kThreads != int(threadIdx.x)) continue;
+      const float u = args.row_inverse[i * Q + pair], w = args.column_inverse[pair * N + i];
+      const bool valid = !(u < 0);
+      const float positive = 2 * factor * scale * args.cosine[i * Q + pair];
+      // Moments are of logits in base 2.
+      const float row = valid ? factor * kLn2 * args.row_moment[i * Q + pair] - positive : 0.0f;
+      const float column = valid ? factor * kLn2 * args.column_moment[pair * N + i] - positive : 0.0f;
+      args.row_moment[i * Q + pair] = row;
+      visual_lengths[a * E + b] = visual_lengths[b * E + a] = valid ? -row * u * u : 0.0f;
+      text_lengths[a * E + b] = text_lengths[b * E + a] = valid ? -column * w * w : 0.0f;
+      positives[a * E + b] = positives[b * E + a] = valid ? -2 * factor * scale * u * w : 0.0f;
+    }
+  __syncthreads();
+
+  const float through = factor * scale;
+  for (int64_t k = threadIdx.x; k < D; k += blockDim.x)
+    for (int b = 0; b < E; ++b) {
+      const float* visual = args.of_visual + i * E * D + k;
+      const float* text = args.of_text + i * D + k;
+      float to_visual = 0, to_text = 0;
+      for (int a = 0; a < E; ++a) {
+        if (a == b) continue;
+        const float dx = visual[b * D] - visual[a * D], dy = text[b * N * D] - text[a * N * D];
+        to_visual += visual_lengths[a * E + b] * dx + positives[a * E + b] * dy;
+        to_text += text_lengths[a * E + b] * dy + positives[a * E + b] * dx;
+      }
+      const int64_t at = (i * E + b) * D + k;
+      if (args.grad_visual) args.grad_visual[at] = T(to_visual + through * args.through_visual[at]);
+      if (args.grad_text) args.grad_text[at] = T(to_text + through * args.through_text[(b * N + i) * D + k]);
+    }
+}
+
+dim3 grid_of(const Correlation& args) {
+  const CorrelationParts parts = correlation_parts(args.individuals, args.emotions, args.rows);
+  return {unsigned(parts.row_blocks), unsigned(parts.column_blocks)};
+}
+
+template <int E>
+void launch_sums(const Correlation& args) {
+  launch(
+      args.distinct ? sums_kernel<E, true> : sums_kernel<E, false>, grid_of(args), kLanes<E>,
+      shared_bytes<E>(args.emotions, false), args);
+}
+
+template <int E>
+void launch_gradients(const Correlation& args) {
+  launch(
+      args.distinct ? gradients_kernel<E, true> : gradients_kernel<E, false>, grid_of(args), kLanes<E>,
+      shared_bytes<E>(args.emotions, true), args);
+}
+
+}  // namespace
+
+template <typename T>
+void correlation_changes(const Changes<T>& args) {
+  const bool vector = args.width % 4 == 0;
+  launch(vector ? changes_kernel<T, 4> : changes_kernel<T, 1>, {unsigned(args.individuals)}, kThreads, 0, args);
+}
+
+CorrelationParts correlation_parts(int64_t individuals, int emotions, int64_t rows) {
+  return {blocks(individuals, kWarpSize), blocks(rows, known(emotions) ? kRows<8> : kRows<0>)};
+}
+
+void correlation_sums(const Correlation& args) {
+  switch (args.emotions) {
+    case 7: return launch_sums<7>(args);
+    case 8: return launch_sums<8>(args);
+    default: return launch_sums<0>(args);
+  }
+}
+
+void correlation_gradients(const Correlation& args) {
+  switch (args.emotions) {
+    case 7: return launch_gradients<7>(args);
+    case 8: return launch_gradients<8>(args);
+    default: return launch_gradients<0>(args);
+  }
+}
+
+void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum) {
+  launch(sums_within_kernel, {unsigned(args.individuals)}, kThreads, 0, args, row_sum, column_sum);
+}
+
+void correlation_gradients_within(const Correlation& args, float* row_moment, float* column_moment) {
+  launch(gradients_within_kernel, {unsigned(args.individuals)}, kThreads, 0, args, row_moment, column_moment);
+}
+
+void correlation_result(const CorrelationResult& args) {
+  constexpr int warps = 8;
+  launch(result_kernel, {1}, warps * kWarpSize, warps * sizeof(float), args);
+}
+
+void correlation_count(const float* row_inverse, int64_t pairs, float* valid) {
+  constexpr int warps = 8;
+  launch(count_kernel, {1}, warps * kWarpSize, warps * sizeof(float), row_inverse, pairs, valid);
+}
+
+template <typename T>
+void correlation_finish(const CorrelationFinish<T>& args) {
+  const size_t shared = 3 * sizeof(float) * args.emotions * args.emotions;
+  launch(finish_kernel<T>, {unsigned(args.individuals)}, kThreads, shared, args);
+}
+
+#define PCMECL_FOR(T)                                    \
+  template void correlation_changes<T>(const Changes<T>&); \
+  template void correlation_finish<T>(const CorrelationFinish<T>&);
+PCMECL_FOR(float)
+PCMECL_FOR(c10::Half)
+PCMECL_FOR(c10::BFloat16)
+#undef PCMECL_FOR
+
+}  // namespace pcmecl::cuda

@@ -1,0 +1,208 @@
+// correlation_loss on tensors: the products with S in chunks of individuals, and what is kept between them.
+//
+// A chunk of S, in the backward its gradient too, is all that exists of anything larger than the features: memory grows with
+// the individuals, time with their square. Products are in float32 for every input type and never in TF32, whose ten bits a
+// logit scale of 100 would turn into wrong logits.
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+
+#include <algorithm>
+
+#include "operators.h"
+
+namespace pcmecl::cuda {
+namespace {
+
+#ifdef PCMECL_ON_HOST
+constexpr int64_t kChunk = 1 << 12;  // so that a test has several chunks
+#else
+constexpr int64_t kChunk = 3 << 20;  // numbers of S at once: 12 MB
+#endif
+
+class Run {
+ public:
+  Run(const Tensor& visual, const Tensor& text, const KeptScale& scale, const std::optional<Tensor>& mask,
+      const std::string& negatives)
+      : within_(negatives == "within"), N(visual.size(0)), E(visual.size(1)), D(visual.size(2)), Q(E * (E - 1) / 2),
+        options_(in_float(visual)), centred_(at::empty({N, E, D}, options_)), text_(at::empty({E, N, D}, options_)),
+        row_inverse_(at::empty({N, Q}, options_)), column_inverse_(at::empty({Q, N}, options_)),
+        cosine_(at::empty({N, Q}, options_)) {
+    for_dtype(visual, [&](auto zero) {
+      using T = decltype(zero);
+      Changes<T> args = {N, D, int(E), pointer<T>(visual), pointer<T>(text), pointer_or_null<bool>(mask)};
+      args.of_visual = pointer<float>(centred_), args.of_text = pointer<float>(text_);
+      args.row_inverse = pointer<float>(row_inverse_), args.column_inverse = pointer<float>(column_inverse_);
+      args.cosine = pointer<float>(cosine_);
+      correlation_changes(args);
+    });
+    args_ = {N, int(E), negatives == "distinct", scale.value()};
+    args_.row_inverse = pointer<float>(row_inverse_), args_.column_inverse = pointer<float>(column_inverse_);
+  }
+
+  // The loss, () and the sums of rows and columns, both (N, Q).
+  std::tuple<Tensor, Tensor, Tensor> forward() {
+    Tensor row_sum = at::empty({N, Q}, options_), column_sum = at::empty({N, Q}, options_);
+    if (within_) {
+      const Tensor product = own_product();
+      args_.product = pointer<float>(product);
+      correlation_sums_within(args_, pointer<float>(row_sum), pointer<float>(column_sum));
+    } else {
+      Tensor columns = at::zeros({Q, N}, options_);
+      for_chunks([&] { correlation_sums(args_); }, row_sum, columns);
+      column_sum.copy_(columns.t());
+    }
+    Tensor loss = at::empty({}, options_);
+    result(row_sum, column_sum, loss);
+    return {loss, row_sum, column_sum};
+  }
+
+  Gradients backward(
+      const Tensor& grad, const Tensor& like, const std::optional<Tensor>& scale, const Tensor& row_sum,
+      const Tensor& column_sum, const Needs& needs) {
+    args_.row_sum = pointer<float>(row_sum), args_.column_sum = pointer<float>(column_sum);
+    Tensor row_moment = at::empty({N, Q}, options_), column_moment = at::zeros({Q, N}, options_), of_visual, of_text;
+    if (within_)
+      through_own(row_moment, column_moment, of_visual, of_text, needs);
+    else
+      through_chunks(row_moment, column_moment, of_visual, of_text, needs);
+    pairs_ = at::empty({}, options_);
+    correlation_count(args_.row_inverse, N * Q, pointer<float>(pairs_));
+    return finish(grad, like, scale, row_moment, column_moment, of_visual, of_text, needs);
+  }
+
+ private:
+  // S of every chunk, f(), then its parts added up: rows into `of_rows` (N, Q), columns onto `of_columns` (Q, N).
+  template <typename F>
+  void for_chunks(F&& f, const Tensor& of_rows, const Tensor& of_columns) {
+    const at::NoTF32Guard exact;
+    const int64_t rows = std::clamp<int64_t>(kChunk / (N * E * E), 1, N);
+    const CorrelationParts parts = correlation_parts(N, int(E), rows);
+    product_ = at::empty({rows * E, E * N}, options_);
+    const Tensor row_parts = at::empty({parts.column_blocks * rows * Q}, options_);
+    const Tensor column_parts = at::empty({parts.row_blocks * Q * N}, options_);
+    args_.row_parts = pointer<float>(row_parts), args_.column_parts = pointer<float>(column_parts);
+    for (args_.row = 0; args_.row < N; args_.row += rows) {
+      args_.rows = std::min(rows, N - args_.row);
+      Tensor product = chunk(product_);
+      at::mm_out(product, rows_of(centred_), flat(text_).t());
+      args_.product = pointer<float>(product);
+      f();
+      const CorrelationParts now = correlation_parts(N, int(E), args_.rows);
+      Tensor rows_out = of_rows.narrow(0, args_.row, args_.rows);
+      at::sum_out(rows_out, beginning(row_parts, {now.column_blocks, args_.rows, Q}), 0);
+      of_columns.add_(beginning(column_parts, {now.row_blocks, Q, N}).sum(0));
+    }
+  }
+
+  void through_chunks(
+      const Tensor& row_moment, const Tensor& column_moment, Tensor& of_visual, Tensor& of_text, const Needs& needs) {
+    if (needs[0]) of_visual = at::empty({N, E, D}, options_);
+    if (needs[1]) of_text = at::zeros({E, N, D}, options_);
+    const int64_t rows = std::clamp<int64_t>(kChunk / (N * E * E), 1, N);
+    const Tensor grad_product = at::empty({rows * E, E * N}, options_);
+    args_.grad_product = pointer<float>(grad_product);
+    for_chunks(
+        [&] {
+          correlation_gradients(args_);
+          const Tensor grad = chunk(grad_product);
+          if (needs[0]) {
+            Tensor out = rows_of(of_visual);
+            at::mm_out(out, grad, flat(text_));
+          }
+          if (needs[1]) flat(of_text).addmm_(grad.t(), rows_of(centred_));
+        },
+        row_moment, column_moment);
+  }
+
+  void through_own(
+      const Tensor& row_moment, const Tensor& column_moment, Tensor& of_visual, Tensor& of_text, const Needs& needs) {
+    const at::NoTF32Guard exact;
+    const Tensor product = own_product(), grad = at::empty_like(product);
+    args_.product = pointer<float>(product), args_.grad_product = pointer<float>(grad);
+    correlation_gradients_within(args_, pointer<float>(row_moment), pointer<float>(column_moment));
+    if (needs[0]) of_visual = at::bmm(grad, text_.transpose(0, 1));
+    if (needs[1]) of_text = at::bmm(grad.transpose(1, 2), centred_).transpose(0, 1).contiguous();
+  }
+
+  Gradients finish(
+      const Tensor& grad, const Tensor& like, const std::optional<Tensor>& scale, const Tensor& row_moment,
+      const Tensor& column_moment, const Tensor& of_visual, const Tensor& of_text, const Needs& needs) {
+    Gradients gradients(3);
+    if (needs[0]) gradients[0] = at::empty_like(like);
+    if (needs[1]) gradients[1] = at::empty_like(like);
+    for_dtype(like, [&](auto zero) {
+      using T = decltype(zero);
+      CorrelationFinish<T> args = {N, D, int(E), args_.scale, pointer<float>(grad), pointer<float>(pairs_)};
+      args.of_visual = pointer<float>(centred_), args.of_text = pointer<float>(text_);
+      args.row_inverse = pointer<float>(row_inverse_), args.column_inverse = pointer<float>(column_inverse_);
+      args.cosine = pointer<float>(cosine_);
+      args.row_moment = pointer<float>(row_moment), args.column_moment = pointer<float>(column_moment);
+      args.through_visual = needs[0] ? pointer<float>(of_visual) : nullptr;
+      args.through_text = needs[1] ? pointer<float>(of_text) : nullptr;
+      args.grad_visual = pointer_or_null<T>(gradients[0]), args.grad_text = pointer_or_null<T>(gradients[1]);
+      correlation_finish(args);
+    });
+    if (needs[2]) gradients[2] = (row_moment.sum() / scale->to(at::kFloat)).to(scale->scalar_type());
+    return gradients;
+  }
+
+  void result(const Tensor& row_sum, const Tensor& column_sum, const Tensor& loss) {
+    CorrelationResult args = {N, int(E), args_.scale, args_.row_inverse, pointer<float>(cosine_)};
+    args.row_sum = pointer<float>(row_sum), args.column_sum = pointer<float>(column_sum);
+    args.loss = pointer<float>(loss);
+    correlation_result(args);
+  }
+
+  Tensor own_product() const {
+    const at::NoTF32Guard exact;
+    return at::bmm(centred_, text_.permute({1, 2, 0}));
+  }
+
+  Tensor rows_of(const Tensor& x) const { return x.narrow(0, args_.row, args_.rows).view({args_.rows * E, D}); }
+  Tensor flat(const Tensor& x) const { return x.view({E * N, D}); }
+  Tensor chunk(const Tensor& x) const { return x.narrow(0, 0, args_.rows * E); }
+  static Tensor beginning(const Tensor& buffer, at::IntArrayRef shape) {
+    return buffer.narrow(0, 0, shape[0] * shape[1] * shape[2]).view(shape);
+  }
+
+  const bool within_;
+  const int64_t N, E, D, Q;
+  const at::TensorOptions options_;
+  const Tensor centred_, text_, row_inverse_, column_inverse_, cosine_;
+  Tensor product_, pairs_;
+  Correlation args_ = {};
+};
+
+bool is_empty(const Tensor& x) { return x.size(0) == 0 || x.size(1) < 2; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> correlation_loss(
+    const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale, double scale_number,
+    const std::optional<Tensor>& mask, const std::string& negatives) {
+  const c10::DeviceGuard guard(visual.device());
+  if (is_empty(visual)) {
+    const Tensor sums = at::zeros({visual.size(0), visual.size(1) * (visual.size(1) - 1) / 2}, in_float(visual));
+    return {at::zeros({}, in_float(visual)), sums, sums.clone()};
+  }
+  const KeptScale kept(scale, scale_number);
+  return Run(visual, text, kept, mask, negatives).forward();
+}
+
+Gradients correlation_loss_backward(
+    const Tensor& grad, const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale,
+    double scale_number, const std::optional<Tensor>& mask, const std::string& negatives, const Tensor& row_sum,
+    const Tensor& column_sum, const Needs& needs) {
+  const c10::DeviceGuard guard(visual.device());
+  if (is_empty(visual)) {
+    Gradients gradients(3);
+    if (needs[0]) gradients[0] = at::zeros_like(visual);
+    if (needs[1]) gradients[1] = at::zeros_like(text);
+    if (needs[2]) gradients[2] = at::zeros_like(*scale);
+    return gradients;
+  }
+  const KeptScale kept(scale, scale_number);
+  return Run(visual, text, kept, mask, negatives).backward(grad, visual, scale, row_sum, column_sum, needs);
+}
+
+}  // namespace pcmecl::cuda

@@ -1,0 +1,370 @@
+// direction_loss and direction_logits.
+//
+// A warp owns a sample: lanes split the features, 16 bytes each where they are aligned, and lane e keeps what belongs to
+// emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and writes the
+// result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by memory.
+#include "kernels.h"
+#include "scale.h"
+#include "warp.h"
+
+namespace pcmecl::cuda {
+namespace {
+
+constexpr int kWarps = 4;  // and below, blocks a multiprocessor has to hold: with more the compiler spills registers
+
+// y·y_inverse − x·x_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an edit
+// that changes nothing must not have a direction made of rounding.
+__device__ __forceinline__ float difference_of_units(float y, float y_inverse, float x, float x_inverse) {
+  return (y - x) * y_inverse + x * (y_inverse - x_inverse);
+}
+
+// G: emotions measured in one pass over the features; 1 where the target's is all that counts.
+template <typename T, int V, int G>
+struct Sample {
+  const Direction<T>& args;
+  const T *source, *edited, *rows, *from;
+  int lane, a, b;
+  float source_inverse, edited_inverse;
+  float delta_square, delta_inverse, source_delta;  // |δ|², 1/|δ|, ⟨ŝ, δ⟩
+  float cosine, inverse, source_along, along;       // of emotion `lane`: c, 1/|d|, ⟨ŝ, d⟩, ⟨δ, d⟩
+
+  __device__ Sample(const Direction<T>& args, int64_t sample)
+      : args(args), source(args.source + sample * args.width), edited(args.edited + sample * args.width),
+        rows(args.bank + args.individual[sample] * args.emotions * args.width), lane(lane_of_thread()),
+        a(int(args.source_emotion[sample])), b(args.target_emotion ? int(args.target_emotion[sample]) : -1) {
+    from = rows + int64_t(a) * args.width;
+    source_inverse = edited_inverse = 1;
+    delta_square = delta_inverse = source_delta = 0;
+    cosine = inverse = source_along = along = 0;
+  }
+
+  __device__ bool valid() const { return a != b; }
+
+  template <typename F>
+  __device__ __forceinline__ void for_strips(F&& f) const {
+    for (int64_t k = lane * V; k < args.width; k += kWarpSize * V) f(k);
+  }
+
+  // ŝ and δ at k; with normalize = false ŝ is the source as it is.
+  __device__ __forceinline__ void changes(int64_t k, float (&unit)[V], float (&delta)[V]) const {
+    load(source + k, unit);
+    load(edited + k, delta);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      delta[v] = difference_of_units(delta[v], edited_inverse, unit[v], source_inverse);
+      unit[v] *= source_inverse;
+    }
+  }
+
+  template <bool backward>
+  __device__ void look() {
+    if (args.normalize) normalise();
+    if constexpr (G == 1) {
+      measure<backward>(b, true);
+    } else {
+      for (int first = 0; first < args.emotions; first += G) measure<backward>(first, first == 0);
+    }
+    inverse = inverse_length(inverse);
+    cosine = along * inverse * delta_inverse;
+  }
+
+  __device__ void normalise() {
+    float of_source = 0, of_edited = 0;
+    for_strips([&](int64_t k) {
+      float x[V], y[V];
+      load(source + k, x);
+      load(edited + k, y);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        of_source += x[v] * x[v];
+        of_edited += y[v] * y[v];
+      }
+    });
+    source_inverse = inverse_length(sum_over(of_source));
+    edited_inverse = inverse_length(sum_over(of_edited));
+  }
+
+  // Emotions [first, first + G): |d|² into `inverse`, ⟨δ, d⟩ and ⟨ŝ, d⟩.
+  template <bool backward>
+  __device__ void measure(int first, bool with_delta) {
+    float square[G] = {}, dot[G] = {}, own[G] = {}, of_delta = 0, of_both = 0;
+    for_strips([&](int64_t k) {
+      float unit[V], delta[V], start[V];
+      changes(k, unit, delta);
+      load(from + k, start);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        of_delta += delta[v] * delta[v];
+        of_both += delta[v] * unit[v];
+      }
+#pragma unroll
+      for (int g = 0; g < G; ++g) {
+        if (first + g >= args.emotions || first + g == a) continue;
+        float row[V];
+        load(rows + int64_t(first + g) * args.width + k, row);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const float d = row[v] - start[v];
+          square[g] += d * d;
+          dot[g] += d * delta[v];
+          if (backward) own[g] += d * unit[v];
+        }
+      }
+    });
+    if (with_delta) {
+      delta_square = sum_over(of_delta);
+      delta_inverse = inverse_length(delta_square);
+      if (backward) source_delta = sum_over(of_both);
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      const float whole_square = sum_over(square[g]), whole_dot = sum_over(dot[g]);
+      const float whole_own = backward ? sum_over(own[g]) : 0.0f;
+      if (lane == first + g) inverse = whole_square, along = whole_dot, source_along = whole_own;
+    }
+  }
+
+  __device__ bool counts() const { return lane < args.emotions && lane != a; }
+
+  // The loss; `weight` becomes softmax over e ≠ a of scale · c, where there is a contrast.
+  __device__ float loss(float& weight) const {
+    const float of_target = from_lane(cosine, b), matched = 1 - of_target;
+    weight = 0;
+    if (args.contrast == 0) return matched;
+    const float scale = value_of(args.scale);
+    const float logit = counts() ? scale * cosine : -kInfinity, largest = max_over_warp(logit);
+    const float term = counts() ? expf(logit - largest) : 0.0f, total = sum_over(term);
+    weight = term / total;
+    return matched + args.contrast * (logf(total) + largest - scale * of_target);
+  }
+
+  // The gradient of this lane's cosine under the loss; `of_scale` becomes the scale's.
+  __device__ float differentiate_loss(float grad, float& of_scale) const {
+    float weight;
+    loss(weight);
+    const float asked = lane == b ? 1.0f : 0.0f;
+    const float excess = counts() ? args.contrast * (weight - asked) : 0.0f;
+    of_scale = grad * sum_over(args.contrast == 0 ? 0.0f : excess * cosine);
+    return counts() ? grad * (args.contrast == 0 ? -asked : excess * value_of(args.scale) - asked) : 0.0f;
+  }
+
+  // From the gradient of this lane's cosine: those of source, edited and the bank.
+  __device__ void write(int64_t sample, float weight) {
+    const float by = weight * inverse * delta_inverse, across = weight * cosine * inverse * inverse;
+    const float back = -sum_over(weight * cosine) * delta_inverse * delta_inverse;
+    const float of_source = back * source_delta + sum_over(by * source_along);  // ⟨ŝ, g⟩, g the gradient of δ
+    const float of_edited = of_source + back * delta_square + sum_over(by * along);
+    if (args.coefficients) write_coefficients(args.coefficients + sample * (2 * args.emotions + 2), by, across);
+
+    float* grad_rows = args.grad_bank ? args.grad_bank + (rows - args.bank) : nullptr;
+    for (int64_t start = 0; start < args.width; start += kWarpSize * V) {  // the same for all lanes: they shuffle
+      const int64_t k = start + lane * V;
+      const bool inside = k < args.width;
+      float unit[V] = {}, delta[V] = {}, origin[V] = {}, gradient[V], lost[V] = {};
+      if (inside) {
+        changes(k, unit, delta);
+        load(from + k, origin);
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) gradient[v] = back * delta[v];
+#pragma unroll 4
+      for (int e = 0; e < args.emotions; ++e) {
+        const float of_row = from_lane(by, e), of_change = from_lane(across, e);
+        if (!inside || (of_row == 0 && of_change == 0)) continue;
+        float row[V];
+        load(rows + int64_t(e) * args.width + k, row);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const float d = row[v] - origin[v];
+          gradient[v] += of_row * d;
+          if (!grad_rows) continue;
+          const float won = of_row * delta[v] - of_change * d;
+          atomicAdd(grad_rows + int64_t(e) * args.width + k + v, won);
+          lost[v] += won;
+        }
+      }
+      if (!inside) continue;
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (grad_rows) atomicAdd(grad_rows + int64_t(a) * args.width + k + v, -lost[v]);
+      write_strip(sample * args.width + k, gradient, unit, delta, of_source, of_edited);
+    }
+  }
+
+  __device__ void write_coefficients(float* to, float by, float across) const {
+    if (lane < args.emotions) {
+      to[lane] = by;
+      to[args.emotions + lane] = across;
+    }
+    if (lane == 0) {
+      to[2 * args.emotions] = source_inverse;
+      to[2 * args.emotions + 1] = edited_inverse;
+    }
+  }
+
+  // Through the norms, or as they are: ê = ŝ + δ.
+  __device__ __forceinline__ void write_strip(
+      int64_t at, const float (&gradient)[V], const float (&unit)[V], const float (&delta)[V], float of_source,
+      float of_edited) const {
+    float to_source[V], to_edited[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float project = args.normalize ? 1.0f : 0.0f;
+      to_source[v] = (project * unit[v] * of_source - gradient[v]) * source_inverse;
+      to_edited[v] = (gradient[v] - project * (unit[v] + delta[v]) * of_edited) * edited_inverse;
+    }
+    if (args.grad_source) store(args.grad_source + at, to_source);
+    if (args.grad_edited) store(args.grad_edited + at, to_edited);
+  }
+
+  __device__ void write_zeros(int64_t sample) const {
+    const float zeros[V] = {};
+    for_strips([&](int64_t k) {
+      if (args.grad_source) store(args.grad_source + sample * args.width + k, zeros);
+      if (args.grad_edited) store(args.grad_edited + sample * args.width + k, zeros);
+    });
+    if (args.coefficients) write_coefficients(args.coefficients + sample * (2 * args.emotions + 2), 0, 0);
+  }
+};
+
+template <typename T, int V, int G>
+__global__ void __launch_bounds__(kWarps* kWarpSize, 6) forward_kernel(const Direction<T> args) {
+  const int64_t k = int64_t(blockIdx.x) * kWarps + warp_of_thread();
+  if (k >= args.samples) return;
+  Sample<T, V, G> sample(args, k);
+  float result = 0, weight;
+  if (sample.valid()) {
+    sample.template look<false>();
+    if (args.losses) result = sample.loss(weight);
+  }
+  if (args.losses) {
+    if (sample.lane == 0) args.losses[k] = result;
+  } else if (sample.lane < args.emotions) {
+    args.logits[k * args.emotions + sample.lane] = T(sample.cosine);
+  }
+}
+
+template <typename T, int V, int G>
+__global__ void __launch_bounds__(kWarps* kWarpSize, 4) backward_kernel(const Direction<T> args) {
+  const int64_t k = int64_t(blockIdx.x) * kWarps + warp_of_thread();
+  if (k >= args.samples) return;
+  Sample<T, V, G> sample(args, k);
+  float of_scale = 0;
+  if (sample.valid()) {
+    sample.template look<true>();
+    float weight;
+    if (args.grad_logits)
+      weight = sample.counts() ? float(args.grad_logits[k * args.emotions + sample.lane]) : 0.0f;
+    else
+      weight = sample.differentiate_loss(args.grad_losses[k * args.grad_stride] / *args.divisor, of_scale);
+    sample.write(k, weight);
+  } else {
+    sample.write_zeros(k);
+  }
+  if (args.grad_scale && sample.lane == 0) args.grad_scale[k] = of_scale;
+}
+
+// A block owns 128 features of one individual; a thread one of them, its E sums in shared memory, which no other reads.
+template <typename T>
+__global__ void __launch_bounds__(kWarps* kWarpSize) bank_kernel(
+    const Direction<T> args, const int64_t* first, const int64_t* order, T* grad_bank) {
+  const int64_t individual = blockIdx.x, k = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  if (k >= args.width) return;
+  float* sums = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
+  const int stride = int(blockDim.x), emotions = args.emotions;
+  const T* rows = args.bank + individual * emotions * args.width + k;
+  for (int e = 0; e < emotions; ++e) sums[e * stride] = 0;
+  for (int64_t at = first[individual]; at < first[individual + 1]; ++at) {
+    const int64_t sample = order[at], a = args.source_emotion[sample];
+    const float* coefficients = args.coefficients + sample * (2 * emotions + 2);
+    const float delta = difference_of_units(
+        float(args.edited[sample * args.width + k]), coefficients[2 * emotions + 1],
+        float(args.source[sample * args.width + k]), coefficients[2 * emotions]);
+    const float origin = float(rows[a * args.width]);
+    float lost = 0;
+    for (int e = 0; e < emotions; ++e) {
+      const float along = coefficients[e], across = coefficients[emotions + e];
+      if (along == 0 && across == 0) continue;
+      const float won = along * delta - across * (float(rows[e * args.width]) - origin);
+      sums[e * stride] += won;
+      lost += won;
+    }
+    sums[a * stride] -= lost;
+  }
+  for (int e = 0; e < emotions; ++e)
+    grad_bank[(individual * emotions + e) * args.width + k] = T(sums[e * stride]);
+}
+
+__global__ void reduce_kernel(
+    const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
+    float* loss, float* divisor) {
+  float* warps = reinterpret_cast<float*>(shared_memory());
+  float total = 0, valid = 0;
+  for (int64_t k = threadIdx.x; k < samples; k += blockDim.x) {
+    total += losses[k];
+    valid += source_emotion[k] != target_emotion[k] ? 1.0f : 0.0f;
+  }
+  total = sum_over_block(total, warps);
+  valid = sum_over_block(valid, warps);
+  if (threadIdx.x != 0) return;
+  const float by = mean ? fmaxf(valid, 1.0f) : 1.0f;
+  *divisor = by;
+  *loss = total / by;
+}
+
+// f(V, G), both known to the compiler.
+template <typename T, typename F>
+void for_shape(const Direction<T>& args, bool vector, F&& f) {
+  const auto with_vector = [&](auto width) {
+    if (args.target_emotion && args.contrast == 0) return f(width, std::integral_constant<int, 1>());
+    if (args.emotions == 7) return f(width, std::integral_constant<int, 7>());
+    return f(width, std::integral_constant<int, 8>());
+  };
+  vector ? with_vector(std::integral_constant<int, kVector<T>>()) : with_vector(std::integral_constant<int, 1>());
+}
+
+}  // namespace
+
+template <typename T>
+void direction_forward(const Direction<T>& args) {
+  for_shape(args, aligned(args.width, args.source, args.edited, args.bank), [&](auto vector, auto group) {
+    launch(forward_kernel<T, vector(), group()>, {blocks(args.samples, kWarps)}, kWarps * kWarpSize, 0, args);
+  });
+}
+
+template <typename T>
+void direction_backward(const Direction<T>& args) {
+  const bool vector = aligned(args.width, args.source, args.edited, args.bank, args.grad_source, args.grad_edited);
+  for_shape(args, vector, [&](auto vector, auto group) {
+    launch(backward_kernel<T, vector(), group()>, {blocks(args.samples, kWarps)}, kWarps * kWarpSize, 0, args);
+  });
+}
+
+template <typename T>
+void direction_bank(
+    const Direction<T>& args, const int64_t* first, const int64_t* order, int64_t individuals, T* grad_bank) {
+  constexpr int threads = kWarps * kWarpSize;
+  launch(
+      bank_kernel<T>, {unsigned(individuals), blocks(args.width, threads)}, threads,
+      args.emotions * threads * sizeof(float), args, first, order, grad_bank);
+}
+
+void direction_reduce(
+    const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
+    float* loss, float* divisor) {
+  constexpr int warps = 8;
+  launch(
+      reduce_kernel, {1}, warps * kWarpSize, warps * sizeof(float), losses, source_emotion, target_emotion, samples,
+      mean, loss, divisor);
+}
+
+#define PCMECL_FOR(T)                                                                                        \
+  template void direction_forward<T>(const Direction<T>&);                                                   \
+  template void direction_backward<T>(const Direction<T>&);                                                  \
+  template void direction_bank<T>(const Direction<T>&, const int64_t*, const int64_t*, int64_t, T*);
+PCMECL_FOR(float)
+PCMECL_FOR(c10::Half)
+PCMECL_FOR(c10::BFloat16)
+#undef PCMECL_FOR
+
+}  // namespace pcmecl::cuda

@@ -1,0 +1,186 @@
+// The CUDA kernels' interface: what a launch takes, on pointers, without tensors. The drivers beside this file allocate.
+//
+// T is float, c10::Half or c10::BFloat16; everything is computed in float. Nothing here waits for the device or reads
+// from it. A scale is a float on the device, or where that is null a number.
+#pragma once
+
+#include <cstdint>
+
+namespace pcmecl::cuda {
+
+struct Scale {
+  const float* on_device;
+  float number;
+};
+
+// direction_loss and direction_logits.
+template <typename T>
+struct Direction {
+  int64_t samples, width;
+  int emotions;                   // at most 32
+  const T* source;                // (B, D)
+  const T* edited;                // (B, D)
+  const T* bank;                  // (N, E, D)
+  const int64_t* individual;      // (B,)
+  const int64_t* source_emotion;  // (B,)
+  const int64_t* target_emotion;  // (B,), null for the logits
+  Scale scale;
+  float contrast;
+  bool normalize;
+
+  // Forward: one of the two.
+  T* logits;      // (B, E)
+  float* losses;  // (B,)
+
+  // Backward.
+  const T* grad_logits;      // (B, E), or
+  const float* grad_losses;  // (B,), or one number with stride 0
+  int64_t grad_stride;
+  const float* divisor;  // ()
+  T* grad_source;        // (B, D) or null
+  T* grad_edited;        // (B, D) or null
+  float* grad_scale;     // (B,) or null
+  // The bank's gradient: added up where it lies, or from what is written down of each sample, (B, 2E + 2): along[E],
+  // across[E], 1/|source|, 1/|edited|, with grad d[e] = along[e]·δ − across[e]·d[e]. Both may be null.
+  float* grad_bank;     // (N, E, D), holds zeros
+  float* coefficients;  // (B, 2E + 2)
+};
+
+template <typename T>
+void direction_forward(const Direction<T>& args);
+template <typename T>
+void direction_backward(const Direction<T>& args);
+// Adds each individual's samples in their order: `order` holds the samples sorted by individual, `first` (N + 1) where
+// each begins.
+template <typename T>
+void direction_bank(
+    const Direction<T>& args, const int64_t* first, const int64_t* order, int64_t individuals, T* grad_bank);
+// The sum of the losses over `divisor`, which becomes max(1, samples with target ≠ source) for a mean, else 1.
+void direction_reduce(
+    const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
+    float* loss, float* divisor);
+
+// correlation_loss. The text's features lie as (E, N, D), so that columns of S = visual · textᵀ are ordered (emotion, j)
+// and neighbouring lanes are neighbouring individuals.
+template <typename T>
+struct Changes {
+  int64_t individuals, width;
+  int emotions;        // at most 32
+  const T* visual;     // (N, E, D)
+  const T* text;       // (N, E, D)
+  const bool* mask;    // (N, E) or null
+  float* of_visual;    // (N, E, D), each individual's mean taken off
+  float* of_text;      // (E, N, D)
+  float* row_inverse;  // (N, Q): 1/|change| of the visual features; 0: no direction, -1: a pair that is not valid
+  float* column_inverse;  // (Q, N): of the text features
+  float* cosine;          // (N, Q): of the positive, 0 where not valid
+};
+
+struct Correlation {
+  int64_t individuals;
+  int emotions;
+  bool distinct;
+  Scale scale;
+  const float* row_inverse;     // (N, Q)
+  const float* column_inverse;  // (Q, N)
+  const float* product;         // S of the chunk: (rows·E, E·N); "within": (N, E, E)
+  int64_t row, rows;            // the chunk's individuals
+
+  // Forward: sums of 2^(l − K), in parts. Backward: Σ of gradient times logit, in parts, and the gradient of S.
+  float* row_parts;     // (column blocks, rows, Q)
+  float* column_parts;  // (row blocks, Q, N)
+  const float* row_sum;     // (N, Q)
+  const float* column_sum;  // (N, Q)
+  float* grad_product;      // as product
+};
+
+struct CorrelationParts {
+  int64_t column_blocks, row_blocks;
+};
+
+struct CorrelationResult {
+  int64_t individuals;
+  int emotions;
+  Scale scale;
+  const float* row_inverse;  // (N, Q)
+  const float* cosine;       // (N, Q)
+  float* row_sum;            // (N, Q): what is not valid becomes 1
+  float* column_sum;         // (N, Q)
+  float* loss;               // ()
+};
+
+// Ends the backward: lengths and positives, which do not go through S.
+template <typename T>
+struct CorrelationFinish {
+  int64_t individuals, width;
+  int emotions;
+  Scale scale;
+  const float* grad;   // ()
+  const float* pairs;  // (): how many are valid, at least 1
+  const float *of_visual, *of_text, *row_inverse, *column_inverse, *cosine;  // as in Changes
+  float* row_moment;           // (N, Q): becomes Σ of gradient times logit, positives included
+  const float* column_moment;  // (Q, N)
+  const float* through_visual;  // (N, E, D): dS · text, or null
+  const float* through_text;    // (E, N, D): dSᵀ · visual, or null
+  T* grad_visual;               // (N, E, D) or null
+  T* grad_text;                 // (N, E, D) or null
+};
+
+template <typename T>
+void correlation_changes(const Changes<T>& args);
+CorrelationParts correlation_parts(int64_t individuals, int emotions, int64_t rows);
+void correlation_sums(const Correlation& args);
+void correlation_gradients(const Correlation& args);
+void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum);  // both (N, Q)
+void correlation_gradients_within(const Correlation& args, float* row_moment, float* column_moment);  // (N, Q), (Q, N)
+void correlation_result(const CorrelationResult& args);
+void correlation_count(const float* row_inverse, int64_t pairs, float* valid);
+template <typename T>
+void correlation_finish(const CorrelationFinish<T>& args);
+
+// tree_attention. The layout travels with the launch, so that no table has to be kept on the device.
+struct TreeLayout {
+  static constexpr int kSegments = 1024;
+  int prefix, tokens, segments;
+  uint16_t end[kSegments];  // one past each segment's last token
+};
+
+template <typename T>
+struct Tree {
+  int64_t people;
+  int heads, width;  // width at most 256
+  const T* qkv;      // (N, S, 3, H, d)
+  T* out;            // (N, S, H, d), in the backward an input
+  float* lse;        // (N, H, S), likewise
+  const T* grad;     // (N, S, H, d)
+  T* grad_qkv;       // (N, S, 3, H, d)
+};
+
+template <typename T>
+void tree_forward(const Tree<T>& args, const TreeLayout& layout);
+template <typename T>
+void tree_backward(const Tree<T>& args, const TreeLayout& layout);
+
+// clip_frames: a linear map of rows and one of columns, both banded.
+struct Band {
+  int before, after, taps;
+  int* first;      // (after,): the first old pixel of each new one; first + taps stays inside `before`
+  float* weights;  // (taps, after), 0 where a pixel needs fewer
+};
+
+template <typename T>
+struct Frames {
+  int64_t planes;
+  const T* in;  // (planes, rows.before, columns.before)
+  T* out;       // (planes, rows.after, columns.after)
+  Band rows, columns;
+  float gain[3], bias[3];  // out = gain[plane % 3] · resized + bias[plane % 3]
+};
+
+int cubic_taps(int before, int after, bool transposed);
+// Fills the bands of the resize, or of its transpose (which then map the resize's new pixels to its old ones).
+void cubic_bands(const Band& rows, const Band& columns, bool transposed);
+template <typename T>
+void resize_frames(const Frames<T>& args);
+
+}  // namespace pcmecl::cuda

@@ -1,0 +1,58 @@
+// How a kernel is started, and what its threads share: on a GPU, or by the host harness that tests the same source.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef PCMECL_ON_HOST
+#include "host/harness.h"
+#else
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace pcmecl::cuda {
+
+#ifdef PCMECL_ON_HOST
+
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  host::Block::current().launch(grid, {unsigned(threads), 1, 1}, shared, [&] { kernel(arguments...); });
+}
+
+__device__ inline char* shared_memory() { return static_cast<char*>(host::Block::current().shared()); }
+
+__device__ inline float exp2_fast(float x) { return std::exp2(x); }
+
+#else
+
+// On the current stream, without waiting; the caller has set the device.
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared > (48 << 10))  // more has to be asked for
+    C10_CUDA_CHECK(cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  kernel<<<grid, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(16) char pcmecl_shared[];
+  return pcmecl_shared;
+}
+
+// One instruction, right to 2^-22; results below the least normal number become 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#endif
+
+inline unsigned blocks(int64_t items, int64_t per_block) { return unsigned((items + per_block - 1) / per_block); }
+
+}  // namespace pcmecl::cuda
