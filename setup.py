@@ -127,7 +127,8 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
 
     class Build(BuildExtension):
         def build_extensions(self) -> None:
-            asked, built = self.extensions, []
+            asked: list[Any] = self.extensions
+            built: list[Any] = []
             for extension in asked:  # one by one, so that the GPU's may fail alone
                 self.extensions = [extension]
                 try:
