@@ -130,7 +130,7 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
             asked: list[Any] = self.extensions
             built: list[Any] = []
             for extension in asked:  # one by one, so that the GPU's may fail alone
-                self.extensions = [extension]
+                self.extensions: list[Any] = [extension]
                 try:
                     super().build_extensions()
                     built.append(extension)
