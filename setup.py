@@ -126,8 +126,10 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
+        extensions: list[Any]
+
         def build_extensions(self) -> None:
-            asked, built = self.extensions, []
+            asked, built = self.extensions, list[Any]()
             for extension in asked:  # one by one, so that the GPU's may fail alone
                 self.extensions = [extension]
                 try:
