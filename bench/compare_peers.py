@@ -39,7 +39,7 @@ def peers_contrastive(device: torch.device, dtype: torch.dtype) -> Comparison:
         F.normalize(torch.randn(individuals, E, D, generator=generator), dim=-1).to(device, dtype).requires_grad_()
         for _ in range(2)
     )
-    before, after = reference._ordered_pairs(E, device)
+    before, after = reference.ordered_pairs(E, device)
 
     def differences(x: Tensor) -> Tensor:
         return F.normalize(x[:, after] - x[:, before], dim=-1).flatten(0, 1)

@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from tqdm import tqdm
 
-from pcmecl_fast.train.config import DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
+from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
 
 
 @dataclass
@@ -137,6 +137,12 @@ def _edit(config: EditConfig) -> None:
     _show(run_edit)(config)
 
 
+def _ablate(config: AblateConfig) -> None:
+    from pcmecl_fast.ablation import run_ablate
+
+    run_ablate(config)
+
+
 def _backends(config: BackendsConfig) -> None:
     from pcmecl_fast.ops import backends
 
@@ -156,6 +162,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, _train),
     "edit": (EditConfig, _edit),
     "evaluate": (EvaluateConfig, _evaluate),
+    "ablate": (AblateConfig, _ablate),
     "backends": (BackendsConfig, _backends),
 }
 

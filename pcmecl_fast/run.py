@@ -42,10 +42,10 @@ def run_prompts(config: PromptsConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     _save_config(config)
     with ops.use_backend(config.backend):
-        clip = _load_clip(config)
+        clip = load_clip_for(config)
         dataset, held = open_data(config)
         prompts, bank, loop = learn_prompts(clip, dataset, config)
-        bank = _bank_for(bank, prompts, held, clip, config)
+        bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
         seen = clip_view(lambda frames, target: frames, clip, bank, held, trials)
     summary: dict[str, Any] = {k: seen[k] for k in ("zero_shot_accuracy", "prompt_accuracy")}
@@ -62,7 +62,7 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
     config.out.mkdir(parents=True, exist_ok=True)
     _save_config(config)
     with ops.use_backend(config.backend):
-        clip = _load_clip(config)
+        clip = load_clip_for(config)
         dataset, held = open_data(config)
         prompts, bank, curves = _prompts_for(config, clip, dataset)
 
@@ -91,7 +91,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     out = config.out or config.run / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     with ops.use_backend(config.backend):
-        clip = _load_clip(trained)
+        clip = load_clip_for(trained)
         generator, emotions, size = load_generator(_file("run", config.run, "generator"), clip.device)
         trained.emotions, trained.size = emotions, size
         dataset, held = open_data(trained)
@@ -140,7 +140,7 @@ def evaluate(
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, FaceGrid]]:
     """All measures on frames held out of training, and pictures of them."""
-    bank = _bank_for(bank, prompts, held, clip, config)
+    bank = bank_for(bank, prompts, held, clip, config)
     trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
     references = _References(generator, dataset)
 
@@ -180,7 +180,7 @@ def _lacking(config: RunConfig) -> list[tuple[int, int]]:
     return [(n, others[(n + k) % len(others)]) for n in range(config.individuals) for k in range(config.missing)]
 
 
-def _load_clip(config: RunConfig) -> Clip:
+def load_clip_for(config: RunConfig) -> Clip:
     return load_clip(config.clip, config.clip_pretrained, device=_device(config.device))
 
 
@@ -196,14 +196,14 @@ def _prompts_for(
     if config.prompts is not None:
         prompts, _ = load_prompts(_file("prompts", config.prompts, "prompts"), clip)
         bank = PromptBank.load(_file("prompts", config.prompts, "bank"), clip)
-        return prompts, _bank_for(bank, prompts, dataset, clip, config), {}
+        return prompts, bank_for(bank, prompts, dataset, clip, config), {}
     shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
     shared |= {"steps": config.prompt_steps, "out": config.out / "prompts"}
     prompts, bank, loop = learn_prompts(clip, dataset, PromptsConfig(**shared))
     return prompts, bank, loop.curves
 
 
-def _bank_for(
+def bank_for(
     bank: PromptBank, prompts: PersonalizedPrompts, dataset: FrameDataset, clip: Clip, config: RunConfig
 ) -> PromptBank:
     """A bank that knows everyone (or every frame) in `dataset`: rows that it lacks are made from their frames."""

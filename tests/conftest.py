@@ -71,3 +71,10 @@ def _or_skip(why_not):
             pytest.skip(f"the cuda backend does not take this: {reason}")
 
     return ask
+
+
+@pytest.fixture(params=[name for name in ON_CPU if name not in ("reference", "cuda")])
+def compiled_backend(request):
+    """The test's calls run on this backend."""
+    with ops.use_backend(request.param):
+        yield request.param

@@ -226,6 +226,16 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(direction_logits(*inputs, individual, a), plain_logits)
 
 
+def test_under_autocast_dtypes_may_differ_and_the_widest_counts():
+    source, edited, bank, individual, a, b = make(5, 3, 4, 65, dtype=torch.float32)
+    half = edited.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = direction_loss(source, half, bank, individual, a, b)
+    assert torch.equal(loss, direction_loss(source, half.float(), bank, individual, a, b))
+    loss.backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_any_integer_dtype_indexes(dtype):
     *inputs, individual, a, b = make(5, 3, 4, 7, dtype=torch.float32)

@@ -300,10 +300,10 @@ void test_cubic() {
 
 void test(const Kernels& kernels) {
   const int before = failures;
-  for (const int64_t D : {1, 3, 33, 127, 130})
+  for (const int64_t D : {2, 3, 33, 127, 130})
     for (const double contrast : {0.0, 0.5}) {
       test_direction(kernels.direction_float, D, 4, contrast);
-      test_direction(kernels.direction_double, D == 1 ? 2 : D, 4, contrast);
+      test_direction(kernels.direction_double, D, 4, contrast);
       test_direction(kernels.direction_bfloat16, D, 4, contrast);
     }
   for (const int64_t E : {2, 5, 7, 8, 32})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -65,12 +66,21 @@ def check_integer(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {value.dtype}; takes an integer dtype such as torch.int64")
 
 
-def check_alike(**tensors: Tensor) -> None:
-    """Raise unless the tensors share one dtype, that of the first."""
+def alike(**tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, in one dtype; raises unless they share that of the first, or autocast is on and widens them."""
     (first_name, first), *others = tensors.items()
+    if any(value.dtype != first.dtype for _, value in others) and autocast_is_on(first.device.type):
+        dtype = reduce(torch.promote_types, (value.dtype for value in tensors.values()))
+        return tuple(value.to(dtype) for value in tensors.values())
     for name, value in others:
         if value.dtype != first.dtype:
             raise TypeError(f"{name}: got {value.dtype}; takes {first.dtype}, as {first_name} (convert one of them)")
+    return tuple(tensors.values())
+
+
+def autocast_is_on(kind: str) -> bool:
+    """Whether autocast rules on devices of this kind."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:

@@ -42,7 +42,7 @@ def correlation_loss(
 
     Args:
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
-        text: unit text features, (N, E, D), the same dtype and device.
+        text: unit text features, (N, E, D), the same dtype and device (under autocast the wider dtype counts).
         scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
         mask: True where individual n has emotion e, (N, E) bool; None: everywhere.
         negatives: "all", "within" or "distinct".
@@ -63,7 +63,7 @@ def correlation_loss(
     sizes.check("visual", visual, "NED")
     checks.check_float("text", text)
     sizes.check("text", text, "NED")
-    checks.check_alike(visual=visual, text=text)
+    visual, text = checks.alike(visual=visual, text=text)
     if mask is not None:
         checks.check_bool("mask", mask)
         sizes.check("mask", mask, "NE")

@@ -35,7 +35,8 @@ def direction_logits(
 
     Args:
         source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
-        edited: image features of the edited frames, (B, D), the same dtype and device.
+        edited: image features of the edited frames, (B, D), the same dtype and device. Under autocast the dtypes
+            may differ: the widest counts.
         bank: unit text features of every individual and emotion, (N, E, D), taken as given, the same dtype and device.
         individual: row of the bank of each sample, (B,), any integer dtype, 0 to N-1.
         source_emotion: emotion a of each source frame, (B,), any integer dtype, 0 to E-1.
@@ -53,7 +54,7 @@ def direction_logits(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA.
     """
-    _check_features(source, edited, bank, normalize)
+    source, edited, bank = _checked_features(source, edited, bank, normalize)
     individual = _checked_index("individual", individual, source, bank.shape[0], "individuals in bank")
     source_emotion = _checked_index("source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
     return dispatch(
@@ -84,7 +85,8 @@ def direction_loss(
 
     Args:
         source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
-        edited: image features of the edited frames, (B, D), the same dtype and device.
+        edited: image features of the edited frames, (B, D), the same dtype and device. Under autocast the dtypes
+            may differ: the widest counts.
         bank: unit text features of every individual and emotion, (N, E, D), taken as given, the same dtype and device.
         individual: row of the bank of each sample, (B,), any integer dtype, 0 to N-1.
         source_emotion: emotion a of each source frame, (B,), any integer dtype, 0 to E-1.
@@ -106,7 +108,7 @@ def direction_loss(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA; the contrast is ours.
     """
-    _check_features(source, edited, bank, normalize)
+    source, edited, bank = _checked_features(source, edited, bank, normalize)
     checks.check_scale(scale)
     if isinstance(scale, Tensor):
         checks.check_one_device(source=source, scale=scale)
@@ -133,14 +135,15 @@ def direction_loss(
     )
 
 
-def _check_features(source: Tensor, edited: Tensor, bank: Tensor, normalize: bool) -> None:
+def _checked_features(source: Tensor, edited: Tensor, bank: Tensor, normalize: bool) -> tuple[Tensor, ...]:
     sizes = checks.Sizes()
     for name, value, dims in (("source", source, "BD"), ("edited", edited, "BD"), ("bank", bank, "NED")):
         checks.check_float(name, value)
         sizes.check(name, value, dims)
-    checks.check_alike(source=source, edited=edited, bank=bank)
+    features = checks.alike(source=source, edited=edited, bank=bank)
     checks.check_one_device(source=source, edited=edited, bank=bank)
     checks.check_flag("normalize", normalize)
+    return features
 
 
 def _checked_index(name: str, index: Tensor, source: Tensor, size: int, of: str) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from pcmecl_fast.ops.checks import autocast_is_on
+
 NAMESPACE = "pcmecl_fast"
 
 _library = Library(NAMESPACE, "DEF")
@@ -187,6 +189,4 @@ def _contiguous(x: Any) -> Any:
 
 def _outside_autocast(x: Tensor) -> AbstractContextManager[object]:
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()

@@ -73,7 +73,7 @@ def correlation_loss(
 ) -> Tensor:  # ()
     individuals, emotions, _ = visual.shape
     present = torch.ones_like(visual[..., 0], dtype=torch.bool) if mask is None else mask
-    before, after = _ordered_pairs(emotions, visual.device)
+    before, after = ordered_pairs(emotions, visual.device)
     pairs = len(before)
     valid = (present[:, before] & present[:, after]).flatten()
 
@@ -149,7 +149,7 @@ def _centred(x: Tensor, present: Tensor) -> Tensor:
     return x - mean
 
 
-def _ordered_pairs(emotions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def ordered_pairs(emotions: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Every (a, b) with a ≠ b, a changing slowest: two index tensors of E(E-1)."""
     pair = torch.arange(emotions * (emotions - 1), device=device)
     before = pair // max(emotions - 1, 1)

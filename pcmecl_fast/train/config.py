@@ -155,6 +155,22 @@ class DemoConfig(TrainConfig):
 
 
 @dataclass
+class AblateConfig(TrainConfig):
+    """Train the same generator under every supervision, and judge the edits on paired truth."""
+
+    quick: bool = False
+    """The five main supervisions, one seed, few steps: a first look."""
+    seeds: int = 3
+    """Seeds of data, weights and batches, for the error bars."""
+    quick_steps: int = 300
+    """Optimiser steps of each generator with --quick."""
+    steps: int = 600
+    """Optimiser steps of each generator."""
+    out: Path = Path("runs/ablation")
+    """Output folder."""
+
+
+@dataclass
 class EvaluateConfig:
     """Judge a finished run of `pcmecl-fast train` or `demo` again."""
 

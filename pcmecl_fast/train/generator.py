@@ -36,14 +36,18 @@ def train_generator(
     dataset: FrameDataset,
     config: TrainConfig,
     *,
+    criterion: nn.Module | None = None,
     preview: Callable[[ExpressionGenerator], Tensor] | None = None,
 ) -> tuple[ExpressionGenerator, Loop]:
-    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then."""
+    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then.
+
+    `criterion` takes the place of PCMECL's, with the same arguments.
+    """
     device = clip.device
     torch.manual_seed(config.seed)
     generator = ExpressionGenerator(len(dataset.emotions), config.generator).to(device)
     critic = PatchDiscriminator().to(device)
-    criterion = PCMECLCriterion(clip, bank, contrast=config.contrast)
+    criterion = criterion or PCMECLCriterion(clip, bank, contrast=config.contrast)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")

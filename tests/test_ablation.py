@@ -1,0 +1,96 @@
+"""The ablation: the same training under every supervision, judged on what the data alone can tell."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcmecl_fast import PromptBank, ablation
+from pcmecl_fast.ablation import AROUND, MAIN, MEASURES, DirectCriterion, judge_style, run_ablate, summarize
+from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.models.generator import GeneratorConfig
+from pcmecl_fast.train.config import AblateConfig
+
+
+def small(out, **options):
+    generator = GeneratorConfig(fields=4, hidden=16)
+    options = {"individuals": 4, "clips": 1, "frames_per_clip": 1, "quick": True, "quick_steps": 2} | options
+    return AblateConfig(
+        **{"prompt_steps": 2, "batch": 4, "device": "cpu", "generator": generator, "out": out} | options
+    )
+
+
+def test_every_supervision_is_trained_and_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "MAIN", (MAIN[1], MAIN[-1]))
+    rows = run_ablate(small(tmp_path))
+    assert [(row["regime"], row["supervision"]) for row in rows] == [
+        (regime, each.name) for regime in ablation.REGIMES for each in ablation.MAIN
+    ]
+    for row in rows:
+        assert row["seeds"] == 1
+        assert all(row[measure]["mean"] == row[measure]["mean"] for measure in MEASURES)
+    assert json.loads((tmp_path / "summary.json").read_text()) == rows
+    assert (tmp_path / "ablation.svg").stat().st_size > 1000
+
+    # A run that was killed goes on with what is missing.
+    (tmp_path / "summary.json").unlink()
+    monkeypatch.setattr(ablation, "train_and_judge", lambda *_: pytest.fail("trained again"))
+    assert run_ablate(small(tmp_path)) == rows
+
+
+def test_the_whole_table_has_each_idea_alone():
+    names = [each.name for each in (*MAIN, *AROUND)]
+    assert len(names) == len(set(names)) == 11
+    assert sum(each.personalized and each.differencing and not each.nothing for each in MAIN) == 1
+
+
+def test_direct_supervision_is_one_minus_the_cosine_with_the_targets_prompt(clip):
+    bank = PromptBank(F.normalize(torch.randn(2, 3, clip.embed_dim), dim=-1), ["a", "b"], ["x", "y", "z"])
+    frames = torch.rand(3, 3, 64, 64) * 2 - 1
+    row, shown, asked = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]), torch.tensor([2, 0, 2])
+    loss = DirectCriterion(clip, bank)(frames, frames, row, shown, asked)
+    wanted = bank.features[[0, 1], [2, 0]]  # the third asks for what is shown
+    torch.testing.assert_close(loss, (1 - F.cosine_similarity(clip.encode_image(frames[:2]), wanted)).mean())
+
+
+def test_scarcity_is_judged_on_exactly_what_was_missing():
+    trained = SyntheticFaces(3, clips=1, frames_per_clip=1, missing=[(0, 1), (2, 4)])
+    everyone = SyntheticFaces(3, clips=1, frames_per_clip=1)
+    index, target = ablation._targets(trained, everyone, "scarcity")
+    asked = set(zip(everyone.individual_index[index].tolist(), target.tolist(), strict=True))
+    assert asked == {(0, 1), (2, 4)}
+    assert (everyone.emotion_index[index] != target).all()
+
+
+def test_true_edits_have_a_smaller_style_error_than_none():
+    faces = SyntheticFaces(8, clips=1, frames_per_clip=1, seed=2)
+    trials = ablation._targets(None, faces, "every emotion")
+
+    class Perfect(torch.nn.Module):
+        """Draws the truth; told the frames by the order in which they are asked for."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.at = 0
+
+        def forward(self, frames, target):
+            index = trials[0][self.at : self.at + len(frames)]
+            self.at += len(frames)
+            return faces.truth(index, target)
+
+    class Nothing(Perfect):
+        def forward(self, frames, target):
+            return frames
+
+    perfect, nothing = judge_style(Perfect(), faces, trials), judge_style(Nothing(), faces, trials)
+    assert perfect["personal_style_error"] < 0.5 * nothing["personal_style_error"]
+    assert perfect["expression_error"] < 0.5 * nothing["expression_error"]
+    assert perfect["emotion_accuracy"] > 0.9
+    assert nothing["emotion_accuracy"] < 0.1
+
+
+def test_standard_errors_are_over_seeds():
+    rows = summarize({("r", "s"): [{"m": 1.0}, {"m": 2.0}, {"m": 3.0}]})
+    assert rows == [{"regime": "r", "supervision": "s", "seeds": 3, "m": {"mean": 2.0, "sem": pytest.approx(3**-0.5)}}]

@@ -1,0 +1,246 @@
+"""What holds for the compiled backends beyond the formulas: PyTorch's machinery around them, extremes, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from tolerances import assert_close_for
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank
+from pcmecl_fast.models import ExpressionGenerator
+from pcmecl_fast.ops import PromptTree, clip_frames, correlation_loss, direction_logits, direction_loss, tree_attention
+
+pytestmark = pytest.mark.usefixtures("compiled_backend")
+
+TREE = PromptTree(4, (2, 3, 1))
+INDICES = torch.tensor([[0, 1, 2, 2, 0] * 8, [3, 1, 0, 6, 5] * 8, [3, 2, 6, 0, 1] * 8])  # individual, source, target
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+OPERATORS = ["direction_logits", "direction_loss", "correlation_loss", "tree_attention", "clip_frames"]
+operators = pytest.mark.parametrize("operator", OPERATORS)
+
+
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "tree_attention"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck(operator, dtype, compiled_backend):
+    inputs = make(operator, dtype)
+    rest = {
+        "direction_logits": (*INDICES[:2], True),
+        "direction_loss": (*INDICES, *inputs[3:], 0.0, 0.5, True, "mean"),
+        "correlation_loss": (*inputs[2:], 0.0, None, "all"),
+        "clip_frames": (5, MEAN, STD),
+    }[operator]
+    floats = [x for x in inputs if x.dim()]
+    operation = getattr(torch.ops.pcmecl_fast, operator).default
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.bfloat16 else {}
+    torch.library.opcheck(operation, (*floats, *rest, compiled_backend), **tolerance)
+
+
+@operators
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_it_compiles_into_one_graph(operator, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in (1, 2) if dynamic else (1,):
+        floats, same = make(operator, size=size), make(operator, size=size)
+        assert_same(compiled(operator, floats), call(operator, same), floats, same)
+
+
+@operators
+def test_checkpointing_changes_nothing(operator):
+    floats, same = make(operator), make(operator)
+    out = checkpoint(lambda *x: call(operator, x), *floats, use_reentrant=False)
+    assert_same(out, call(operator, same), floats, same, exactly=True)
+
+
+@operators
+def test_two_runs_in_deterministic_mode_are_equal_to_the_bit(operator):
+    torch.use_deterministic_algorithms(True)
+    try:
+        floats, same = make(operator, size=3), make(operator, size=3)
+        assert_same(call(operator, floats), call(operator, same), floats, same, exactly=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@operators
+def test_one_thread_and_two_agree_to_rounding(operator):
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            floats = make(operator, size=3)
+            out = call(operator, floats)
+            out.sum().backward()
+            results.append((out, *(x.grad for x in floats)))
+    finally:
+        torch.set_num_threads(threads)
+    for x, y in zip(*results, strict=True):
+        assert_close_for(torch.float32)(x, y)
+
+
+@operators
+def test_strided_inputs_and_gradients_are_taken(operator):
+    floats, same = make(operator), make(operator)
+    strided = [x.mT.contiguous().mT if x.dim() > 1 else x for x in same]
+    out, expected = call(operator, floats), call(operator, strided)
+    assert_close_for(torch.float32)(out, expected)
+    weight = torch.rand(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(weight)
+    expected.backward(weight.mT.contiguous().mT if weight.dim() > 1 else weight)
+    for x, y in zip(floats, same, strict=True):
+        assert_close_for(torch.float32)(x.grad, y.grad)
+
+
+def test_data_parallel_training_gives_the_gradients_of_the_whole_batch(compiled_backend, tmp_path):
+    mp.spawn(_train_in_parallel, (compiled_backend, str(tmp_path / "store")), nprocs=2)
+
+
+@pytest.mark.parametrize("negatives", ["all", "within", "distinct"])
+@pytest.mark.parametrize("kind", ["orthogonal", "identical", "opposite", "matched", "one matched, others orthogonal"])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 127.0, 400.0])
+def test_no_scale_overflows_or_underflows(kind, scale, negatives):
+    eye = torch.eye(40).view(10, 4, 40)
+    first, second = F.pad(eye, (0, 40)), F.pad(eye, (40, 0))
+    visual, text = {
+        "orthogonal": (first, second),
+        "identical": (first[:1].expand(10, -1, -1), first[:1].expand(10, -1, -1)),
+        "opposite": (first, -first),
+        "matched": (first, first),
+        "one matched, others orthogonal": (first, torch.cat([first[:1], second[1:]])),
+    }[kind]
+    found, wanted = [], []
+    for dtype, backend, results in ((torch.float32, None, found), (torch.float64, "reference", wanted)):
+        x, y = (z.to(dtype, copy=True).requires_grad_() for z in (visual, text))
+        loss = correlation_loss(x, y, scale=scale, negatives=negatives, backend=backend)
+        results += [loss, *torch.autograd.grad(loss, (x, y))]
+    for x, x_exact in zip(found, wanted, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x.double(), x_exact, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_scale_that_float64_cannot_hold_says_so():
+    visual, text, _ = make("correlation_loss")
+    with pytest.raises(RuntimeError, match="scale is 2000; it takes at most 1000"):
+        correlation_loss(visual, text, scale=2000)
+    with pytest.raises(ValueError, match="scale: got 2000; the cpu backend takes at most 1000"):
+        correlation_loss(visual, text, scale=torch.tensor(2000.0))
+    assert correlation_loss(visual, text, scale=2000, backend="auto").isfinite()
+
+
+def test_more_emotions_than_it_takes_go_to_the_reference():
+    visual, text = (torch.randn(1, 33, 4) for _ in range(2))
+    with pytest.raises(RuntimeError, match="visual has 33 emotions; it takes at most 32"):
+        correlation_loss(visual, text)
+    assert correlation_loss(visual, text, backend="auto").isfinite()
+
+
+def test_no_logit_and_no_whole_product_is_stored(compiled_backend):
+    # 512 individuals of 7 emotions: 462 million logits, 1.85 GB. In a process of its own, whose peak is its own.
+    program = PEAK.format(backend=compiled_backend)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64
+
+
+def test_a_trainer_step_compiles_into_one_graph(clip):
+    torch._dynamo.reset()
+    emotions = ["neutral", "happy", "sad"]
+    bank = PromptBank.build(
+        PersonalizedPrompts(clip, emotions), torch.randn(2, clip.embed_dim), ["anna", "ben"], emotions, clip=clip
+    )
+    criterion = PCMECLCriterion(clip, bank, contrast=0.2)
+    generator = ExpressionGenerator(emotions=3)
+    frames = torch.rand(2, 3, 64, 64) * 2 - 1
+    individual, shown, asked = torch.tensor([0, 1]), torch.tensor([0, 1]), torch.tensor([2, 0])
+
+    def loss(frames):
+        return criterion(frames, generator(frames, asked), individual, shown, asked)
+
+    expected = loss(frames)
+    expected.backward()
+    gradients = [x.grad.clone() for x in generator.parameters()]
+    generator.zero_grad()
+    found = torch.compile(loss, fullgraph=True)(frames)
+    found.backward()
+    assert_close_for(torch.float32)(found, expected)
+    for x, gradient in zip(generator.parameters(), gradients, strict=True):
+        assert (x.grad - gradient).norm() < 1e-3 * gradient.norm()
+
+
+PEAK = """
+import resource, torch
+from pcmecl_fast.ops import correlation_loss
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def run(*x): correlation_loss(*x, backend="{backend}").backward()
+torch.set_num_threads(2)
+run(*(torch.randn(2, 7, 512, requires_grad=True) for _ in range(2)))
+x = [torch.randn(512, 7, 512, requires_grad=True) for _ in range(2)]
+for y in x: y.grad = torch.zeros_like(y)
+before = peak()
+run(*x)
+print(peak() - before)
+"""
+
+
+def _train_in_parallel(rank: int, backend: str, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Linear(16, 33)
+    whole = nn.Linear(16, 33)
+    whole.load_state_dict(model.state_dict())
+    source, change, bank = torch.randn(8, 33), torch.randn(8, 16), torch.randn(3, 7, 33)
+    individual, a, b = INDICES[:, :8]
+    b = (a + 1) % 7
+
+    def loss(module, part):
+        return direction_loss(
+            source[part], module(change[part]), bank, individual[part], a[part], b[part], backend=backend
+        )
+
+    parallel = nn.parallel.DistributedDataParallel(model)
+    loss(parallel, slice(rank * 4, rank * 4 + 4)).backward()
+    loss(whole, slice(0, 8)).backward()
+    assert_close_for(torch.float32)(model.weight.grad, whole.weight.grad)
+    dist.destroy_process_group()
+
+
+def call(operator: str, floats) -> Tensor:
+    batch = floats[0].shape[0]
+    return {
+        "direction_logits": lambda: direction_logits(*floats, *INDICES[:2, :batch]),
+        "direction_loss": lambda: direction_loss(*floats[:3], *INDICES[:, :batch], scale=floats[3], contrast=0.5),
+        "correlation_loss": lambda: correlation_loss(*floats[:2], scale=floats[2], negatives="distinct"),
+        "tree_attention": lambda: tree_attention(*floats, TREE),
+        "clip_frames": lambda: clip_frames(*floats, 16, MEAN, STD),
+    }[operator]()
+
+
+def make(operator: str, dtype: torch.dtype = torch.float32, size: int = 4) -> list[Tensor]:
+    """The operator's float inputs, the batch growing with `size`."""
+    features = [(10 * size, 33), (10 * size, 33), (3, 7, 33)]
+    shapes = {
+        "direction_logits": features,
+        "direction_loss": [*features, ()],
+        "correlation_loss": [(9 * size, 7, 33), (9 * size, 7, 33), ()],
+        "tree_attention": [(2 * size, TREE.length, 3, 2, 16)],
+        "clip_frames": [(2 * size, 3, 45, 31)],
+    }[operator]
+    generator = torch.Generator().manual_seed(5)
+    floats = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [(x if x.dim() else x.abs() + 5).to(dtype).requires_grad_() for x in floats]
+
+
+def assert_same(out, expected, floats, same, *, exactly=False) -> None:
+    close = (lambda x, y: torch.testing.assert_close(x, y, rtol=0, atol=0)) if exactly else assert_close_for(out.dtype)
+    close(out, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    for x, y in zip(floats, same, strict=True):
+        close(x.grad, y.grad)
