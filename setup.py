@@ -126,11 +126,13 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
+        extensions: list[Any]
+
         def build_extensions(self) -> None:
             asked: list[Any] = self.extensions
             built: list[Any] = []
             for extension in asked:  # one by one, so that the GPU's may fail alone
-                self.extensions: list[Any] = [extension]
+                self.extensions = [extension]
                 try:
                     super().build_extensions()
                     built.append(extension)

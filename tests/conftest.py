@@ -51,13 +51,6 @@ def each_backend(request):
         yield request.param
 
 
-@pytest.fixture(params=[name for name in ON_CPU if name != "reference"])
-def compiled_backend(request):
-    """The test's calls run on this backend."""
-    with ops.use_backend(request.param):
-        yield request.param
-
-
 @pytest.fixture
 def cuda_kernels_on_host(monkeypatch):
     """The backend "cuda" takes CPU tensors; a test that gives it what it does not take is skipped."""
@@ -78,3 +71,10 @@ def _or_skip(why_not):
             pytest.skip(f"the cuda backend does not take this: {reason}")
 
     return ask
+
+
+@pytest.fixture(params=[name for name in ON_CPU if name not in ("reference", "cuda")])
+def compiled_backend(request):
+    """The test's calls run on this backend."""
+    with ops.use_backend(request.param):
+        yield request.param

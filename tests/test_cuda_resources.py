@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: nothing spilled at common sizes, 16 bytes a load. No GPU is needed."""
+"""What the compiler made of the CUDA kernels: nothing spilled at the common sizes, 16 bytes a load. Without a GPU."""
 
 import re
 

@@ -93,6 +93,33 @@ def test_a_build_that_must_succeed_fails_without_a_compiler(tmp_path, compiler):
     assert build(tmp_path, {"CXX": compiler, "PCMECL_EXTENSION": "1"}).returncode != 0
 
 
+with_cuda = pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that was built with CUDA")
+
+
+@with_cuda
+def test_a_cuda_build_that_must_succeed_says_that_there_is_no_nvcc(tmp_path):
+    done = build(tmp_path, {"PCMECL_CUDA": "1", "CUDA_HOME": str(tmp_path)})
+    assert done.returncode != 0
+    assert f"there is no nvcc in CUDA_HOME={tmp_path}; install the CUDA toolkit" in done.stderr
+
+
+@with_cuda
+def test_a_cuda_build_that_must_succeed_says_that_nvcc_is_of_another_major_version(tmp_path):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 9.2, V9.2.148\n")
+    nvcc.chmod(0o755)
+    done = build(tmp_path, {"PCMECL_CUDA": "1", "CUDA_HOME": str(tmp_path / "toolkit")})
+    assert done.returncode != 0
+    assert f"is of CUDA 9.2 and torch {torch.__version__} of CUDA {torch.version.cuda}; the major" in done.stderr
+
+
+def test_a_missing_cuda_extension_says_how_to_build_it():
+    reason = extension._load(None, torch.__version__, extension.CUDA_NAME, extension.CUDA_NOT_BUILT)
+    assert "no nvcc or a torch without CUDA" in reason
+    assert "PCMECL_CUDA=1 `make build`" in reason
+
+
 def build(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
     """`setup.py build` of a copy of the sources."""
     for name in ("csrc", "pcmecl_fast"):
