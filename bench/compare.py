@@ -67,6 +67,12 @@ class Comparison:
     """Sides that do not run here, and why."""
 
 
+CPU_ONLY = ("csrc/cpu", "csrc/tests", "csrc/bindings.cpp", "pcmecl_fast/ops/cpu.py")
+GPU_ONLY = (
+    "csrc/cuda", "csrc/tests", "kernels/", "pcmecl_fast/ops/cuda.py", "pcmecl_fast/ops/choice.py",
+    "pcmecl_fast/ops/triton_backend.py",
+)  # fmt: skip
+
 Build = Callable[[torch.device, torch.dtype], Comparison]
 
 
@@ -344,20 +350,25 @@ def keep(
         "what": COMPARISONS[name].what,
         "rows": [{k: v for k, v in asdict(row).items() if v == v} for row in rows],  # JSON has no NaN
         "disagreement": failure,
-        "sources": sources_digest(name),
+        "sources": sources_digest(name, device.type),
         **environment(device),
     }
     write_atomically(path, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def sources_digest(name: str) -> str:
-    """A hash of the files whose speed a comparison shows: another one means that its results are old."""
-    return files_digest(COMPARISONS[name].sources)
+def sources_digest(name: str, kind: str) -> str:
+    """A hash of the files whose speed a comparison shows on a kind of device: another one means old results."""
+    return files_digest(COMPARISONS[name].sources, kind)
 
 
-def files_digest(patterns: Sequence[str]) -> str:
-    """A hash of the repository's files that match any of the globs."""
-    files = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if _is_source(path)})
+def files_digest(patterns: Sequence[str], kind: str) -> str:
+    """A hash of the repository's files that match any of the globs and run on "cpu" or on "cuda"."""
+    elsewhere = GPU_ONLY if kind == "cpu" else CPU_ONLY
+    files = sorted(
+        path
+        for path in {path for pattern in patterns for path in ROOT.glob(pattern)}
+        if _is_source(path) and not path.relative_to(ROOT).as_posix().startswith(elsewhere)
+    )
     digest = hashlib.blake2b(digest_size=8)
     for path in files:
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -369,6 +380,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "command": "python -m bench.compare " + shlex.join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "kind": device.type,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -106,7 +106,7 @@ def compare_section(results: dict[str, Any]) -> list[str]:
     lines = []
     for key, result in results.items():
         name, dtype = key.rsplit(" ", 1)
-        mark = STALE if name in COMPARISONS and sources_digest(name) != result["sources"] else ""
+        mark = STALE if name in COMPARISONS and sources_digest(name, result["kind"]) != result["sources"] else ""
         lines += [f"### `{name}`, {dtype}{mark}\n", f"{result['what'][0].upper()}{result['what'][1:]}.\n"]
         if result["disagreement"]:
             lines.append(f"**The sides do not agree**: {result['disagreement']}.\n")
@@ -121,7 +121,7 @@ def compare_section(results: dict[str, Any]) -> list[str]:
 
 
 def steps_section(results: dict[str, Any], picture: Path) -> list[str]:
-    mark = STALE if files_digest(SOURCES) != results["sources"] else ""
+    mark = STALE if files_digest(SOURCES, results["kind"]) != results["sources"] else ""
     header = "| tower | stage | side | " + " | ".join(PARTS) + " | sum | peak |"
     lines = [
         f"### A training step, part by part{mark}\n",
@@ -137,7 +137,7 @@ def steps_section(results: dict[str, Any], picture: Path) -> list[str]:
 
 
 def scaling_section(results: dict[str, Any], exponents: dict[str, str], picture: Path) -> list[str]:
-    mark = STALE if files_digest(SOURCES) != results["sources"] else ""
+    mark = STALE if files_digest(SOURCES, results["kind"]) != results["sources"] else ""
     lines = [f"### How cost grows{mark}\n", f"![growth]({picture.relative_to(DOCS).as_posix()})\n"]
     lines += ["Exponents are fitted to the larger half of each curve.\n", "| work | side | time grows as | memory as |"]
     lines.append("|---|---|---|---|")
@@ -233,7 +233,7 @@ def _readme_rows(key: str, result: dict[str, Any], machine: str) -> list[str]:
     name = key.rsplit(" ", 1)[0]
     if result["disagreement"]:
         return []
-    mark = STALE if name in COMPARISONS and sources_digest(name) != result["sources"] else ""
+    mark = STALE if name in COMPARISONS and sources_digest(name, result["kind"]) != result["sources"] else ""
     ours = result["rows"][-1]
     lines = []
     for row in result["rows"][:-1]:

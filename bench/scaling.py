@@ -75,7 +75,7 @@ def main() -> None:
             console.print(f"{series.name}, {series.side}, {size}: {points[-1]['median_ms']:.4g} ms, {peak:.0f} MB")
     torch.set_num_threads(_THREADS)
     if options.json is not None:
-        result = {"points": points, "sources": files_digest(SOURCES)} | environment(device)
+        result = {"points": points, "sources": files_digest(SOURCES, device.type)} | environment(device)
         result["command"] = "python -m bench.scaling " + " ".join(sys.argv[1:])
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -83,7 +83,7 @@ def main() -> None:
                 rows.append({"tower": tower, "stage": stage, "side": side, **measure(step, options.rounds, device)})
     show(rows)
     if options.json is not None:
-        result = {"rows": rows, "individuals": options.individuals, "sources": files_digest(SOURCES)}
+        result = {"rows": rows, "individuals": options.individuals, "sources": files_digest(SOURCES, device.type)}
         result |= environment(device) | {"command": "python -m bench.steps " + " ".join(sys.argv[1:])}
         write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
 
