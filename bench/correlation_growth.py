@@ -41,7 +41,7 @@ def main() -> None:
     device = torch.device(options.device)
     points = [measure(individuals, device) for individuals in options.individuals]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"points": points, "sources": files_digest(SOURCES)} | environment(device)
+    result = {"points": points, "sources": files_digest(SOURCES, device.type)} | environment(device)
     result["command"] = "python -m bench.correlation_growth"
     options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw(points, options.out.with_suffix(".png"))
