@@ -122,7 +122,7 @@ def test_a_missing_cuda_extension_says_how_to_build_it():
 
 def build(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
     """`setup.py build` of a copy of the sources."""
-    for name in ("csrc", "pcmecl_fast"):
+    for name in ("csrc", "kernels", "pcmecl_fast"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

@@ -40,7 +40,8 @@ def test_it_starts_near_the_identity_with_a_gradient_everywhere(config):
     (loss + torch.nn.functional.cross_entropy(shown, torch.tensor([2, 0, 1]))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.norm() > 0, name
+        # An edit is a difference of two mixes, in which the last bias cancels.
+        assert parameter.grad.norm() > 0 or name == "mix.4.bias", name
 
 
 def test_it_can_learn_to_do_something_for_one_emotion_only():

@@ -164,13 +164,14 @@ def test_a_trainer_step_compiles_into_one_graph(clip):
 
     expected = loss(frames)
     expected.backward()
-    gradients = [x.grad.clone() for x in generator.parameters()]
+    learned = [x for x in generator.parameters() if x.grad is not None]  # recognition learns from labels alone
+    gradients = [x.grad.clone() for x in learned]
     generator.zero_grad()
     found = torch.compile(loss, fullgraph=True)(frames)
     found.backward()
     assert_close_for(torch.float32)(found, expected)
-    for x, gradient in zip(generator.parameters(), gradients, strict=True):
-        assert (x.grad - gradient).norm() < 1e-3 * gradient.norm()
+    for x, gradient in zip(learned, gradients, strict=True):
+        assert (x.grad - gradient).norm() <= 1e-3 * gradient.norm()
 
 
 PEAK = """

@@ -151,9 +151,7 @@ def warp(
     """Each pixel takes the colour found at its own place plus `flow`, bilinearly; NaN where the flow is."""
     theta = torch.eye(2, 3, device=frames.device, dtype=frames.dtype).expand(len(frames), 2, 3)
     grid = F.affine_grid(theta, list(frames.shape), align_corners=False) + flow.movedim(1, -1)
-    # At a NaN, PyTorch's backward on the CPU writes outside its memory (pytorch issue 24823).
-    warped = F.grid_sample(frames, grid.nan_to_num(), padding_mode="border", align_corners=False)
-    return warped.masked_fill(grid.isnan().any(-1)[:, None], torch.nan)
+    return _sample(frames, grid)
 
 
 def pose_grid(
@@ -173,7 +171,17 @@ def _lay(
     smoothly: str,
 ) -> Tensor:  # (B, C, H, W)
     fine = F.interpolate(fields, grid.shape[1:3], mode=smoothly, align_corners=False)
-    return F.grid_sample(fine, grid, padding_mode="border", align_corners=False)
+    return _sample(fine, grid)
+
+
+def _sample(
+    images: Tensor,  # (B, C, h, w)
+    grid: Tensor,  # (B, H, W, 2)
+) -> Tensor:  # (B, C, H, W)
+    """Bilinear samples; NaN where the grid is."""
+    # At a NaN, PyTorch's backward on the CPU writes outside its memory (pytorch issue 24823).
+    sampled = F.grid_sample(images, grid.nan_to_num(), padding_mode="border", align_corners=False)
+    return sampled.masked_fill(grid.isnan().any(-1)[:, None], torch.nan)
 
 
 class _FaceEncoder(nn.Module):
