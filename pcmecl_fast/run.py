@@ -215,15 +215,7 @@ def bank_for(
     conditions: Features = frame_features(clip, dataset, config)
     if bank.condition == "individual":
         conditions = individual_conditions(conditions, dataset.individual_index, len(dataset.individuals))
-    old = [name for name in wanted if name in known]
-    kept = PromptBank(
-        bank.lookup(bank.rows(old), clip.device),
-        old,
-        bank.emotions,
-        descriptions=bank.descriptions,
-        tower=bank.tower,
-        condition=bank.condition,
-    )
+    kept = bank.selected([name for name in wanted if name in known], clip.device)
     return kept.extended(prompts, conditions[torch.tensor(new)], [wanted[i] for i in new], clip=clip)
 
 

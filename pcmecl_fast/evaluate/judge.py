@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pcmecl_fast.data.augment import augmented, drawn
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.data.synthetic import ACTION_UNITS, SHAPE, SyntheticFaces
 from pcmecl_fast.files import write_atomically
@@ -101,8 +102,7 @@ def train(config: JudgeConfig) -> dict[str, float]:
     """Train and save the judge; returns its errors on people it has not seen."""
     torch.manual_seed(config.seed)
     faces = SyntheticFaces(config.individuals, clips=1, frames_per_clip=2, seed=config.seed + 5000, intensity=(0.3, 1))
-    chunks = tqdm(torch.arange(len(faces)).split(512), desc="drawing faces")
-    pixels = torch.cat([((faces.frames(c) + 1) * 127.5).round().to(torch.uint8) for c in chunks])
+    pixels = drawn(faces)
     # A faint expression is not an emotion that one could name: only clear ones teach the emotion.
     clear = faces.intensity > 0.5
     identity = faces.identities.vector()[faces.individual_index]
@@ -112,7 +112,7 @@ def train(config: JudgeConfig) -> dict[str, float]:
     progress = tqdm(range(config.steps), desc="judge")
     for step in progress:
         index = torch.randint(len(faces), (config.batch,))
-        read = judge(_augment(pixels[index]))
+        read = judge(augmented(pixels[index], zoom=0.04, shift=0.04, blurred=0.4, noise=0.05))
         emotion = F.cross_entropy(read.emotion[clear[index]], faces.emotion_index[index][clear[index]])
         units = F.mse_loss(read.action_units, faces.parameters.action_units[index])
         speech = F.mse_loss(read.speech, faces.parameters.speech[index])
@@ -146,19 +146,6 @@ def accuracy(judge: Judge, *, individuals: int = 24, seed: int = 6) -> dict[str,
         "mouth_error": ((read.speech - faces.parameters.speech).abs() / spans).mean().item(),
         "identity_similarity": F.cosine_similarity(read.identity, identity).mean().item(),
     }
-
-
-def _augment(pixels: Tensor) -> Tensor:
-    frames = pixels.float() / 127.5 - 1
-    theta = torch.zeros(len(frames), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 + 0.04 * (torch.rand(len(frames)) * 2 - 1)
-    theta[:, :, 2] = 0.04 * (torch.rand(len(frames), 2) * 2 - 1)
-    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
-    frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
-    blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    mix = torch.rand(len(frames), 1, 1, 1) * (torch.rand(len(frames), 1, 1, 1) < 0.4)
-    frames = frames + mix * (blurred - frames)
-    return frames + 0.05 * torch.rand(len(frames), 1, 1, 1) * torch.randn_like(frames)
 
 
 if __name__ == "__main__":

@@ -150,14 +150,13 @@ class PromptBank:
         more = PromptBank.build(
             prompts, conditions, individuals, self.emotions, clip=clip, condition=self.condition, **options
         )
-        return PromptBank(
-            torch.cat([self.features.to(more.features), more.features]),
-            self.individuals + more.individuals,
-            self.emotions,
-            descriptions=self.descriptions,
-            tower=self.tower,
-            condition=self.condition,
+        return self._of(
+            torch.cat([self.features.to(more.features), more.features]), self.individuals + more.individuals
         )
+
+    def selected(self, names: Sequence[str], device: torch.device | str | None = None) -> PromptBank:
+        """A bank, in memory, with the rows of these individuals alone; raises as `rows`."""
+        return self._of(self.lookup(self.rows(names), device), names)
 
     def lookup(
         self,
@@ -205,14 +204,7 @@ class PromptBank:
         return torch.tensor([self.emotions.index(e) for e in emotions], dtype=torch.long)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptBank:
-        return PromptBank(
-            self.features.to(device=device, dtype=dtype),
-            self.individuals,
-            self.emotions,
-            descriptions=self.descriptions,
-            tower=self.tower,
-            condition=self.condition,
-        )
+        return self._of(self.features.to(device=device, dtype=dtype), self.individuals)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the features, and a JSON header with all that says what they are."""
@@ -245,6 +237,17 @@ class PromptBank:
         )
         bank._mapped = mapped
         return bank
+
+    def _of(self, features: Tensor, individuals: Sequence[str]) -> PromptBank:
+        """The same emotions and tower with other rows."""
+        return PromptBank(
+            features,
+            individuals,
+            self.emotions,
+            descriptions=self.descriptions,
+            tower=self.tower,
+            condition=self.condition,
+        )
 
     def _header(self) -> dict[str, Any]:
         if self.tower is None:

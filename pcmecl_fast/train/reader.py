@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pcmecl_fast.data.augment import augmented, to_bytes
 from pcmecl_fast.data.synthetic import SHAPE, FrameParameters, SyntheticFaces, draw
 from pcmecl_fast.files import write_atomically
 
@@ -163,7 +164,7 @@ def train(config: ReaderConfig) -> dict[str, float]:
     progress = tqdm(range(config.steps), desc="reader")
     for step in progress:
         index = torch.randint(len(pixels), (config.batch,))
-        read = reader(_augment(pixels[index]))
+        read = reader(augmented(pixels[index], zoom=0.07, shift=0.07, blurred=0.4, noise=0.08, mirrored=True))
         speech = torch.stack([F.mse_loss(x.speech, parameters.speech[index]) for x in read])
         person = torch.stack([F.mse_loss(x.identity, identity[index]) for x in read])
         loss = (10 * speech + 3 * person).sum()
@@ -207,23 +208,7 @@ def _draw_all(faces: SyntheticFaces, part: float) -> tuple[Tensor, FrameParamete
     values = {f.name: getattr(parameters, f.name) for f in fields(FrameParameters)}
     parameters = FrameParameters(**values | {"action_units": torch.where(odd, mixed, units)})
     chunks = tqdm(torch.arange(len(parameters)).split(128), desc="drawing faces")
-    drawn = ((draw(faces.identities, parameters[c], SIDE) + 1) * 127.5 for c in chunks)
-    return torch.cat([x.round().to(torch.uint8) for x in drawn]), parameters
-
-
-def _augment(pixels: Tensor) -> Tensor:
-    """Shifted, zoomed, mirrored, blurred and noisy floats."""
-    frames = pixels.float() / 127.5 - 1
-    count = len(frames)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 + 0.07 * (torch.rand(count) * 2 - 1)
-    theta[:, 0, 0] *= 1 - 2 * torch.randint(2, (count,))
-    theta[:, :, 2] = 0.07 * (torch.rand(count, 2) * 2 - 1)
-    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
-    frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
-    blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    frames = torch.lerp(frames, blurred, torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.4))
-    return frames + 0.08 * torch.rand(count, 1, 1, 1) * torch.randn_like(frames)
+    return torch.cat([to_bytes(draw(faces.identities, parameters[c], SIDE)) for c in chunks]), parameters
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcmecl_fast.clip import ASSETS, tiny_face_config, tiny_face_model, tiny_face_state
+from pcmecl_fast.data.augment import augmented, drawn
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.data.synthetic import ACTION_UNITS, SyntheticFaces
 from pcmecl_fast.files import write_atomically
@@ -90,7 +91,7 @@ def train(config: TinyFaceConfig) -> float:
     torch.manual_seed(config.seed)
     words = random.Random(config.seed)
     faces = SyntheticFaces(config.individuals, clips=1, frames_per_clip=3, seed=config.seed + 1000, intensity=(0.35, 1))
-    pixels = _draw_all(faces)
+    pixels = drawn(faces)
     units = faces.parameters.action_units.flatten(1)
     model = _FactoredTower()
     if config.start is not None:
@@ -127,7 +128,7 @@ def train(config: TinyFaceConfig) -> float:
         by_emotion = [_emotion_caption(e, words, hardness) for _ in range(3) for e in EMOTIONS]
         text = model.text(detailed + by_emotion)
         prompts = text[half:].unflatten(0, (3, len(EMOTIONS)))
-        frames = _augment(pixels[index])
+        frames = augmented(pixels[index], zoom=0.08, shift=0.06, blurred=0.5, noise=0.1, tint=0.15).clamp(-1, 1)
         if config.attack * hardness > 0:
             frames = _attacked(model, patch_readout, frames, faces.emotion_index[index], config.attack * hardness)
         image, patches = model.image(frames)
@@ -291,29 +292,6 @@ class _FactoredTower(nn.Module):
         model = tiny_face_model()
         model.load_state_dict(tiny_face_state(self.stored()))
         return model.eval()
-
-
-def _draw_all(faces: SyntheticFaces) -> Tensor:
-    """Every frame as uint8, (L, 3, S, S): drawn once."""
-    chunks = tqdm(torch.arange(len(faces)).split(512), desc="drawing faces")
-    return torch.cat([((faces.frames(c) + 1) * 127.5).round().to(torch.uint8) for c in chunks])
-
-
-def _augment(pixels: Tensor) -> Tensor:
-    """uint8 frames to [-1, 1], with the shifts, blur and noise that an edited frame may show."""
-    frames = pixels.float() / 127.5 - 1
-    count, _, size, _ = frames.shape
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 + 0.08 * (torch.rand(count) * 2 - 1)
-    theta[:, :, 2] = 0.06 * (torch.rand(count, 2) * 2 - 1)
-    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
-    frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
-    blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    mix = torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < 0.5)
-    frames = frames + mix * (blurred - frames)
-    gain = 1 + 0.15 * (torch.rand(count, 3, 1, 1) * 2 - 1)
-    noise = 0.10 * torch.rand(count, 1, 1, 1) * torch.randn_like(frames)
-    return (frames * gain + noise).clamp(-1, 1)
 
 
 def _attacked(

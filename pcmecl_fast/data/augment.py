@@ -1,0 +1,60 @@
+"""Drawn faces as the networks that learn from them see them: shifted, zoomed, blurred and noisy."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from pcmecl_fast.data.synthetic import SyntheticFaces
+
+
+def drawn(faces: SyntheticFaces) -> Tensor:
+    """Every frame in bytes, (L, 3, S, S) uint8: drawn once, a quarter of the memory."""
+    chunks = tqdm(torch.arange(len(faces)).split(512), desc="drawing faces")
+    return torch.cat([to_bytes(faces.frames(chunk)) for chunk in chunks])
+
+
+def to_bytes(
+    frames: Tensor,  # (B, 3, S, S) in [-1, 1]
+) -> Tensor:  # (B, 3, S, S) uint8
+    return ((frames + 1) * 127.5).round().to(torch.uint8)
+
+
+def augmented(
+    pixels: Tensor,  # (B, 3, S, S) uint8
+    *,
+    zoom: float,
+    shift: float,
+    blurred: float,
+    noise: float,
+    tint: float = 0.0,
+    mirrored: bool = False,
+) -> Tensor:  # (B, 3, S, S), about [-1, 1]
+    """Frames under random changes that an edited frame may show too, by torch's global generator.
+
+    Args:
+        pixels: frames in bytes.
+        zoom: largest change of scale.
+        shift: largest displacement, in half sides.
+        blurred: the part of the frames that are blurred, each by its own strength.
+        noise: largest deviation of normal noise, of a range of 2.
+        tint: largest change of each colour's gain.
+        mirrored: whether every other frame is mirrored.
+    """
+    frames = pixels.float() / 127.5 - 1
+    count = len(frames)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 + zoom * (torch.rand(count) * 2 - 1)
+    if mirrored:
+        theta[:, 0, 0] *= 1 - 2 * torch.randint(2, (count,))
+    theta[:, :, 2] = shift * (torch.rand(count, 2) * 2 - 1)
+    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
+    frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+    smooth = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    mix = torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < blurred)
+    frames = frames + mix * (smooth - frames)
+    if tint:
+        frames = frames * (1 + tint * (torch.rand(count, 3, 1, 1) * 2 - 1))
+    return frames + noise * torch.rand(count, 1, 1, 1) * torch.randn_like(frames)

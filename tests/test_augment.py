@@ -1,0 +1,31 @@
+"""Frames under random changes: what is switched off changes nothing, what is on changes what it says."""
+
+import pytest
+import torch
+
+from pcmecl_fast.data.augment import augmented, drawn, to_bytes
+
+OFF = {"zoom": 0.0, "shift": 0.0, "blurred": 0.0, "noise": 0.0}
+
+
+def test_nothing_asked_nothing_changed(few_faces):
+    faces = few_faces()
+    pixels = drawn(faces)
+    torch.testing.assert_close(augmented(pixels, **OFF), faces.frames(range(len(faces))), rtol=0, atol=1 / 127)
+    assert torch.equal(to_bytes(augmented(pixels, **OFF)), pixels)
+
+
+@pytest.mark.parametrize("option", ["zoom", "shift", "noise", "tint"])
+def test_each_change_changes_frames(few_faces, option):
+    pixels = drawn(few_faces())
+    assert (augmented(pixels, **OFF | {option: 0.1}) - augmented(pixels, **OFF)).abs().mean() > 1e-3
+
+
+def test_mirrored_frames_are_mirrored(few_faces):
+    pixels = drawn(few_faces())
+    plain, seen = augmented(pixels, **OFF), augmented(pixels, **OFF, mirrored=True)
+    same = [(a - b).abs().max() < 1e-5 for a, b in zip(seen, plain, strict=True)]
+    flipped = [(a - b.flip(-1)).abs().max() < 1e-5 for a, b in zip(seen, plain, strict=True)]
+    assert all(a or b for a, b in zip(same, flipped, strict=True))
+    assert any(same)
+    assert any(flipped)
