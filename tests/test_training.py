@@ -88,7 +88,7 @@ def test_stage_one_learns(clip, tmp_path):
     config = prompts_config(tmp_path, steps=100, batch_individuals=6, n_ctx=8, prompt_lr=0.02)
     _, bank, loop = learn_prompts(clip, data, config)
     first, last = ends(loop.curves["stage 1/loss"])
-    assert last < 0.97 * first
+    assert last < 0.9 * first
     assert bank.features.shape == (6, 3, clip.embed_dim)
     assert bank.individuals == data.individuals
     torch.testing.assert_close(bank.features.norm(dim=-1), torch.ones(6, 3))

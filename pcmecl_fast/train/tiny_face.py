@@ -29,7 +29,7 @@ from tqdm import tqdm
 from pcmecl_fast.clip import ASSETS, tiny_face_config, tiny_face_model, tiny_face_state
 from pcmecl_fast.data.augment import augmented, drawn
 from pcmecl_fast.data.base import EMOTIONS
-from pcmecl_fast.data.synthetic import ACTION_UNITS, SyntheticFaces
+from pcmecl_fast.data.synthetic import ACTION_UNITS, EYE_COLOURS, HAIR_COLOURS, SKIN_TONES, SyntheticFaces
 from pcmecl_fast.files import write_atomically
 
 log = logging.getLogger("pcmecl_fast")
@@ -55,13 +55,17 @@ UNSEEN_TEMPLATES = (
     "a close-up of a {} human face",
     "a frame of a video in which one looks {}",
 )
-_UNIT_PHRASES = {
+UNIT_PHRASES = {
     "inner_brow_raise": "raised inner brows", "outer_brow_raise": "raised outer brows", "brow_lower": "lowered brows",
     "upper_lid_raise": "wide eyes", "cheek_raise": "raised cheeks", "lid_tighten": "narrowed eyes",
     "nose_wrinkle": "wrinkled nose", "upper_lip_raise": "raised upper lip", "lip_corner_pull": "smile",
     "lip_corner_depress": "mouth corners down", "chin_raise": "raised chin", "lip_stretch": "stretched lips",
     "lip_tighten": "pressed lips", "jaw_drop": "dropped jaw",
 }  # fmt: skip
+LOOKS = (
+    *HAIR_COLOURS, *SKIN_TONES, *EYE_COLOURS, "hair", "skin", "eyes", "long", "short", "open mouth", "rounded lips",
+    "wide lips", "closed mouth",
+)  # fmt: skip
 
 
 @dataclass
@@ -93,7 +97,7 @@ def train(config: TinyFaceConfig) -> float:
     faces = SyntheticFaces(config.individuals, clips=1, frames_per_clip=3, seed=config.seed + 1000, intensity=(0.35, 1))
     pixels = drawn(faces)
     units = faces.parameters.action_units.flatten(1)
-    model = _FactoredTower()
+    model = FactoredTower()
     if config.start is not None:
         model.load_stored(load_file(config.start))
     targets = torch.cat([units, faces.parameters.speech], dim=1)
@@ -112,7 +116,7 @@ def train(config: TinyFaceConfig) -> float:
         lr=config.lr if config.start is None else config.lr / 2,
         betas=(0.9, 0.98),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, config.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
     progress = tqdm(range(config.steps), desc="tiny-face")
     order = torch.randperm(len(faces))
     position = 0
@@ -180,28 +184,35 @@ def zero_shot_accuracy(model: Any, *, individuals: int = 24, seed: int = 5) -> f
 
 def describe(faces: SyntheticFaces, index: int, words: random.Random, distraction: float = 0.0) -> str:
     """A caption of one drawn frame: always its emotion, and some of what else can be seen."""
-    who = int(faces.individual_index[index])
-    identity = faces.identities
-    parts = []
+    parts = unit_phrases(faces, index, words, most=3)
+    parts += words.sample(looks_of(faces, index), k=words.randint(1, 4))
+    words.shuffle(parts)
+    emotion = _emotion_caption(EMOTIONS[int(faces.emotion_index[index])], words, distraction)
+    return emotion + words.choice((", ", " with ")) + ", ".join(parts)
+
+
+def unit_phrases(faces: SyntheticFaces, index: int, words: random.Random, *, most: int) -> list[str]:
+    """Up to `most` of the action units that one drawn frame shows, with their strength and side."""
     units = faces.parameters.action_units[index]
     shown = [a for a in range(len(ACTION_UNITS)) if float(units[a].mean()) > 0.25]
-    for a in words.sample(shown, k=min(len(shown), words.randint(0, 3))):
-        parts.append(_unit_phrase(a, float(units[a, 0]), float(units[a, 1])))
-    looks = [
+    chosen = words.sample(shown, k=min(len(shown), words.randint(0, most)))
+    return [_unit_phrase(a, float(units[a, 0]), float(units[a, 1])) for a in chosen]
+
+
+def looks_of(faces: SyntheticFaces, index: int) -> list[str]:
+    """Who one drawn frame shows, and how open the mouth is."""
+    who, identity = int(faces.individual_index[index]), faces.identities
+    return [
         f"{identity.hair_name[who]} hair",
         f"{identity.skin_name[who]} skin",
         f"{identity.eye_name[who]} eyes",
         "long hair" if identity.hair_length[who] > 0.5 else "short hair",
         _mouth_phrase(*faces.parameters.speech[index].tolist()),
     ]
-    parts += words.sample(looks, k=words.randint(1, 4))
-    words.shuffle(parts)
-    emotion = _emotion_caption(EMOTIONS[int(faces.emotion_index[index])], words, distraction)
-    return emotion + words.choice((", ", " with ")) + ", ".join(parts)
 
 
 def _unit_phrase(unit: int, left: float, right: float) -> str:
-    phrase = _UNIT_PHRASES[ACTION_UNITS[unit]]
+    phrase = UNIT_PHRASES[ACTION_UNITS[unit]]
     strength = (left + right) / 2
     if strength > 1.1:
         phrase = f"strong {phrase}"
@@ -227,20 +238,20 @@ def _emotion_caption(emotion: str, words: random.Random, distraction: float) -> 
     if words.random() >= distraction:
         return caption
     # Words that mean nothing here, so that a wording never seen does not drown the one word that counts.
-    before = [words.choice(_any_words()) for _ in range(words.choice((0, 0, 1, 2, 3, 4)))]
-    after = [words.choice(_any_words()) for _ in range(words.choice((0, 0, 1, 2, 3)))]
+    before = [words.choice(any_words()) for _ in range(words.choice((0, 0, 1, 2, 3, 4)))]
+    after = [words.choice(any_words()) for _ in range(words.choice((0, 0, 1, 2, 3)))]
     return " ".join([*before, caption, *after])
 
 
 @cache
-def _any_words() -> list[str]:
+def any_words() -> list[str]:
     """Every whole word of letters in the vocabulary, but those that name an emotion."""
     named = {word for group in EMOTION_WORDS.values() for phrase in group for word in phrase.split()}
     whole = (token.removesuffix("</w>") for token in SimpleTokenizer().encoder if token.endswith("</w>"))
     return sorted(word for word in whole if word.isascii() and word.isalpha() and word not in named)
 
 
-class _FactoredTower(nn.Module):
+class FactoredTower(nn.Module):
     """tiny-face while it trains: its token embedding is a product of two thin factors, as it is stored."""
 
     def __init__(self) -> None:
@@ -295,7 +306,7 @@ class _FactoredTower(nn.Module):
 
 
 def _attacked(
-    model: _FactoredTower,
+    model: FactoredTower,
     patch_readout: nn.Module,
     frames: Tensor,  # (B, 3, S, S)
     labels: Tensor,  # (B,)
@@ -318,7 +329,7 @@ def _attacked(
     return (frames + torch.where(in_patches, step, (start + 1.25 * step).clamp(-bound, bound))).detach()
 
 
-def _warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:
+def warmup_cosine(step: int, steps: int, warmup: int = 100) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))

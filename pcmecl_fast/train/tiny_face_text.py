@@ -1,0 +1,182 @@
+"""The last part of the training of `tiny-face`: its text tower alone, on image features that stay as they are (ours).
+
+    python -m pcmecl_fast.train.tiny_face_text --start second/tiny-face.safetensors
+
+A text tower that has learned to look past every word but the emotion's cannot be steered by a learned context either.
+Here what can be seen (how far each brow is raised, on which side the smile is) stands in front of the emotion's word
+as often as behind it, just where a personalized context stands, and it counts: the contrastive loss asks for the very
+frame among many of the same emotion. Emotions come in composed sentences, so that wordings never seen still work.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pcmecl_fast.clip import ASSETS
+from pcmecl_fast.data.augment import augmented, drawn
+from pcmecl_fast.data.base import EMOTIONS
+from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.files import write_atomically
+from pcmecl_fast.train.tiny_face import (
+    EMOTION_WORDS,
+    LOOKS,
+    TEMPLATES,
+    UNIT_PHRASES,
+    FactoredTower,
+    any_words,
+    looks_of,
+    unit_phrases,
+    warmup_cosine,
+    zero_shot_accuracy,
+)
+
+log = logging.getLogger("pcmecl_fast")
+
+_OPENINGS = (
+    "", "", "", "a photo of", "a picture of", "an image of", "a video of", "a shot of", "a drawing of", "this is",
+    "here is", "we see", "it shows", "a still of", "there is", "look at",
+)  # fmt: skip
+_SENTENCES = (
+    "{e}", "a {e} {s}", "the {e} {s}", "{e} {s}", "a {s} who looks {e}", "the face of a {s} feeling {e}",
+    "a {s} in a {e} mood", "a {s} being {e}", "a {s} whose face is {e}", "a {s} with a {e} expression",
+    "a talking {s}, {e}", "a {s} who is {e}", "this {s} feels {e}", "some {s} looking {e}", "{s}: {e}",
+    "a very {e} {s}", "a {s} speaking in a {e} way", "how a {s} gets {e}",
+)  # fmt: skip
+_SUBJECTS = ("face", "person", "speaker", "man", "woman", "human", "actor", "someone", "figure", "girl", "boy")
+_ENDINGS = ("", "", "", "", "while speaking", "in a video", "today", "outdoors", "in a studio", "on camera")
+
+
+@dataclass
+class TextConfig:
+    """How the text tower of `tiny-face` is trained."""
+
+    start: Path = ASSETS / "tiny-face.safetensors"
+    """Both towers, as `pcmecl_fast.train.tiny_face` left them."""
+    steps: int = 3000
+    """Optimiser steps."""
+    batch: int = 96
+    """Frames and captions a step."""
+    individuals: int = 1000
+    """People drawn for training."""
+    views: int = 3
+    """Features of each frame, each of another random view."""
+    lr: float = 1e-3
+    """Peak learning rate (AdamW, cosine)."""
+    strange: float = 0.4
+    """Part of the captions that strange words are strewn into."""
+    seed: int = 33
+    """Seed of people, views and captions."""
+    out: Path = ASSETS
+    """Folder that `tiny-face.safetensors` is written to."""
+
+
+def train(config: TextConfig) -> float:
+    """Train, save and return the zero-shot accuracy on unseen people and wordings."""
+    torch.manual_seed(config.seed)
+    words = random.Random(config.seed)
+    faces = SyntheticFaces(config.individuals, clips=1, frames_per_clip=3, seed=config.seed + 1000, intensity=(0.35, 1))
+    model = FactoredTower()
+    model.load_stored(load_file(config.start))
+    features = _features(model, drawn(faces), config.views)  # (V, L, D)
+    model.clip.visual.requires_grad_(False)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
+    progress = tqdm(range(config.steps), desc="tiny-face's text tower")
+    for step in progress:
+        index = torch.randint(len(faces), (config.batch,))
+        image = features[torch.randint(config.views, index.shape), index]
+        captions = [strewn(describe(faces, i, words), words, config.strange / 2) for i in index.tolist()]
+        prompts = [strewn(emotion_sentence(e, words), words, config.strange) for _ in range(3) for e in EMOTIONS]
+        text = model.text(captions + prompts)
+        scale = model.clip.logit_scale.exp().clamp(max=100)
+        logits = scale * image @ text[: config.batch].T
+        frame = torch.arange(config.batch)
+        contrastive = (F.cross_entropy(logits, frame) + F.cross_entropy(logits.T, frame)) / 2
+        by_wording = text[config.batch :].unflatten(0, (3, len(EMOTIONS)))
+        zero_shot = scale * torch.einsum("bd,wed->bwe", image, by_wording)
+        labels = faces.emotion_index[index][:, None].expand(-1, 3)
+        emotion = F.cross_entropy(zero_shot.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        (contrastive + emotion).backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(clip=f"{contrastive.item():.2f}", emotion=f"{emotion.item():.2f}")
+        if (step + 1) % 500 == 0 or step + 1 == config.steps:
+            write_atomically(config.out / "tiny-face.safetensors", save(model.stored()))
+            accuracy = zero_shot_accuracy(model.shipped())
+            log.info(
+                "step %d: contrastive %.3f, emotion %.3f, zero-shot accuracy on unseen people and wordings %.3f",
+                step + 1, contrastive.item(), emotion.item(), accuracy,
+            )  # fmt: skip
+    return accuracy
+
+
+def describe(faces: SyntheticFaces, index: int, words: random.Random) -> str:
+    """A caption of one drawn frame: what its expression is made of, before or after the emotion or in its place."""
+    parts = unit_phrases(faces, index, words, most=4)
+    parts += words.sample(looks := looks_of(faces, index), k=words.randint(0, min(3, len(looks))))
+    words.shuffle(parts)
+    details, emotion = ", ".join(parts), emotion_sentence(EMOTIONS[int(faces.emotion_index[index])], words)
+    if not parts:
+        return emotion
+    where = words.random()
+    if where < 0.25:
+        return details
+    if where < 0.7:
+        return details + words.choice((", ", " ", " and ")) + emotion
+    return emotion + words.choice((", ", " with ")) + details
+
+
+def emotion_sentence(emotion: str, words: random.Random) -> str:
+    """An emotion in one of some thousand wordings."""
+    word = words.choice(EMOTION_WORDS[emotion])
+    if words.random() < 0.5:
+        return words.choice(TEMPLATES).format(word)
+    sentence = words.choice(_SENTENCES).format(e=word, s=words.choice(_SUBJECTS))
+    return " ".join(part for part in (words.choice(_OPENINGS), sentence, words.choice(_ENDINGS)) if part)
+
+
+def strewn(caption: str, words: random.Random, part: float) -> str:
+    """A caption with words around it that mean nothing here; never one that describes faces."""
+    if words.random() >= part:
+        return caption
+    before = [words.choice(_strange_words()) for _ in range(words.choice((0, 1, 1, 2, 3)))]
+    after = [words.choice(_strange_words()) for _ in range(words.choice((0, 1, 1, 2)))]
+    return " ".join([*before, caption, *after])
+
+
+@cache
+def _strange_words() -> list[str]:
+    described = " ".join((*UNIT_PHRASES.values(), *LOOKS, "strong slight on the left right"))
+    return [word for word in any_words() if word not in described.split()]
+
+
+@torch.no_grad()
+def _features(model: FactoredTower, pixels: Tensor, views: int) -> Tensor:
+    """Unit image features of every frame in `views` random views, (V, L, D)."""
+    chunks = [chunk for _ in range(views) for chunk in pixels.split(256)]
+    rows = [
+        model.image(augmented(chunk, zoom=0.08, shift=0.06, blurred=0.5, noise=0.1, tint=0.15).clamp(-1, 1))[0]
+        for chunk in tqdm(chunks, desc="image features")
+    ]
+    return torch.cat(rows).unflatten(0, (views, len(pixels)))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    logging.basicConfig(level=logging.INFO)
+    train(tyro.cli(TextConfig))
