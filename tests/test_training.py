@@ -24,7 +24,7 @@ from pcmecl_fast.prompts import load_prompts
 from pcmecl_fast.run import open_data, run_evaluate, run_train
 from pcmecl_fast.train import prompts as stage_one
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
-from pcmecl_fast.train.generator import draw_references, mouth_loss, train_generator
+from pcmecl_fast.train.generator import draw_references, folding, mouth_loss, train_generator
 from pcmecl_fast.train.loop import Loop
 from pcmecl_fast.train.prompts import learn_prompts, matching_loss
 
@@ -265,6 +265,17 @@ def test_the_mouth_loss_looks_at_the_mouth():
         edited = source.clone()
         edited[..., row, column] = 1
         assert (mouth_loss(source, edited, box) > 0) == counts
+
+
+def test_folding_is_what_skin_cannot_stretch():
+    # Moving everything, or stretching it by a third of a pixel from pixel to pixel, is free; a tear is not.
+    height, width = 8, 16
+    across = torch.arange(width).expand(1, 2, height, width)
+    assert folding(torch.full((1, 2, height, width), 0.3)) == 0
+    assert folding(across * (1 / 3) * (2 / width)) == 0
+    torn = (across >= 8).float() * 3 * (2 / width)  # three pixels apart, at one of 15 places
+    torch.testing.assert_close(folding(torn), torch.tensor((3 - 0.4) / 15))
+    assert folding(torn.transpose(2, 3) * (width / height)) > 0
 
 
 def test_the_reader_keeps_drawn_faces_and_pixels_keep_others(clip, stage1, tmp_path, caplog):

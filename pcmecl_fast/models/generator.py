@@ -82,7 +82,7 @@ class ExpressionGenerator(nn.Module):
         nn.init.normal_(self.pose.weight, std=0.01)
         nn.init.zeros_(self.pose.bias)
         self.flow = nn.Parameter(0.01 * torch.randn(config.fields, 2, 16, 16))
-        self.shade = nn.Parameter(0.01 * torch.randn(config.fields, 1, 32, 32))
+        self.shade = nn.Parameter(0.01 * torch.randn(config.fields, 1, 48, 48))
 
     def forward(
         self,

@@ -79,9 +79,9 @@ class PromptsOptions:
     """One context for all emotions (CoCoOp) or one for each (CDRL)."""
     condition: Literal["individual", "frame"] = "individual"
     """What a prompt is personalized by: the mean of an individual's features, or one frame's."""
-    prompt_lr: float = 2e-3
+    prompt_lr: float = 5e-3
     """Learning rate of V and h (AdamW)."""
-    batch_individuals: int = 8
+    batch_individuals: int = 16
     """Individuals a step, each with all the emotions it has."""
     lambda_diff: float = 1.0
     """Weight of the correlation of differences beside the matching loss."""
@@ -117,6 +117,10 @@ class GeneratorOptions:
     """Weight of naming the emotion that the source shows (cross entropy), which the generator has to know."""
     w_smooth: float = 50.0
     """Weight of the total variation of the fields that move and shade the face."""
+    w_folding: float = 25.0
+    """Weight of moving neighbours apart by more than skin stretches."""
+    w_shading: float = 200.0
+    """Weight of the mean absolute shade: thin lines are cheap, patches that paint a brow over are not."""
     w_person: float = 5.0
     """Drawn faces: weight of being the same person to the frozen reader."""
     w_speech: float = 28.0
@@ -134,7 +138,7 @@ class GeneratorOptions:
 class PromptsConfig(RunConfig, PromptsOptions):
     """Learn personalized prompts on a data set and write a prompt bank (stage 1)."""
 
-    steps: int = 200
+    steps: int = 1000
     """Optimiser steps."""
     out: Path = Path("runs/prompts")
     """Output folder."""
@@ -148,7 +152,7 @@ class TrainConfig(RunConfig, PromptsOptions, GeneratorOptions):
     """Optimiser steps of the generator."""
     prompts: Path | None = None
     """Output folder of `pcmecl-fast prompts`; by default the prompts are learned first, with the options above."""
-    prompt_steps: int = 200
+    prompt_steps: int = 1000
     """Optimiser steps of the prompts, where they are learned first."""
     out: Path = Path("runs/train")
     """Output folder."""

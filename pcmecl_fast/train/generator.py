@@ -2,7 +2,8 @@
 
     loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back)
          + w_reconstruction · (nothing asked, nothing changed) + w_recognition · (names the emotion shown)
-         + w_person · (same person) + w_speech · (same speech) + w_smooth · (simple fields)
+         + w_person · (same person) + w_speech · (same speech)
+         + w_smooth · (simple fields) + w_folding · (skin that stretches) + w_shading · (little paint)
 
 Person and speech are read from drawn faces by the shipped `FaceReader`. Of real faces it knows nothing: there pixel
 terms, w_identity and w_mouth, stand for the two. Every eighth target is the source's own emotion: there PCMECL is
@@ -42,6 +43,8 @@ _TERMS = (
     "identity",
     "mouth",
     "smooth",
+    "folding",
+    "shading",
     "speech",
     "person",
     "recognition",
@@ -120,6 +123,8 @@ def train_generator(
             "adversarial": -realism.float().mean(),
             "reconstruction": _mean_where((edited - frames).abs(), same),
             "smooth": total_variation(flow.float()) + total_variation(shade.float()),
+            "folding": folding(flow.float()),
+            "shading": shade.float().abs().mean(),
         }
         if reader is not None:
             terms["speech"], terms["person"] = reading_losses(reader, *(view.float() for view in views))
@@ -212,6 +217,16 @@ def total_variation(
 ) -> Tensor:
     """Mean absolute difference of neighbours, in both directions: simple fields are cheap, busy ones are not."""
     return field.diff(dim=-1).abs().mean() + field.diff(dim=-2).abs().mean()
+
+
+def folding(
+    flow: Tensor,  # (B, 2, H, W) in units of half a side
+    *,
+    free: float = 0.4,
+) -> Tensor:
+    """Mean change of the flow from pixel to pixel beyond `free` pixels, in both directions: there skin would tear."""
+    steps = ((flow.diff(dim=d) * flow.shape[d] / 2).abs() for d in (-1, -2))
+    return torch.stack([F.relu(step - free).mean() for step in steps]).sum()
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""Trains `tiny-face`, the CLIP model that ships with the package, on drawn faces and varied captions (ours).
+r"""Trains `tiny-face`, the CLIP model that ships with the package, on drawn faces and varied captions (ours).
 
     python -m pcmecl_fast.train.tiny_face --out first
-    python -m pcmecl_fast.train.tiny_face --start first/tiny-face.safetensors --steps 1000 --seed 21 --attack 0.03
+    python -m pcmecl_fast.train.tiny_face --start first/tiny-face.safetensors --steps 1000 --seed 21 --attack 0.03 \
+        --out second
+    python -m pcmecl_fast.train.tiny_face_text --start second/tiny-face.safetensors
 
 Three losses share the image features: CLIP's contrastive loss against detailed captions (emotion, action units with
 their strength and side, hair, skin, eyes, mouth), a cross entropy against one caption per emotion in many wordings,
 and a linear read-out of the action units, so that the features keep each person's own way of showing an emotion.
-About half an hour on two cores. Zero-shot accuracy is reported on people and wordings that training never saw.
+The text tower is then trained further by itself, see `tiny_face_text`. About three quarters of an hour on two cores.
+Zero-shot accuracy is reported on people and wordings that training never saw.
 """
 
 from __future__ import annotations
