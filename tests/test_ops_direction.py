@@ -52,6 +52,18 @@ def test_loss_and_its_gradients_follow_the_formula(dtype, size, contrast, reduct
     assert_close_for(torch.float32)(scale.grad, exact_scale.grad if exact_scale.grad is not None else torch.tensor(0.0))
 
 
+def test_the_bank_learns_from_individuals_with_many_samples_one_and_none():
+    inputs = make(300, 5, 4, 33, dtype=torch.float64)
+    individual = inputs[3]
+    individual %= 3
+    individual[150] = 3
+    exact = doubles(*inputs[:3])
+    oracle_loss(*exact, *inputs[3:], scale=30.0, contrast=0.3, reduction="mean").backward()
+    direction_loss(*inputs, scale=30.0, contrast=0.3).backward()
+    assert_same_gradients(torch.float64, inputs[:3], exact)
+    assert not inputs[2].grad[4].any()
+
+
 def test_logits_are_cosines_with_zero_at_the_source_emotion():
     source, edited, bank, individual, a, _ = make(64, 5, 7, 16, dtype=torch.float32)
     logits = direction_logits(source, edited, bank, individual, a)

@@ -57,13 +57,13 @@ void multiply(const float* a, const float* b, float* out, int64_t rows, int64_t 
 void direction(const std::string& pass) {
   const int64_t B = 64, E = 7, D = 512, N = 16;
   std::vector<float> source = random_numbers(B * D, 1), edited = random_numbers(B * D, 2), bank = random_numbers(N * E * D, 3);
-  std::vector<int64_t> individual(B), shown(B), asked(B), first(N + 1), order(B);
+  std::vector<int64_t> individual(B), shown(B), asked(B), first(N + 1), run(N + 1), order(B);
   for (int64_t k = 0; k < B; ++k) {
     individual[k] = k * N / B, shown[k] = k % E, asked[k] = (k + 1) % E, order[k] = k;
   }
-  for (int64_t n = 0; n <= N; ++n) first[n] = n * B / N;
+  for (int64_t n = 0; n <= N; ++n) first[n] = n * B / N, run[n] = n;
   auto losses = zeros<float>(B), grad_source = zeros<float>(B * D), grad_edited = zeros<float>(B * D);
-  auto coefficients = zeros<float>(B * (2 * E + 2)), grad_bank = zeros<float>(N * E * D);
+  auto grad_rows = zeros<float>(N * E * D), grad_bank = zeros<float>(N * E * D);
   const float grad = 1;
 
   Direction<float> args = {};
@@ -72,14 +72,20 @@ void direction(const std::string& pass) {
   args.individual = individual.data(), args.source_emotion = shown.data(), args.target_emotion = asked.data();
   args.normalize = true, args.scale = 20, args.contrast = 0.5f;
   args.losses = losses.data(), args.grad_losses = &grad, args.grad_factor = 1;
-  args.grad_source = grad_source.data(), args.grad_edited = grad_edited.data(), args.coefficients = coefficients.data();
-  const DirectionBank<float> units = {&args, first.data(), order.data(), 256, 2, grad_bank.data()};
+  args.grad_source = grad_source.data(), args.grad_edited = grad_edited.data(), args.order = order.data();
+  const DirectionBank<float> added = {E * D, run.data(), grad_rows.data(), grad_bank.data()};
 
   const auto& kernels = instruction_set().direction_float;
   if (pass == "forward") return measured([&] { kernels.forward(args, 0, B); });
-  if (pass == "backward") return measured([&] { kernels.backward(args, 0, B); });
-  kernels.backward(args, 0, B);
-  measured([&] { kernels.bank(units, 0, 2 * N); });
+  const auto backward = [&] {
+    for (int64_t n = 0; n < N; ++n) {
+      args.grad_rows = grad_rows.data() + n * E * D;
+      kernels.backward(args, first[n], first[n + 1]);
+    }
+  };
+  if (pass == "backward") return measured(backward);
+  backward();
+  measured([&] { kernels.bank(added, 0, N); });
 }
 
 void correlation(const std::string& pass) {

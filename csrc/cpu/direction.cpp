@@ -61,21 +61,48 @@ Direction<T> open(
   return args;
 }
 
-// The bank's gradient from what the backward wrote down of each sample.
-template <typename T>
-Tensor bank_gradient(const Direction<T>& args, const Tensor& bank) {
-  const int64_t individuals = bank.size(0);
-  std::vector<int64_t> first(individuals + 1, 0), order(args.samples);
-  for (int64_t k = 0; k < args.samples; ++k) ++first[args.individual[k] + 1];
-  for (int64_t n = 0; n < individuals; ++n) first[n + 1] += first[n];
-  std::vector<int64_t> next(first.begin(), first.end() - 1);
-  for (int64_t k = 0; k < args.samples; ++k) order[next[args.individual[k]]++] = k;
+// The samples sorted by individual, cut into runs of one individual each: what a thread adds up of the bank's gradient.
+// They depend on the samples alone, so the sums are the same for every number of threads.
+struct Runs {
+  std::vector<int64_t> order;  // (B,)
+  std::vector<int64_t> begin;  // (runs + 1,): where each begins in `order`
+  std::vector<int64_t> first;  // (N + 1,): each individual's first run
 
-  Tensor grad = at::empty_like(bank);
-  DirectionBank<T> units = {&args, first.data(), order.data(), 256, (args.width + 255) / 256, pointer<T>(grad)};
-  at::parallel_for(0, individuals * units.columns_blocks, 1, [&](int64_t begin, int64_t end) {
-    of(T()).bank(units, begin, end);
+  Runs(const int64_t* individual, int64_t samples, int64_t individuals, int64_t longest) : order(samples) {
+    std::vector<int64_t> next(individuals + 1, 0);
+    for (int64_t k = 0; k < samples; ++k) ++next[individual[k] + 1];
+    for (int64_t n = 0; n < individuals; ++n) {
+      first.push_back(begin.size());
+      for (int64_t at = 0; at < next[n + 1]; at += longest) begin.push_back(next[n] + at);
+      next[n + 1] += next[n];
+    }
+    first.push_back(begin.size());
+    begin.push_back(samples);
+    for (int64_t k = 0; k < samples; ++k) order[next[individual[k]]++] = k;
+  }
+
+  int64_t count() const { return begin.size() - 1; }
+};
+
+// The gradients with the bank's: a run's rows stay in the cache from sample to sample, and so do their gradients.
+template <typename T>
+Tensor differentiate_with_bank(Direction<T>& args, const Tensor& bank) {
+  const int64_t size = args.emotions * args.width;
+  // So long that the runs' gradients take an eighth of the features' gradient at most, beside one for each individual.
+  const Runs runs(args.individual, args.samples, bank.size(0), std::max<int64_t>(64, 8 * args.emotions));
+  args.order = runs.order.data();
+  const Tensor sums = at::empty({runs.count(), size}, computing(bank));
+  auto* grad_rows = pointer<typename Direction<T>::C>(sums);
+  at::parallel_for(0, runs.count(), 1, [&](int64_t begin, int64_t end) {
+    Direction<T> own = args;
+    for (int64_t run = begin; run < end; ++run) {
+      own.grad_rows = grad_rows + run * size;
+      of(T()).backward(own, runs.begin[run], runs.begin[run + 1]);
+    }
   });
+  Tensor grad = at::empty_like(bank);
+  const DirectionBank<T> added = {size, runs.first.data(), grad_rows, pointer<T>(grad)};
+  at::parallel_for(0, bank.size(0), 4, [&](int64_t begin, int64_t end) { of(T()).bank(added, begin, end); });
   return grad;
 }
 
@@ -88,15 +115,12 @@ Gradients differentiate(
   if (needs[1]) gradients[1] = at::empty_like(edited);
   args.grad_source = pointer_or_null<T>(gradients[0]);
   args.grad_edited = pointer_or_null<T>(gradients[1]);
-  Tensor coefficients;
-  if (needs[2]) {
-    coefficients = at::empty({args.samples, 2 * args.emotions + 2}, computing(source));
-    args.coefficients = pointer<typename Direction<T>::C>(coefficients);
-  }
-  at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
-    of(T()).backward(args, begin, end);
-  });
-  if (needs[2]) gradients[2] = bank_gradient(args, bank);
+  if (needs[2])
+    gradients[2] = differentiate_with_bank(args, bank);
+  else
+    at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
+      of(T()).backward(args, begin, end);
+    });
   return gradients;
 }
 

@@ -47,26 +47,25 @@ struct Direction {
   T* grad_source;  // (B, D) or null
   T* grad_edited;  // (B, D) or null
   C* grad_scale;   // (B,) or null
-  // What the bank's gradient needs of each sample, (B, 2E + 2), or null: along[E], across[E], 1/|source|, 1/|edited|,
-  // with grad d[e] = along[e]·δ − across[e]·d[e].
-  C* coefficients;
+  const int64_t* order;  // (B,): the samples in the order of the range, or null: as they are
+  C* grad_rows;          // (E, D) or null: the gradient of the rows of the one individual that is all the range's
 };
 
+// The bank's gradient from those of runs, ranges of samples of one individual. Units are individuals.
 template <typename T>
 struct DirectionBank {
-  const Direction<T>* direction;
-  const int64_t* first;    // (N + 1,): where each individual's samples begin in `order`
-  const int64_t* order;    // (B,): samples sorted by individual
-  int64_t columns;         // features a unit owns
-  int64_t columns_blocks;  // units per individual
-  T* grad;                 // (N, E, D)
+  using C = typename Computing<T>::type;
+  int64_t size;          // E·D
+  const int64_t* first;  // (N + 1,): where each individual's runs begin
+  const C* grad_rows;    // (runs, E, D)
+  T* grad;               // (N, E, D)
 };
 
 template <typename T>
 struct DirectionKernels {
   void (*forward)(const Direction<T>&, int64_t begin, int64_t end);
   void (*backward)(const Direction<T>&, int64_t begin, int64_t end);
-  void (*bank)(const DirectionBank<T>&, int64_t begin, int64_t end);  // units: individuals × blocks of features
+  void (*bank)(const DirectionBank<T>&, int64_t begin, int64_t end);
 };
 
 // correlation_loss. Individuals j of the text lie in lanes: a tile's columns are ordered (emotion, j).

@@ -59,12 +59,30 @@ PCMECL_INLINE Vector<C> all(C x) {
   return x - Vector<C>{};  // not `Vector{} + x`, which would turn -0 into 0
 }
 
-template <typename C>
-PCMECL_INLINE C sum(Vector<C> x) {
-  C total = 0;
-  for (int64_t k = 0; k < kLanes<C>; ++k) total += x[k];
-  return total;
+// The lanes' sum, half onto half: a chain of log2 additions, where one lane after another would be a chain of all.
+template <typename C, size_t kBytes = PCMECL_VECTOR_BYTES, typename V>
+PCMECL_INLINE C sum(V x) {
+  if constexpr (kBytes == sizeof(C)) {
+    return x[0];
+  } else {
+    typedef C Half __attribute__((vector_size(kBytes / 2), may_alias));
+    const Half* halves = (const Half*)&x;
+    return sum<C, kBytes / 2>(halves[0] + halves[1]);
+  }
 }
+
+// Room for numbers that begins where a vector may: from elsewhere each would straddle two lines of the cache.
+template <typename C>
+class Aligned {
+  struct alignas(PCMECL_VECTOR_BYTES) Lanes {
+    C lane[kLanes<C>];
+  };
+  std::vector<Lanes> lanes_;
+
+ public:
+  explicit Aligned(int64_t count) : lanes_((count + kLanes<C> - 1) / kLanes<C>) {}
+  operator C*() { return reinterpret_cast<C*>(lanes_.data()); }
+};
 
 // vector_step(k) over [0, count) in whole vectors, scalar_step(k) over the rest.
 template <typename C, typename VectorStep, typename ScalarStep>

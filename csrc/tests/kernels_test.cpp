@@ -93,7 +93,7 @@ void test_direction(const DirectionKernels<T>& kernels, int64_t D, int64_t E, do
   auto source = random_numbers<T>(B * D), edited = random_numbers<T>(B * D), bank = random_numbers<T>(N * E * D);
   std::vector<int64_t> individual, from, to;
   for (int64_t k = 0; k < B; ++k) individual.push_back(k % N), from.push_back(k % E), to.push_back((k * 2 + 1) % E);
-  std::vector<C> losses(B), grad(1, C(1)), of_scale(B), coefficients(B * (2 * E + 2));
+  std::vector<C> losses(B), grad(1, C(1)), of_scale(B), of_runs(4 * E * D);
   std::vector<T> of_source(B * D), of_edited(B * D), of_bank(N * E * D), logits(B * E);
 
   Direction<T> args = {};
@@ -109,11 +109,13 @@ void test_direction(const DirectionKernels<T>& kernels, int64_t D, int64_t E, do
 
   args.grad_losses = grad.data(), args.grad_factor = 1;
   args.grad_source = of_source.data(), args.grad_edited = of_edited.data(), args.grad_scale = of_scale.data();
-  args.coefficients = coefficients.data();
-  kernels.backward(args, 0, B);
-  const std::vector<int64_t> first = {0, 2, 4, 5}, order = {0, 3, 1, 4, 2};
-  DirectionBank<T> bank_args = {&args, first.data(), order.data(), 16, (D + 15) / 16, of_bank.data()};
-  kernels.bank(bank_args, 0, N * bank_args.columns_blocks);
+  const std::vector<int64_t> order = {0, 3, 1, 4, 2}, begin = {0, 1, 2, 4, 5}, first = {0, 2, 3, 4};
+  args.order = order.data();
+  for (int64_t run = 0; run < 4; ++run) {
+    args.grad_rows = of_runs.data() + run * E * D;
+    kernels.backward(args, begin[run], begin[run + 1]);
+  }
+  kernels.bank({E * D, first.data(), of_runs.data(), of_bank.data()}, 0, N);
 
   if (sizeof(T) < 8) return;  // finite differences need float64
   const double step = 1e-6;

@@ -54,9 +54,10 @@ def direction_logits(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA.
     """
-    source, edited, bank = _checked_features(source, edited, bank, normalize)
-    individual = _checked_index("individual", individual, source, bank.shape[0], "individuals in bank")
-    source_emotion = _checked_index("source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
+    sizes = checks.Sizes()
+    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize)
+    individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
+    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
     return dispatch(
         "direction_logits", source, edited, bank, individual, source_emotion, normalize=normalize, backend=backend
     )
@@ -108,7 +109,8 @@ def direction_loss(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA; the contrast is ours.
     """
-    source, edited, bank = _checked_features(source, edited, bank, normalize)
+    sizes = checks.Sizes()
+    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize)
     checks.check_scale(scale)
     if isinstance(scale, Tensor):
         checks.check_one_device(source=source, scale=scale)
@@ -116,9 +118,9 @@ def direction_loss(
     if contrast < 0:
         raise ValueError(f"contrast: got {contrast}; takes a number of at least 0")
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    individual = _checked_index("individual", individual, source, bank.shape[0], "individuals in bank")
-    source_emotion = _checked_index("source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
-    target_emotion = _checked_index("target_emotion", target_emotion, source, bank.shape[1], "emotions in bank")
+    individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
+    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
+    target_emotion = _checked_index(sizes, "target_emotion", target_emotion, source, bank.shape[1], "emotions in bank")
     return dispatch(
         "direction_loss",
         source,
@@ -135,8 +137,9 @@ def direction_loss(
     )
 
 
-def _checked_features(source: Tensor, edited: Tensor, bank: Tensor, normalize: bool) -> tuple[Tensor, ...]:
-    sizes = checks.Sizes()
+def _checked_features(
+    sizes: checks.Sizes, source: Tensor, edited: Tensor, bank: Tensor, normalize: bool
+) -> tuple[Tensor, ...]:
     for name, value, dims in (("source", source, "BD"), ("edited", edited, "BD"), ("bank", bank, "NED")):
         checks.check_float(name, value)
         sizes.check(name, value, dims)
@@ -146,11 +149,9 @@ def _checked_features(source: Tensor, edited: Tensor, bank: Tensor, normalize: b
     return features
 
 
-def _checked_index(name: str, index: Tensor, source: Tensor, size: int, of: str) -> Tensor:
+def _checked_index(sizes: checks.Sizes, name: str, index: Tensor, source: Tensor, size: int, of: str) -> Tensor:
     """The index as int64, in range, one for each row of `source`."""
     checks.check_integer(name, index)
-    sizes = checks.Sizes()
-    sizes.check("source", source, "BD")
     sizes.check(name, index, "B")
     checks.check_one_device(source=source, **{name: index})
     index = index.long()
