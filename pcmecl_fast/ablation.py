@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.criterion import PCMECLCriterion
 from pcmecl_fast.data.base import EMOTIONS, FrameDataset
 from pcmecl_fast.data.features import individual_conditions
 from pcmecl_fast.data.synthetic import SyntheticFaces
@@ -38,7 +37,7 @@ from pcmecl_fast.models import ExpressionGenerator
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower
 from pcmecl_fast.run import bank_for, load_clip_for, open_data
 from pcmecl_fast.train.config import AblateConfig, PromptsConfig, TrainConfig
-from pcmecl_fast.train.generator import train_generator
+from pcmecl_fast.train.generator import criterion_for, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
 log = logging.getLogger("pcmecl_fast")
@@ -152,9 +151,7 @@ def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) 
         assert isinstance(unseen, SyntheticFaces)
         prompts, bank = _bank(clip, dataset, config, supervision)
         criterion = (
-            PCMECLCriterion(clip, bank, contrast=config.contrast)
-            if supervision.differencing
-            else DirectCriterion(clip, bank)
+            criterion_for(clip, bank, dataset, config) if supervision.differencing else DirectCriterion(clip, bank)
         )
         generator, _ = train_generator(clip, bank, dataset, config, criterion=criterion)
         everyone = SyntheticFaces(

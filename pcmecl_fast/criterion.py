@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
+from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.features import Features
 from pcmecl_fast.prompts.bank import PromptBank
 
 
@@ -17,6 +20,11 @@ class PCMECLCriterion(nn.Module):
     """direction_loss on frames: CLIP's view of the edit must change as the individual's prompts change.
 
         loss = direction_loss(CLIP(source), CLIP(edited), bank, individual, a, b)        (ops.direction_loss)
+             + strength · mean relu(1 − ⟨unit(CLIP(edited)) − unit(CLIP(source)), unit(d)⟩ / lengths[a, b])
+        d    = bank[individual, b] − bank[individual, a]
+
+    A direction says nothing about how far to go, so whatever keeps the frames as they are shortens the edits for free.
+    The second term, off by default, asks for as much of the text's direction as real changes have (`real_lengths`).
 
     The bank is a buffer (one on disk stays there: a call reads its rows), the clip is frozen; nothing is trained here.
     Gradients reach the edited frames only: source features are computed without a graph.
@@ -26,15 +34,18 @@ class PCMECLCriterion(nn.Module):
         bank: text features of every individual and emotion.
         contrast: weight of the contrast with the other target emotions, at least 0.
         scale: logit scale of that contrast; None takes CLIP's own.
+        strength: weight of edits that fall short of `lengths`, at least 0.
+        lengths: (E, E), how far changes from emotion a to b go; needed where `strength` is not 0.
         backend: which implementation runs; None leaves the choice to `use_backend`.
 
     Raises:
-        ValueError: the bank belongs to another text tower.
+        ValueError: the bank belongs to another text tower; `lengths` missing, of another shape or not positive.
 
-    Source: the paper's abstract (personalized prompts, feature differencing); the contrast is ours.
+    Source: the paper's abstract (personalized prompts, feature differencing); contrast and strength are ours.
     """
 
     features: Tensor  # (N, E, D); without rows where the bank is on disk
+    lengths: Tensor | None  # (E, E)
 
     def __init__(
         self,
@@ -43,18 +54,29 @@ class PCMECLCriterion(nn.Module):
         *,
         contrast: float = 0.0,
         scale: float | None = None,
+        strength: float = 0.0,
+        lengths: Tensor | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         if bank.tower is not None and bank.tower.text_hash != clip.text_hash():
             raise ValueError(f"bank: made with {bank.tower.name!r} ({bank.tower.pretrained}), not with this clip")
         self.clip = clip
+        emotions = bank.features.shape[1]
+        if strength and lengths is None:
+            raise ValueError("lengths: strength needs them; `real_lengths` measures them on a data set")
+        if lengths is not None and (lengths.shape != (emotions, emotions) or not bool((lengths > 0).all())):
+            raise ValueError(f"lengths: takes ({emotions}, {emotions}) positive numbers, got {tuple(lengths.shape)}")
         self.contrast = contrast
+        self.strength = strength
         self.scale = clip.logit_scale if scale is None else scale
         self.backend = backend
         self._on_disk = bank if bank.on_disk else None
         features = bank.features.new_empty(0, *bank.features.shape[1:]).float() if bank.on_disk else bank.features
         self.register_buffer("features", features.detach().to(clip.device), persistent=False)
+        if lengths is not None:
+            lengths = lengths.detach().to(self.features)
+        self.register_buffer("lengths", lengths, persistent=False)
 
     def forward(
         self,
@@ -104,9 +126,10 @@ class PCMECLCriterion(nn.Module):
         if self._on_disk is not None:
             bank = self._on_disk.lookup(individual, bank.device).to(bank.dtype)
             individual = torch.arange(len(individual), device=bank.device)
-        return ops.direction_loss(
-            source_features.to(bank.dtype),
-            edited_features.to(bank.dtype),
+        source_features, edited_features = source_features.to(bank.dtype), edited_features.to(bank.dtype)
+        loss = ops.direction_loss(
+            source_features,
+            edited_features,
             bank,
             individual,
             source_emotion,
@@ -115,12 +138,83 @@ class PCMECLCriterion(nn.Module):
             contrast=self.contrast,
             backend=self.backend,
         )
+        if self.strength and self.lengths is not None:
+            lengths = self.lengths[source_emotion, target_emotion]
+            direction = bank[individual, target_emotion] - bank[individual, source_emotion]
+            lacking = _lacking(source_features, edited_features, direction, lengths)
+            asked = (source_emotion != target_emotion).to(lacking)
+            loss = loss + self.strength * (lacking * asked).sum() / asked.sum().clamp(min=1)
+        return loss
 
     @staticmethod
     def _per_frame(name: str, index: Tensor, clips: int, length: int) -> Tensor:
         if index.shape != (clips,):
             raise ValueError(f"{name}: takes one index a clip, ({clips},), got {tuple(index.shape)}")
         return index.repeat_interleave(length)
+
+
+def _lacking(
+    source: Tensor,  # (B, D)
+    edited: Tensor,  # (B, D)
+    direction: Tensor,  # (B, D)
+    lengths: Tensor,  # (B,)
+) -> Tensor:  # (B,)
+    """The part of each length by which a change falls short along its direction; 0 beyond it."""
+    change = F.normalize(edited, dim=-1) - F.normalize(source, dim=-1)
+    return F.relu(1 - (change * F.normalize(direction, dim=-1)).sum(-1) / lengths)
+
+
+@torch.no_grad()
+def real_lengths(
+    features: Features,  # (L, D) unit image features of the data set's frames
+    dataset: FrameDataset,
+    bank: PromptBank,
+    *,
+    individuals: int = 512,
+) -> Tensor:  # (E, E)
+    """How far real changes of emotion go along the bank's directions: what `PCMECLCriterion` takes as `lengths`.
+
+        lengths[a, b] = mean ⟨v̄[n, b] − v, unit(that[n, b] − that[n, a])⟩
+
+    over the frames v of emotion a by people n who show b too. Frames are unpaired: v̄ is the mean feature of a person's
+    frames with an emotion, so that speech and pose average out. A change that never occurs, or goes against its
+    direction, takes the mean of the others.
+
+    Args:
+        features: of every frame, in the data set's order.
+        dataset: whose frames.
+        bank: whose directions; it has a row for each individual, or for each frame.
+        individuals: how many people of the data set are looked at, the first ones.
+    """
+    emotions = len(dataset.emotions)
+    chosen = (dataset.individual_index < individuals).nonzero()[:, 0]
+    who, shown = dataset.individual_index[chosen], dataset.emotion_index[chosen]
+    v = features[chosen].float()
+    who, shown = who.to(v.device), shown.to(v.device)
+    count = min(individuals, len(dataset.individuals))
+    cell = who * emotions + shown
+    frames = torch.bincount(cell, minlength=count * emotions)
+    means = v.new_zeros(count * emotions, v.shape[1]).index_add_(0, cell, v) / frames.clamp(min=1)[:, None]
+    means, occurs = means.unflatten(0, (count, emotions)), (frames > 0).unflatten(0, (count, emotions))
+    rows = (
+        bank.rows(dataset.keys)
+        if bank.condition == "frame"
+        else bank.rows(dataset.individuals)[dataset.individual_index]
+    )
+    totals, pairs = v.new_zeros(emotions, emotions), v.new_zeros(emotions, emotions)
+    for part in torch.arange(len(chosen), device=v.device).split(1024):
+        text = bank.lookup(rows[chosen[part.cpu()]], v.device).float()  # (b, E, D)
+        a, n = shown[part], who[part]
+        directions = F.normalize(text - text[torch.arange(len(part), device=v.device), a][:, None], dim=-1)
+        along = ((means[n] - v[part, None]) * directions).sum(-1)
+        totals.index_add_(0, a, along * occurs[n])
+        pairs.index_add_(0, a, occurs[n].to(v.dtype))
+    lengths = totals / pairs.clamp(min=1)
+    # The diagonal is no change.
+    real = (lengths > 0) & ~torch.eye(emotions, dtype=torch.bool, device=v.device)
+    if not bool(real.any()):
+        raise ValueError("dataset: shows no change of emotion that follows the bank's directions")
+    return torch.where(real, lengths, lengths[real].mean())
 
 
 @contextmanager

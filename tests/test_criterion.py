@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from pcmecl_fast import PCMECLCriterion, PromptBank, load_clip, ops
+from pcmecl_fast.criterion import real_lengths
+from pcmecl_fast.data.features import unit_features
+from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.prompts.bank import Tower
 
 N, E = 4, 5
@@ -192,6 +195,76 @@ def test_a_half_clip_takes_a_bank_in_float32(clip):
     source, edited, *labels = sample(3, 3, 32, 32)
     loss = PCMECLCriterion(half, bank_for(clip))(source, edited, *labels)
     torch.testing.assert_close(loss, PCMECLCriterion(clip, bank_for(clip))(source, edited, *labels), rtol=0.1, atol=0.1)
+
+
+# How far edits shall go
+
+
+def test_strength_asks_for_what_is_lacking_of_a_length(clip):
+    bank, (source, edited, individual, a, b) = bank_for(clip), sample(6, 3, 32, 32)
+    b[5] = a[5]
+    lengths = torch.rand(E, E) + 0.05
+    labels = individual, a, b
+    plain = PCMECLCriterion(clip, bank)(source, edited, *labels)
+    found = PCMECLCriterion(clip, bank, strength=0.7, lengths=lengths)(source, edited, *labels)
+    with torch.no_grad():
+        change = F.normalize(clip.encode_image(edited), dim=-1) - F.normalize(clip.encode_image(source), dim=-1)
+    lacking = []
+    for k in range(5):  # the last asks for nothing
+        direction = F.normalize(bank.features[individual[k], b[k]] - bank.features[individual[k], a[k]], dim=0)
+        lacking.append(max(0.0, 1 - float(change[k] @ direction) / float(lengths[a[k], b[k]])))
+    assert abs((found - plain).item() - 0.7 * sum(lacking) / 5) < 1e-4
+
+
+def test_edits_that_go_far_enough_are_free(clip):
+    bank, (source, edited, *labels) = bank_for(clip), sample(3, 3, 32, 32)
+    unchanged = PCMECLCriterion(clip, bank, strength=2.0, lengths=torch.full((E, E), 0.3))
+    without = PCMECLCriterion(clip, bank)
+    torch.testing.assert_close(unchanged(source, source, *labels) - without(source, source, *labels), torch.tensor(2.0))
+    # Along its own change every edit goes all the way.
+    with torch.no_grad():
+        before, after = (F.normalize(clip.encode_image(x), dim=-1) for x in (source, edited))
+    rows = torch.stack([before, after], dim=1)
+    own = PromptBank(rows, ["p", "q", "r"], ["before", "after"], tower=Tower.of(clip))
+    labels = torch.arange(3), torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.long)
+    lengths = (after - before).norm(dim=1).min().expand(2, 2)
+    far = PCMECLCriterion(clip, own, strength=2.0, lengths=0.999 * lengths)(source, edited, *labels)
+    torch.testing.assert_close(far, PCMECLCriterion(clip, own)(source, edited, *labels))
+
+
+def test_real_lengths_are_those_of_the_data(clip):
+    faces = SyntheticFaces(3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, missing=[(1, 2)])
+    seen = unit_features(clip, faces)
+    text = F.normalize(torch.randn(3, 3, clip.embed_dim, generator=torch.Generator().manual_seed(3)), dim=-1)
+    # Directions between random ones and those of the data, so that most changes follow them.
+    for n in range(3):
+        for e in range(3):
+            of = (faces.individual_index == n) & (faces.emotion_index == e)
+            text[n, e] = text[n, e] * 0.1 + (seen[of].mean(0) if of.any() else 0)
+    bank = PromptBank(text, faces.individuals, faces.emotions, tower=Tower.of(clip))
+    found = real_lengths(seen, faces, bank)
+    along = {}
+    for i in range(len(faces)):
+        n, a = int(faces.individual_index[i]), int(faces.emotion_index[i])
+        for b in range(3):
+            of = (faces.individual_index == n) & (faces.emotion_index == b)
+            if b != a and of.any():
+                direction = F.normalize(text[n, b] - text[n, a], dim=0)
+                along.setdefault((a, b), []).append(float((seen[of].mean(0) - seen[i]) @ direction))
+    for (a, b), lengths in along.items():
+        assert abs(float(found[a, b]) - sum(lengths) / len(lengths)) < 1e-5
+    assert (found > 0).all()
+
+
+@pytest.mark.parametrize("lengths", [torch.ones(E, E - 1), torch.zeros(E, E)])
+def test_lengths_are_positive_and_of_every_pair(clip, lengths):
+    with pytest.raises(ValueError, match="lengths: takes"):
+        PCMECLCriterion(clip, bank_for(clip), strength=1.0, lengths=lengths)
+
+
+def test_strength_needs_lengths(clip):
+    with pytest.raises(ValueError, match="lengths: strength needs them"):
+        PCMECLCriterion(clip, bank_for(clip), strength=1.0)
 
 
 # What bad arguments get

@@ -45,10 +45,10 @@ def test_it_starts_near_the_identity_with_a_gradient_everywhere(config):
 
 
 def test_it_can_learn_to_do_something_for_one_emotion_only():
-    model, source = generator(), smooth(2, 16)
+    model, source = generator(), smooth(2, 48)
     target = torch.tensor([0, 1])
     truth = source.clone()
-    truth[1, :, 8:12, 5:11] = 0.5
+    truth[1, :, 24:36, 15:33] = 0.5
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     losses = []
     for _ in range(60):

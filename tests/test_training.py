@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from pcmecl_fast import PromptBank, use_backend
+from pcmecl_fast.clip import load_clip
+from pcmecl_fast.data import features
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.features import LiveFeatures, individual_conditions, unit_features
 from pcmecl_fast.data.synthetic import SyntheticFaces
@@ -94,11 +96,14 @@ def test_stage_one_learns(clip, tmp_path):
     torch.testing.assert_close(bank.features.norm(dim=-1), torch.ones(6, 3))
 
 
-# Training amplifies rounding, and a frame's own features are computed in batches of another size: fewer steps there.
-@pytest.mark.parametrize(("condition", "steps"), [("individual", 200), ("frame", 20)])
+@pytest.mark.parametrize(("condition", "steps"), [("individual", 200), ("frame", 50)])
 def test_stage_one_from_the_store_and_from_frames_are_the_same(
     clip, tmp_path, few_faces, monkeypatch, condition, steps
 ):
+    # Encoded in float64, a frame has the same float32 features whatever else is in its batch: training amplifies any
+    # other rounding.
+    exact, encode = load_clip("tiny-face", dtype=torch.float64), features._encode
+    monkeypatch.setattr(features, "_encode", lambda _, *of: encode(exact, *of))
     config = {"steps": steps, "n_ctx": 8, "condition": condition}
     _, bank, stored = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "store", **config))
     monkeypatch.setattr(stage_one, "frame_features", lambda clip, dataset, _: LiveFeatures(clip, dataset))
@@ -123,19 +128,21 @@ def test_stage_two_takes_the_sources_features_from_the_store(clip, tmp_path, few
     encoded = []
     seen = type(clip).encode_image
     monkeypatch.setattr(type(clip), "encode_image", lambda self, x, **k: encoded.append(len(x)) or seen(self, x, **k))
-    states = {}
+    states, curves = {}, {}
     for backend in ("auto", "reference"):
-        config = train_config(tmp_path / backend, jitter=0.0)
+        config = train_config(tmp_path / backend, jitter=0.0, strength=0.0)
         with use_backend(backend):
             _, bank, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path / backend))
             encoded.clear()
-            generator, _ = train_generator(clip, bank, few_faces(), config)
+            generator, loop = train_generator(clip, bank, few_faces(), config)
         # Three steps of four frames: edits only from the store, edits and sources without it.
         assert sum(encoded) == (12 if backend == "auto" else 24)
         states[backend] = generator.state_dict()
+        curves[backend] = torch.tensor(loop.curves["stage 2/loss"])
+    torch.testing.assert_close(curves["auto"], curves["reference"], rtol=1e-4, atol=1e-4)
     for name, value in states["auto"].items():
         # As a whole: Adam turns the rounding of a gradient near 0 into a step of any sign.
-        assert (value - states["reference"][name]).norm() <= 5e-3 * states["reference"][name].norm() + 1e-5
+        assert (value - states["reference"][name]).norm() <= 0.05 * states["reference"][name].norm() + 1e-5
 
 
 def test_prompts_become_personal(clip, tmp_path, few_faces):

@@ -103,6 +103,8 @@ class GeneratorOptions:
     """Learning rate of the critic (Adam)."""
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
+    strength: float = 1.0
+    """Weight of edits that go less far than real changes do inside PCMECL's loss."""
     jitter: float = 0.06
     """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
     w_pcmecl: float = 13.0

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.criterion import PCMECLCriterion
+from pcmecl_fast.criterion import PCMECLCriterion, real_lengths
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
@@ -68,7 +68,7 @@ def train_generator(
     torch.manual_seed(config.seed)
     generator = ExpressionGenerator(len(dataset.emotions), config.generator).to(device)
     critic = PatchDiscriminator().to(device)
-    criterion = criterion or PCMECLCriterion(clip, bank, contrast=config.contrast)
+    criterion = criterion or criterion_for(clip, bank, dataset, config)
     reader = _reader_for(dataset, config, device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
@@ -155,6 +155,14 @@ def train_generator(
         if preview is not None and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(generator))
     return generator.eval().requires_grad_(False), loop
+
+
+def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: TrainConfig) -> PCMECLCriterion:
+    """PCMECL's loss as the configuration wants it; the lengths of changes are those of the data set."""
+    lengths = None
+    if config.strength:
+        lengths = real_lengths(frame_features(clip, dataset, config), dataset, bank)
+    return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=config.strength, lengths=lengths)
 
 
 def _reader_for(dataset: FrameDataset, config: TrainConfig, device: torch.device) -> FaceReader | None:
