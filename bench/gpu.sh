@@ -4,6 +4,7 @@
 #     bench/gpu.sh [folder of wheels]
 #
 # The wheels (open_clip_torch, ftfy, wcwidth, and what else the machine lacks) are installed into a folder of their own.
+# $PARTS names what to do, by default "build tests sanitizer compare steps scaling": each has its own share of the time.
 # Results go to $OUT, else to bench/results/<the GPU's name>. No part stops the others; the exit status says whether all
 # tests passed. $PYTHON names the interpreter, python3 by default; it needs torch, triton and pytest.
 set -uo pipefail
@@ -20,6 +21,10 @@ name=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" 
 out=${OUT:-bench/results/$name}
 mkdir -p "$out"
 failed=0
+
+wanted() { # part: whether it is to be done
+    [[ " ${PARTS:-build tests sanitizer compare steps scaling} " == *" $1 "* ]]
+}
 
 part() { # seconds, log file, command: runs it, prints its end, remembers a failure
     local seconds=$1 log=$out/$2
@@ -39,18 +44,29 @@ part() { # seconds, log file, command: runs it, prints its end, remembers a fail
 } >"$out/machine.txt" 2>&1
 cat "$out/machine.txt"
 
-if grep -q ext_modules setup.py; then
-    part 180 build.txt "$python" setup.py build_ext --inplace || failed=1
+if wanted build; then
+    part 120 build.txt "$python" setup.py build_ext --inplace || failed=1
 fi
 part 20 backends.txt "$python" -m pcmecl_fast.cli backends
-part 240 tests.txt "$python" -m pytest -q tests/test_kernels.py tests/test_ops_cuda.py tests/test_graphs.py || failed=1
-if command -v compute-sanitizer >/dev/null && [ "$name" != no-gpu ]; then
-    part 90 sanitizer.txt compute-sanitizer --error-exitcode 9 "$python" -m pytest -q tests/test_ops_cuda.py -k "gives_what" \
-        || failed=1
+if wanted tests; then
+    part 130 tests.txt "$python" -m pytest -q tests/test_kernels.py tests/test_ops_cuda.py tests/test_graphs.py || failed=1
 fi
-if [ -f bench/compare.py ]; then
-    device=cuda
-    [ "$name" = no-gpu ] && device=cpu
-    part 240 compare.txt "$python" -m bench.compare --all --device "$device" --json "$out/compare.json"
+if wanted sanitizer && command -v compute-sanitizer >/dev/null && [ "$name" != no-gpu ]; then
+    for tool in memcheck racecheck; do
+        part 40 "sanitizer-$tool.txt" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -m pytest -q tests/test_ops_cuda.py -k gives_what || failed=1
+    done
+fi
+if wanted compare; then
+    # Without a GPU the towers alone would take longer than all that is meant to run here: the operators show the way.
+    compared=(--all --device cuda)
+    [ "$name" = no-gpu ] && compared=(direction_loss correlation_loss clip_frames tree_attention --device cpu)
+    part 130 compare.txt "$python" -m bench.compare "${compared[@]}" --json "$out/compare.json" || failed=1
+fi
+if wanted steps && [ "$name" != no-gpu ]; then
+    part 60 steps.txt "$python" -m bench.steps --device cuda --json "$out/steps.json" || failed=1
+fi
+if wanted scaling && [ "$name" != no-gpu ]; then
+    part 60 scaling.txt "$python" -m bench.scaling --seconds 0.3 --device cuda --json "$out/scaling.json" || failed=1
 fi
 exit $failed
