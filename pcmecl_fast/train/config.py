@@ -103,11 +103,11 @@ class GeneratorOptions:
     """Learning rate of the critic (Adam)."""
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
-    strength: float = 1.0
+    strength: float = 0.4
     """Weight of edits that go less far than real changes do inside PCMECL's loss."""
     jitter: float = 0.06
     """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
-    w_pcmecl: float = 13.0
+    w_pcmecl: float = 7.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
     """Weight of looking like a real frame."""
@@ -119,13 +119,13 @@ class GeneratorOptions:
     """Weight of naming the emotion that the source shows (cross entropy), which the generator has to know."""
     w_smooth: float = 50.0
     """Weight of the total variation of the fields that move and shade the face."""
-    w_folding: float = 25.0
+    w_folding: float = 35.0
     """Weight of moving neighbours apart by more than skin stretches."""
     w_shading: float = 200.0
     """Weight of the mean absolute shade: thin lines are cheap, patches that paint a brow over are not."""
     w_person: float = 5.0
     """Drawn faces: weight of being the same person to the frozen reader."""
-    w_speech: float = 28.0
+    w_speech: float = 45.0
     """Drawn faces: weight of saying the same to the frozen reader; with w_person 0 too, pixels are compared instead."""
     w_identity: float = 1.5
     """Other faces: weight of few changed pixels, and the same colours and shapes from afar."""
