@@ -10,7 +10,7 @@ setup: $(READY)
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
-	$(RUN)/python -m pip install --quiet "torch>=2.11"
+	$(RUN)/python -m pip install --quiet "torch>=2.11" torchvision
 	# Built against the torch that was just installed, not against one that pip would fetch for the build alone.
 	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,video,dev]"
 	touch $@

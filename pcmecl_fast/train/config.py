@@ -19,7 +19,7 @@ class DataConfig:
     """Side in pixels that frames are brought to."""
     emotions: list[str] | None = None
     """Emotions to use, in this order; by default those that the data has."""
-    individuals: int = 100
+    individuals: int = 200
     """synthetic: how many people to draw for training."""
     clips: int = 2
     """synthetic: clips for each individual and emotion."""
