@@ -26,6 +26,9 @@ NAMES = ("reference", "cpu", "triton", "cuda", "auto")
 logger = logging.getLogger("pcmecl_fast")
 
 _in_context: ContextVar[str | None] = ContextVar("pcmecl_fast_backend", default=None)
+# The same where torch.compile traces: it guards a module's variable, but no context variable in every version. Threads
+# that compile under different backends at a time have to name them in the calls.
+_while_compiling: str | None = None
 _implementations: dict[tuple[str, str], Implementation] = {}
 _fused: dict[str, Callable[..., Tensor]] = {}
 _missing: dict[str, Callable[[], str | None]] = {}
@@ -132,17 +135,20 @@ def dispatch(operator: str, *args: Any, backend: str | None, **kwargs: Any) -> T
 
 @contextmanager
 def _use_backend(name: str) -> Iterator[None]:
-    token = _in_context.set(name)
+    global _while_compiling
+    token, before = _in_context.set(name), _while_compiling
+    _while_compiling = name
     try:
         yield
     finally:
         _in_context.reset(token)
+        _while_compiling = before
 
 
 def choose(backend: str | None) -> str:
     if backend is not None:
         return _check_name(backend, "backend")
-    in_context = _in_context.get()
+    in_context = _while_compiling if torch.compiler.is_compiling() else _in_context.get()
     if in_context is not None:
         return in_context
     in_environment = os.environ.get("PCMECL_BACKEND")

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
+"""Kinds of devices that autocast knows: asked once, because torch.compile cannot ask in every version."""
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -80,7 +83,7 @@ def alike(**tensors: Tensor) -> tuple[Tensor, ...]:
 
 def autocast_is_on(kind: str) -> bool:
     """Whether autocast rules on devices of this kind."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind in AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:

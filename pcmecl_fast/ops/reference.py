@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcmecl_fast.ops.checks import AUTOCAST
+
 if TYPE_CHECKING:
     from pcmecl_fast.ops.tree_attention import PromptTree
 
@@ -171,5 +173,4 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 
 def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST else nullcontext()
