@@ -185,6 +185,9 @@ def real_lengths(
         dataset: whose frames.
         bank: whose directions; it has a row for each individual, or for each frame.
         individuals: how many people of the data set are looked at, the first ones.
+
+    Raises:
+        ValueError: no change of emotion in the data set follows the bank's directions.
     """
     emotions = len(dataset.emotions)
     chosen = (dataset.individual_index < individuals).nonzero()[:, 0]

@@ -26,7 +26,7 @@ from pcmecl_fast.prompts import load_prompts
 from pcmecl_fast.run import open_data, run_evaluate, run_train
 from pcmecl_fast.train import prompts as stage_one
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
-from pcmecl_fast.train.generator import draw_references, folding, mouth_loss, train_generator
+from pcmecl_fast.train.generator import criterion_for, draw_references, folding, mouth_loss, train_generator
 from pcmecl_fast.train.loop import Loop
 from pcmecl_fast.train.prompts import learn_prompts, matching_loss
 
@@ -139,7 +139,7 @@ def test_stage_two_takes_the_sources_features_from_the_store(clip, tmp_path, few
         assert sum(encoded) == (12 if backend == "auto" else 24)
         states[backend] = generator.state_dict()
         curves[backend] = torch.tensor(loop.curves["stage 2/loss"])
-    torch.testing.assert_close(curves["auto"], curves["reference"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(curves["auto"], curves["reference"], rtol=1e-3, atol=1e-4)
     for name, value in states["auto"].items():
         # As a whole: Adam turns the rounding of a gradient near 0 into a step of any sign.
         assert (value - states["reference"][name]).norm() <= 0.05 * states["reference"][name].norm() + 1e-5
@@ -313,6 +313,15 @@ def test_a_bank_for_other_emotions_is_refused(clip, stage1, tmp_path, few_faces)
         train_generator(clip, bank, other, train_config(tmp_path))
     with pytest.raises(KeyError, match="individual: 'person-8-000' and 2 more are not among the bank's 3"):
         train_generator(clip, bank, few_faces(seed=8), train_config(tmp_path))
+
+
+def test_without_real_changes_edits_may_be_of_any_length(clip, tmp_path, few_faces, caplog):
+    _, bank, _ = learn_prompts(clip, Numbers([0, 0, 1, 1], [0, 1, 0, 1]), prompts_config(tmp_path / "prompts"))
+    names = Numbers([0, 1], [0, 1])  # nobody shows two emotions
+    with caplog.at_level(logging.WARNING, logger="pcmecl_fast"):
+        criterion = criterion_for(clip, bank, names, train_config(tmp_path))
+    assert criterion.strength == 0
+    assert "edits may be of any length" in caplog.text
 
 
 def test_nan_stops_the_run_with_a_message_and_is_not_saved(clip, tmp_path):

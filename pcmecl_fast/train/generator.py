@@ -68,6 +68,8 @@ def train_generator(
     torch.manual_seed(config.seed)
     generator = ExpressionGenerator(len(dataset.emotions), config.generator).to(device)
     critic = PatchDiscriminator().to(device)
+    by_frame = config.generator.driven_by == "reference"
+    draw = _Batches(dataset, bank, with_reference=by_frame)
     criterion = criterion or criterion_for(clip, bank, dataset, config)
     reader = _reader_for(dataset, config, device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
@@ -93,8 +95,6 @@ def train_generator(
             **{k: v for k, v in vars(config).items() if k not in _FREE_ON_RESUME},
         },
     )
-    by_frame = config.generator.driven_by == "reference"
-    draw = _Batches(dataset, bank, with_reference=by_frame)
     # A random view of the source has features of its own.
     known = None if config.jitter or choose(None) == "reference" else frame_features(clip, dataset, config)
     weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
@@ -161,8 +161,12 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
     """PCMECL's loss as the configuration wants it; the lengths of changes are those of the data set."""
     lengths = None
     if config.strength:
-        lengths = real_lengths(frame_features(clip, dataset, config), dataset, bank)
-    return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=config.strength, lengths=lengths)
+        try:
+            lengths = real_lengths(frame_features(clip, dataset, config), dataset, bank)
+        except ValueError as error:
+            log.warning("stage 2: edits may be of any length (%s)", error)
+    strength = 0.0 if lengths is None else config.strength
+    return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=strength, lengths=lengths)
 
 
 def _reader_for(dataset: FrameDataset, config: TrainConfig, device: torch.device) -> FaceReader | None:
