@@ -21,9 +21,10 @@ from pcmecl_fast.data import features
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.features import LiveFeatures, individual_conditions, unit_features
 from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.models.generator import GeneratorConfig
+from pcmecl_fast.models.generator import ExpressionGenerator, GeneratorConfig
 from pcmecl_fast.prompts import load_prompts
 from pcmecl_fast.run import open_data, run_evaluate, run_train
+from pcmecl_fast.train import generator as stage_two
 from pcmecl_fast.train import prompts as stage_one
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
 from pcmecl_fast.train.generator import criterion_for, draw_references, folding, mouth_loss, train_generator
@@ -124,13 +125,23 @@ def test_stage_one_with_trees_and_store_is_the_reference(clip, tmp_path, few_fac
     torch.testing.assert_close(bank.features, expected.features, rtol=0, atol=1e-3)
 
 
+def far_from_the_identity(*args):
+    """A generator whose edits are no rounding, and fall between the pixels."""
+    generator = ExpressionGenerator(*args)
+    torch.nn.init.constant_(generator.pose.bias, 0.3)
+    for field in (generator.flow, generator.shade):
+        torch.nn.init.normal_(field, std=0.5)
+    return generator
+
+
 def test_stage_two_takes_the_sources_features_from_the_store(clip, tmp_path, few_faces, monkeypatch):
     encoded = []
     seen = type(clip).encode_image
     monkeypatch.setattr(type(clip), "encode_image", lambda self, x, **k: encoded.append(len(x)) or seen(self, x, **k))
     states, curves = {}, {}
+    monkeypatch.setattr(stage_two, "ExpressionGenerator", far_from_the_identity)
     for backend in ("auto", "reference"):
-        config = train_config(tmp_path / backend, jitter=0.0, strength=0.0)
+        config = train_config(tmp_path / backend, jitter=0.0, strength=0.0, lr=1e-4)
         with use_backend(backend):
             _, bank, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path / backend))
             encoded.clear()
@@ -139,10 +150,10 @@ def test_stage_two_takes_the_sources_features_from_the_store(clip, tmp_path, few
         assert sum(encoded) == (12 if backend == "auto" else 24)
         states[backend] = generator.state_dict()
         curves[backend] = torch.tensor(loop.curves["stage 2/loss"])
-    torch.testing.assert_close(curves["auto"], curves["reference"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(curves["auto"], curves["reference"], rtol=1e-4, atol=1e-4)
     for name, value in states["auto"].items():
         # As a whole: Adam turns the rounding of a gradient near 0 into a step of any sign.
-        assert (value - states["reference"][name]).norm() <= 0.05 * states["reference"][name].norm() + 1e-5
+        assert (value - states["reference"][name]).norm() <= 5e-3 * states["reference"][name].norm() + 1e-5
 
 
 def test_prompts_become_personal(clip, tmp_path, few_faces):
