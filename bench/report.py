@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, its pictures and the README's table from the files under bench/results/.
+"""Writes docs/performance.md, its pictures, and the tables of the README and of docs/ablation.md from bench/results/.
 
     python -m bench.report [--check]
 
@@ -34,6 +34,25 @@ STALE = " ⚠"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#bab0ac")
 
+_JUDGED = (
+    "personal_style_error", "style_correlation", "expression_error", "emotion_accuracy", "edit_strength",
+    "identity_similarity", "mouth_error",
+)  # fmt: skip
+_ABLATION_TABLES = {
+    "People seen in training": _JUDGED,
+    "People never seen": tuple(f"unseen_{measure}" for measure in _JUDGED),
+    "The prompts alone, for people never seen": ("direction_top1", "direction_cosine", "gap", "gap_of_changes"),
+}
+_GENERIC_DIRECT, _PCMECL = "generic, direct", "personalized, differencing"
+_FIVE = ("none", _GENERIC_DIRECT, "generic, differencing", "personalized, direct", _PCMECL)
+_IDEAS = (  # what, from, to
+    ("personalizing, under direct similarity", _GENERIC_DIRECT, "personalized, direct"),
+    ("personalizing, under differencing", "generic, differencing", _PCMECL),
+    ("differencing, with a generic prompt", _GENERIC_DIRECT, "generic, differencing"),
+    ("differencing, with personalized prompts", "personalized, direct", _PCMECL),
+    ("both: PCMECL", _GENERIC_DIRECT, _PCMECL),
+)
+
 METHOD = """# What is measured, and how
 
 This page is written by `python -m bench.report` from the files under `bench/results/`. What is marked ⚠ was measured
@@ -54,7 +73,7 @@ before one of the files that it depends on changed.
 
 @dataclass
 class Options:
-    """Write docs/performance.md and the README's table from bench/results/."""
+    """Write docs/performance.md and the tables of the README and docs/ablation.md from bench/results/."""
 
     check: bool = False
     """Write nothing; fail where something would change."""
@@ -99,7 +118,13 @@ def pages() -> Iterator[tuple[Path, bytes]]:
             yield picture, drawn
             parts += scaling_section(results["scaling"], exponents, picture)
     yield DOCS / "performance.md", ("\n".join(parts).rstrip() + "\n").encode()
-    yield ROOT / "README.md", readme().encode()
+    yield ROOT / "README.md", filled(ROOT / "README.md", readme_table()).encode()
+    ablation = RESULTS / "ablation" / "summary.json"
+    if ablation.exists():
+        yield (
+            DOCS / "ablation.md",
+            filled(DOCS / "ablation.md", ablation_tables(json.loads(ablation.read_text()))).encode(),
+        )
 
 
 def compare_section(results: dict[str, Any]) -> list[str]:
@@ -145,18 +170,49 @@ def scaling_section(results: dict[str, Any], exponents: dict[str, str], picture:
     return [*lines, "", f"`{results['command']}`: {_machine(results)}\n"]
 
 
-def readme() -> str:
-    """The README with the table between its markers made anew."""
-    text = (ROOT / "README.md").read_text()
+def filled(page: Path, lines: Sequence[str]) -> str:
+    """The page with what stands between its markers made anew."""
+    text = page.read_text()
     if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md: lacks the markers {BEGIN} and {END}")
+        raise ValueError(f"{page.name}: lacks the markers {BEGIN} and {END}")
     before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1]
+
+
+def readme_table() -> list[str]:
     lines = ["| what | against | faster by | memory | measured on |", "|---|---|--:|--:|---|"]
     for folder in sorted(path for path in RESULTS.iterdir() if (path / "compare.json").exists()):
         for key, result in json.loads((folder / "compare.json").read_text()).items():
             lines += _readme_rows(key, result, folder.name)
-    return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after
+    return lines
+
+
+def ablation_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each regime every measure of every supervision, and what each idea changes."""
+    lines: list[str] = []
+    for regime, group in groupby(rows, lambda row: row["regime"]):
+        own = list(group)
+        named = {row["supervision"]: row for row in own}
+        lines += ["", f"### Regime: {regime}", ""]
+        for people, measures in _ABLATION_TABLES.items():
+            lines += [f"{people}; mean ± standard error of {own[0]['seeds']} seeds:", ""]
+            lines += _table(
+                "supervision", measures, {k: [_mean_and_sem(row[m]) for m in measures] for k, row in named.items()}
+            )
+        ideas = {idea: (named[before], named[after]) for idea, before, after in _IDEAS}
+        ideas |= {f"PCMECL with {k}": (named[_PCMECL], row) for k, row in named.items() if k not in _FIVE}
+        lines += [
+            "What each idea changes; people seen in training, mean ± standard error of the seeds' differences:",
+            "",
+        ]
+        lines += _table("idea", _JUDGED, {k: [_difference(a[m], b[m]) for m in _JUDGED] for k, (a, b) in ideas.items()})
+    return lines
+
+
+def _table(first: str, measures: Sequence[str], rows: dict[str, list[str]]) -> list[str]:
+    names = [measure.removeprefix("unseen_").replace("_", " ") for measure in measures]
+    lines = ["| " + " | ".join([first, *names]) + " |", "|---|" + "--:|" * len(names)]
+    return lines + ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items()] + [""]
 
 
 def draw_steps(rows: Sequence[dict[str, Any]]) -> bytes:
@@ -242,6 +298,18 @@ def _readme_rows(key: str, result: dict[str, Any], machine: str) -> list[str]:
         memory = f"{row['peak_mb']:.0f} → {ours['peak_mb']:.0f} MB" if "peak_mb" in ours else ""
         lines.append(f"| {result['what']}{mark} | {row['side']} | {_ratio(row['ratio'])} | {memory} | {machine} |")
     return lines
+
+
+def _mean_and_sem(value: dict[str, Any]) -> str:
+    return f"{value['mean']:.3f}" + ("" if value["sem"] is None else f" ± {value['sem']:.3f}")
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Seed by seed: the data and the people are the same on both sides."""
+    change = np.subtract(after["values"], before["values"])
+    if len(change) < 2:
+        return f"{change.mean():+.3f}"
+    return f"{change.mean():+.3f} ± {change.std(ddof=1) / math.sqrt(len(change)):.3f}"
 
 
 def _ratio(value: float) -> str:

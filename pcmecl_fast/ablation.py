@@ -12,7 +12,12 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
+import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -34,9 +40,9 @@ from pcmecl_fast.evaluate.judge import load_judge
 from pcmecl_fast.evaluate.metrics import zero_shot_features
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.models import ExpressionGenerator
-from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower
+from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower, load_prompts
 from pcmecl_fast.run import bank_for, load_clip_for, open_data
-from pcmecl_fast.train.config import AblateConfig, PromptsConfig, TrainConfig
+from pcmecl_fast.train.config import AblateConfig, PromptsConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import criterion_for, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
@@ -45,13 +51,21 @@ log = logging.getLogger("pcmecl_fast")
 REGIMES = {"every emotion": 0, "scarcity": 2}
 """Emotions that each individual lacks in training; scarcity is judged on exactly these."""
 
+_UNSEEN = 40
+"""People whom no training has seen."""
+_TRIALS = 1680
+"""Edits that are judged: 40 people × 7 emotions shown × 6 emotions asked for."""
+
 MEASURES = {
-    "personal_style_error": "Error of the edit's action units less everybody's mean for that emotion",
+    "personal_style_error": "Error of a person's mean action units over all edits to an emotion, against their own",
+    "style_correlation": "Correlation of the same means, less everybody's mean for the emotion, with the truth's",
     "expression_error": "Mean absolute error of the action units read from the edit, against the true ones",
     "emotion_accuracy": "Edits in which the independent classifier sees the target emotion",
     "identity_similarity": "Cosine of identity vectors read from edit and source",
+    "edit_strength": "How far the read change of action units goes along the true one; 1 is as far",
     "mouth_error": "Mouth openness and spread read from the edit, against the source's speech",
     "direction_top1": "Visual changes whose own individual's and emotion's text change is the nearest of all",
+    "direction_cosine": "Mean cosine of a visual change and the same person's same change of text",
     "gap": "Distance of the mean image feature from the mean text feature",
     "gap_of_changes": "The same of unit changes of features: what is left of the gap after differencing",
 }
@@ -78,6 +92,7 @@ MAIN = (
 )
 AROUND = (
     Supervision("contrast 0", options={"contrast": 0.0}),
+    Supervision("strength 0", options={"strength": 0.0}),
     Supervision("context per emotion", options={"context": "per-emotion"}),
     Supervision("condition frame", options={"condition": "frame"}),
     Supervision("negatives within", options={"negatives": "within"}),
@@ -116,12 +131,21 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
     A run that was killed goes on with the trainings that are missing.
     """
     config.out.mkdir(parents=True, exist_ok=True)
-    supervisions = MAIN if config.quick else (*MAIN, *AROUND)
     seeds = range(1 if config.quick else config.seeds)
-    jobs = [(regime, s, seed) for seed in seeds for regime in REGIMES for s in supervisions]
-    results: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for regime, supervision, seed in tqdm(jobs, desc="ablation", unit="training"):
-        results.setdefault((regime, supervision.name), []).append(_kept(config, regime, supervision, seed))
+    # The five main ones of every seed come first: they can be read before the rest is done.
+    jobs = [
+        _Job(config, regime, supervision, seed)
+        for supervisions in ([MAIN] if config.quick else [MAIN, AROUND])
+        for seed in seeds
+        for regime in REGIMES
+        for supervision in supervisions
+    ]
+    measured: dict[int, dict[str, float]] = {}
+    for index, measures in tqdm(_measured(config, jobs), total=len(jobs), desc="ablation", unit="training"):
+        measured[index] = measures
+        results: dict[tuple[str, str], list[dict[str, float]]] = {}
+        for k in sorted(measured):
+            results.setdefault((jobs[k].regime, jobs[k].supervision.name), []).append(measured[k])
         rows = summarize(results)
         write_atomically(config.out / "summary.json", (json.dumps(rows, indent=1) + "\n").encode())
     show(rows)
@@ -130,41 +154,40 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
 
 
 def summarize(results: dict[tuple[str, str], list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A row for each regime and supervision: mean and standard error over the seeds of every measure."""
+    """A row for each regime and supervision: every measure's mean, standard deviation and standard error over seeds."""
     rows = []
     for (regime, name), measured in results.items():
         row: dict[str, Any] = {"regime": regime, "supervision": name, "seeds": len(measured)}
         for measure in measured[0]:
             values = torch.tensor([each[measure] for each in measured], dtype=torch.float64)
-            sem = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else None
-            row[measure] = {"mean": float(values.mean()), "sem": sem}
+            std = float(values.std()) if len(values) > 1 else None
+            sem = None if std is None else std / math.sqrt(len(values))
+            row[measure] = {"mean": float(values.mean()), "std": std, "sem": sem, "values": values.tolist()}
         rows.append(row)
-    return rows
+    regimes = [row["regime"] for row in rows]
+    return sorted(rows, key=lambda row: regimes.index(row["regime"]))
 
 
 def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) -> dict[str, float]:
     """One training, and every measure of it."""
     with ops.use_backend(config.backend):
         clip = load_clip_for(config)
-        dataset, unseen = open_data(config)
+        dataset, _ = open_data(config)
         assert isinstance(dataset, SyntheticFaces)
-        assert isinstance(unseen, SyntheticFaces)
         prompts, bank = _bank(clip, dataset, config, supervision)
         criterion = (
             criterion_for(clip, bank, dataset, config) if supervision.differencing else DirectCriterion(clip, bank)
         )
         generator, _ = train_generator(clip, bank, dataset, config, criterion=criterion)
-        everyone = SyntheticFaces(
-            config.individuals, clips=1, frames_per_clip=2, seed=2 * config.seed + 1, size=config.size
-        )
+        common: dict[str, Any] = {"emotions": dataset.emotions, "size": config.size, "clips": 1, "frames_per_clip": 1}
+        everyone = SyntheticFaces(config.individuals, seed=2 * config.seed + 1, **common)
+        # Other people for each seed, so that the error bars tell how much they matter; nobody trains on even seeds.
+        unseen = SyntheticFaces(_UNSEEN, seed=2 * config.seed + 1000, **common)
         measures = judge_style(generator, everyone, _targets(dataset, everyone, regime))
         unseen_measures = judge_style(generator, unseen, _targets(None, unseen, regime))
         measures |= {f"unseen_{name}": value for name, value in unseen_measures.items()}
-        if prompts is not None:
-            held = bank_for(bank, prompts, unseen, clip, config)
-            measures |= judge_prompts(clip, held, unseen, config)
-        else:
-            measures |= judge_prompts(clip, _generic(clip, unseen), unseen, config)
+        held = _generic(clip, unseen) if prompts is None else bank_for(bank, prompts, unseen, clip, config)
+        measures |= judge_prompts(clip, held, unseen, config)
     return measures
 
 
@@ -176,27 +199,33 @@ def judge_style(
 ) -> dict[str, float]:
     """Measures of edits against paired truth, personal style among them."""
     judge, device = load_judge(), next(generator.parameters()).device
-    read_units, true_units, sums = (
-        [],
-        [],
-        dict.fromkeys(("emotion_accuracy", "identity_similarity", "mouth_error"), 0.0),
-    )
+    named = torch.tensor([EMOTIONS.index(emotion) for emotion in faces.emotions])
+    read_units, true_units, followed, asked = [], [], 0.0, 0.0
+    sums = dict.fromkeys(("emotion_accuracy", "identity_similarity", "mouth_error"), 0.0)
     for index, target in zip(*(part.split(128) for part in trials), strict=True):
         frames = faces.frames(index)
         edited = generator(frames.to(device), target.to(device)).cpu()
         seen, source = judge(edited), judge(frames)
+        true = faces.true_action_units(index, target)
         read_units.append(seen.action_units)
-        true_units.append(faces.true_action_units(index, target))
-        sums["emotion_accuracy"] += float((seen.emotion.argmax(1) == target).sum())
+        true_units.append(true)
+        wanted = true - faces.parameters.action_units[index]
+        followed += float(((seen.action_units - source.action_units) * wanted).sum())
+        asked += float(wanted.square().sum())
+        sums["emotion_accuracy"] += float((seen.emotion.argmax(1) == named[target]).sum())
         sums["identity_similarity"] += float(F.cosine_similarity(seen.identity, source.identity).sum())
         error = (seen.speech - faces.parameters.speech[index]).abs() / torch.tensor([1.0, 2.0])
         sums["mouth_error"] += float(error.mean(1).sum())
     read, true, target = torch.cat(read_units), torch.cat(true_units), trials[1]
-    style = _less_the_mean(read, target) - _less_the_mean(true, target)
+    emotions = len(faces.emotions)
+    cells, cell = (faces.individual_index[trials[0]] * emotions + target).unique(return_inverse=True)
+    (pattern, style), (own, own_style) = (_patterns(units, cell, cells % emotions) for units in (read, true))
     return {
-        "personal_style_error": float(style.abs().mean()),
+        "personal_style_error": float((pattern - own).abs().mean()),
+        "style_correlation": float(F.cosine_similarity(style.flatten(), own_style.flatten(), dim=0)),
         "expression_error": float((read - true).abs().mean()),
         **{name: value / len(target) for name, value in sums.items()},
+        "edit_strength": followed / asked,
     }
 
 
@@ -219,6 +248,7 @@ def judge_prompts(clip: Clip, bank: PromptBank, faces: SyntheticFaces, config: T
     once = (before < after).repeat(count)  # both ways of every change would cancel
     return {
         "direction_top1": float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()),
+        "direction_cosine": float((visual_change * text_change).sum(-1).mean()),
         "gap": float((visual.flatten(0, 1).mean(0) - text.flatten(0, 1).mean(0)).norm()),
         "gap_of_changes": float((visual_change[once].mean(0) - text_change[once].mean(0)).norm()),
     }
@@ -258,28 +288,99 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def _kept(config: AblateConfig, regime: str, supervision: Supervision, seed: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class _Job:
+    config: AblateConfig
+    regime: str
+    supervision: Supervision
+    seed: int
+
+
+def _measured(config: AblateConfig, jobs: list[_Job]) -> Iterator[tuple[int, dict[str, float]]]:
+    """Each job's index and measures, in the order in which they become known."""
+    threads = torch.get_num_threads()
+    workers = config.workers or (1 if _on_gpu(config) else min(threads, 8))
+    if workers == 1:
+        for index, job in enumerate(jobs):
+            yield index, _kept(job)
+        return
+    with (
+        _silent_children(),
+        ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=torch.set_num_threads,
+            initargs=(max(1, threads // workers),),
+        ) as pool,
+    ):
+        running = {pool.submit(_kept, job): index for index, job in enumerate(jobs)}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_gpu(config: AblateConfig) -> bool:
+    return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+
+
+@contextmanager
+def _silent_children() -> Iterator[None]:
+    """Processes that are started in here draw no progress bars: one bar is enough."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before
+
+
+def _kept(job: _Job) -> dict[str, float]:
     """The measures of one training: from its file, or made now."""
+    config, supervision = job.config, job.supervision
     options = {f.name: getattr(config, f.name) for f in TrainConfig.__dataclass_fields__.values()}
-    steps = config.quick_steps if config.quick else config.steps
-    folder = config.out / "trainings" / f"{regime} - {supervision.name} - {seed}".replace(" ", "-").replace(",", "")
+    name = f"{job.regime} - {supervision.name} - {job.seed}".replace(" ", "-").replace(",", "")
+    folder = config.out / "trainings" / name
     trained = replace(
         TrainConfig(**options),
-        out=folder, features=config.out / "features", seed=seed, steps=steps, missing=REGIMES[regime],
+        out=folder,
+        features=config.out / "features",
+        seed=job.seed,
+        steps=config.quick_steps if config.quick else config.steps,
+        missing=REGIMES[job.regime],
         **supervision.options,
-    )  # fmt: skip
+    )
     if supervision.nothing:
         trained.w_pcmecl = 0.0
-    key = hashlib.blake2b(repr(sorted(asdict(trained).items())).encode(), digest_size=8).hexdigest()
+    elif not supervision.differencing:
+        trained.w_pcmecl = config.w_direct
+    stage1 = _stage_one(trained)
+    trained.prompts = config.out / "prompts" / _digest(stage1)
+    key = _digest(trained)
     file = folder / "measures.json"
     if file.exists() and (kept := json.loads(file.read_text()))["config"] == key:
         return kept["measures"]
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    measures = train_and_judge(trained, regime, supervision)
+    measures = train_and_judge(trained, job.regime, supervision)
     measures["seconds"] = time.monotonic() - started
     write_atomically(file, json.dumps({"config": key, "measures": measures}, indent=1).encode())
     return measures
+
+
+def _stage_one(config: TrainConfig) -> PromptsConfig:
+    shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
+    return PromptsConfig(**shared | {"steps": config.prompt_steps, "out": config.prompts or config.out / "prompts"})
+
+
+def _digest(config: RunConfig) -> str:
+    """Of what a training depends on: where its files are is not part of it."""
+    options = sorted((k, v) for k, v in asdict(config).items() if k not in ("out", "features", "prompts"))
+    return hashlib.blake2b(repr(options).encode(), digest_size=8).hexdigest()
 
 
 def _bank(
@@ -287,10 +388,15 @@ def _bank(
 ) -> tuple[PersonalizedPrompts | None, PromptBank]:
     if not supervision.personalized:
         return None, _generic(clip, dataset)
-    shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
-    shared |= {"steps": config.prompt_steps, "out": config.out / "prompts"}
-    prompts, bank, _ = learn_prompts(clip, dataset, PromptsConfig(**shared))
-    return prompts, bank
+    stage1 = _stage_one(config)
+    stage1.out.mkdir(parents=True, exist_ok=True)
+    # Supervisions that share their prompts learn them once, whichever process comes first.
+    with FileLock(stage1.out / "lock"):
+        file = stage1.out / "prompts.safetensors"  # what is written last
+        if not file.exists():
+            return learn_prompts(clip, dataset, stage1)[:2]
+        prompts, _ = load_prompts(file, clip)
+        return prompts, PromptBank.load(stage1.out / "bank.safetensors", clip, on_disk=config.condition == "frame")
 
 
 def _generic(clip: Clip, dataset: FrameDataset) -> PromptBank:
@@ -308,21 +414,28 @@ def _targets(trained_on: SyntheticFaces | None, faces: SyntheticFaces, regime: s
     if regime == "scarcity" and trained_on is not None:
         lacks = ~trained_on.available()
         wanted &= lacks[faces.individual_index[index], target]
-    chosen = wanted.nonzero()[:, 0]
-    # A few hundred say enough; spread over everybody.
-    chosen = chosen[torch.linspace(0, len(chosen) - 1, min(len(chosen), 840)).long()]
+    chosen = wanted.nonzero()[:_TRIALS, 0]  # whole people, one after the other
     return index[chosen], target[chosen]
 
 
-def _less_the_mean(
+def _patterns(
     units: Tensor,  # (T, A, 2)
-    target: Tensor,  # (T,)
-) -> Tensor:
-    """Each trial's action units less the mean of its target's: what is personal in them."""
-    flat = units.flatten(1)
-    total = torch.zeros(len(EMOTIONS), flat.shape[1]).index_add_(0, target, flat)
-    mean = total / torch.bincount(target, minlength=len(EMOTIONS)).clamp(min=1)[:, None]
-    return flat - mean[target]
+    cell: Tensor,  # (T,) int in [0, C)
+    target: Tensor,  # (C,) int, the emotion of each cell
+) -> tuple[Tensor, Tensor]:  # (C, A, 2) each
+    """Mean action units of each cell, a person with an emotion; and these less everybody's mean for the emotion."""
+    pattern = _means(units, cell, len(target))
+    return pattern, pattern - _means(pattern, target, int(target.max()) + 1)[target]
+
+
+def _means(
+    values: Tensor,  # (T, ...)
+    group: Tensor,  # (T,) int in [0, groups)
+    groups: int,
+) -> Tensor:  # (groups, ...)
+    total = values.new_zeros(groups, *values.shape[1:]).index_add_(0, group, values)
+    count = torch.bincount(group, minlength=groups).clamp(min=1)
+    return total / count.view(-1, *[1] * (values.ndim - 1))
 
 
 def _cell(value: dict[str, float | None]) -> str:

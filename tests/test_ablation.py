@@ -13,9 +13,15 @@ from pcmecl_fast.models.generator import GeneratorConfig
 from pcmecl_fast.train.config import AblateConfig
 
 
-def small(out, **options):
+@pytest.fixture(autouse=True)
+def few_unseen(monkeypatch):
+    monkeypatch.setattr(ablation, "_UNSEEN", 4)
+
+
+def small(out, **given):
     generator = GeneratorConfig(fields=4, hidden=16)
-    options = {"individuals": 4, "clips": 1, "frames_per_clip": 1, "quick": True, "quick_steps": 2} | options
+    options = {"individuals": 4, "clips": 1, "frames_per_clip": 1, "quick": True, "quick_steps": 2, "workers": 1}
+    options |= given
     return AblateConfig(
         **{"prompt_steps": 2, "batch": 4, "device": "cpu", "generator": generator, "out": out} | options
     )
@@ -39,9 +45,31 @@ def test_every_supervision_is_trained_and_judged(tmp_path, monkeypatch):
     assert run_ablate(small(tmp_path)) == rows
 
 
+def test_workers_find_what_one_process_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "MAIN", (MAIN[0], MAIN[1]))
+    monkeypatch.setattr(ablation, "REGIMES", {"scarcity": 2})
+    alone, together = run_ablate(small(tmp_path / "alone")), run_ablate(small(tmp_path / "together", workers=2))
+    for row, other in zip(alone, together, strict=True):
+        assert row["supervision"] == other["supervision"]
+        # On people of the training: of others the processes of this test judge fewer.
+        for measure in ("personal_style_error", "expression_error", "identity_similarity", "mouth_error"):
+            assert row[measure]["mean"] == pytest.approx(other[measure]["mean"], abs=1e-3)
+
+
+def test_supervisions_with_the_same_prompts_learn_them_once(tmp_path, monkeypatch):
+    learned = []
+    learn = ablation.learn_prompts
+    monkeypatch.setattr(ablation, "learn_prompts", lambda *of: learned.append(of[2].out) or learn(*of))
+    monkeypatch.setattr(ablation, "MAIN", (*MAIN, AROUND[0], AROUND[2]))
+    monkeypatch.setattr(ablation, "REGIMES", {"every emotion": 0})
+    rows = run_ablate(small(tmp_path))
+    assert len(rows) == 7
+    assert len(learned) == len(set(learned)) == 2  # by individual and by frame
+
+
 def test_the_whole_table_has_each_idea_alone():
     names = [each.name for each in (*MAIN, *AROUND)]
-    assert len(names) == len(set(names)) == 11
+    assert len(names) == len(set(names)) == 12
     assert sum(each.personalized and each.differencing and not each.nothing for each in MAIN) == 1
 
 
@@ -93,4 +121,5 @@ def test_true_edits_have_a_smaller_style_error_than_none():
 
 def test_standard_errors_are_over_seeds():
     rows = summarize({("r", "s"): [{"m": 1.0}, {"m": 2.0}, {"m": 3.0}]})
-    assert rows == [{"regime": "r", "supervision": "s", "seeds": 3, "m": {"mean": 2.0, "sem": pytest.approx(3**-0.5)}}]
+    of_m = {"mean": 2.0, "std": 1.0, "sem": pytest.approx(3**-0.5), "values": [1.0, 2.0, 3.0]}
+    assert rows == [{"regime": "r", "supervision": "s", "seeds": 3, "m": of_m}]

@@ -103,7 +103,7 @@ class GeneratorOptions:
     """Learning rate of the critic (Adam)."""
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
-    strength: float = 0.4
+    strength: float = 2.0
     """Weight of edits that go less far than real changes do inside PCMECL's loss."""
     jitter: float = 0.06
     """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
@@ -176,10 +176,20 @@ class AblateConfig(TrainConfig):
     """The five main supervisions, one seed, few steps: a first look."""
     seeds: int = 3
     """Seeds of data, weights and batches, for the error bars."""
+    workers: int = 0
+    """Trainings at a time, each in its own process; 0 is one for each core of a CPU, at most 8, and one on a GPU."""
     quick_steps: int = 300
     """Optimiser steps of each generator with --quick."""
-    steps: int = 600
+    steps: int = 400
     """Optimiser steps of each generator."""
+    individuals: int = 12
+    """How many people to draw for training: few, so that the generator can learn what is each one's own."""
+    clips: int = 8
+    """Clips for each individual and emotion."""
+    frames_per_clip: int = 4
+    """Frames of each clip."""
+    w_direct: float = 60.0
+    """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
     """Output folder."""
 
