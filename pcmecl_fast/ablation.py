@@ -132,14 +132,11 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
     """
     config.out.mkdir(parents=True, exist_ok=True)
     seeds = range(1 if config.quick else config.seeds)
-    # The five main ones of every seed come first: they can be read before the rest is done.
-    jobs = [
-        _Job(config, regime, supervision, seed)
-        for supervisions in ([MAIN] if config.quick else [MAIN, AROUND])
-        for seed in seeds
-        for regime in REGIMES
-        for supervision in supervisions
-    ]
+    # The main ones come first: they can be read before the rest is done. What is around them needs one regime.
+    plan = [(regime, each, seed) for seed in seeds for regime in REGIMES for each in MAIN]
+    if not config.quick:
+        plan += [(next(iter(REGIMES)), each, seed) for seed in seeds for each in AROUND]
+    jobs = [_Job(config, *each) for each in plan]
     measured: dict[int, dict[str, float]] = {}
     for index, measures in tqdm(_measured(config, jobs), total=len(jobs), desc="ablation", unit="training"):
         measured[index] = measures
