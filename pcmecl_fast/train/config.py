@@ -103,11 +103,11 @@ class GeneratorOptions:
     """Learning rate of the critic (Adam)."""
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
-    strength: float = 2.0
+    strength: float = 0.4
     """Weight of edits that go less far than real changes do inside PCMECL's loss."""
     jitter: float = 0.06
     """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
-    w_pcmecl: float = 3.0
+    w_pcmecl: float = 7.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
     """Weight of looking like a real frame."""
@@ -125,7 +125,7 @@ class GeneratorOptions:
     """Weight of the mean absolute shade: thin lines are cheap, patches that paint a brow over are not."""
     w_person: float = 5.0
     """Drawn faces: weight of being the same person to the frozen reader."""
-    w_speech: float = 70.0
+    w_speech: float = 45.0
     """Drawn faces: weight of saying the same to the frozen reader; with w_person 0 too, pixels are compared instead."""
     w_identity: float = 1.5
     """Other faces: weight of few changed pixels, and the same colours and shapes from afar."""
@@ -188,12 +188,10 @@ class AblateConfig(TrainConfig):
     """Clips for each individual and emotion."""
     frames_per_clip: int = 4
     """Frames of each clip."""
-    w_pcmecl: float = 7.0
-    """Weight of PCMECL's loss: edits go further than in `train`, where mouths have to keep still."""
+    strength: float = 2.0
+    """Weight of edits that go less far than real changes do: further than in `train`, where mouths have to keep still."""
     w_direct: float = 60.0
-    """The same under direct similarity, whose gradients are smaller."""
-    w_speech: float = 45.0
-    """Weight of saying the same to the frozen reader."""
+    """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
     """Output folder."""
 
