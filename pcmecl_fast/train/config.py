@@ -189,7 +189,7 @@ class AblateConfig(TrainConfig):
     frames_per_clip: int = 4
     """Frames of each clip."""
     strength: float = 2.0
-    """Weight of edits that go less far than real changes do: further than in `train`, where mouths have to keep still."""
+    """Weight of edits that go less far than real changes do; in `train` mouths have to keep still instead."""
     w_direct: float = 60.0
     """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
