@@ -230,6 +230,7 @@ def draw_steps(rows: Sequence[dict[str, Any]]) -> bytes:
         axis.bar_label(axis.containers[-1], [f"{total:.3g} s" for total in bottom], padding=2)
         axis.set(title=tower, ylabel="seconds" if tower == towers[0] else "")
         axis.tick_params(axis="x", labelsize=7)
+        axis.margins(y=0.1)
     axes[0][-1].legend(frameon=False)
     return _svg(figure)
 
@@ -252,17 +253,24 @@ def draw_scaling(points: Sequence[dict[str, Any]]) -> tuple[bytes, dict[str, str
             for axis, measure in zip(axes[:, column], ("median_ms", "peak_mb"), strict=True):
                 values = [max(p.get(measure, math.nan), 1e-3) for p in curve]
                 axis.loglog(sizes, values, "o-", color=colour, label=side, markersize=3)
-            fits = [_exponent(sizes, [p.get(m, math.nan) for p in curve]) for m in ("median_ms", "peak_mb")]
+            # A few microseconds are the call, less than a megabyte is the allocator.
+            kept = (("median_ms", 0.02), ("peak_mb", 0.5))
+            fits = [_exponent(sizes, [p.get(m, math.nan) for p in curve], least) for m, least in kept]
             exponents[f"{name} with {grows} | {side}"] = " | ".join(fits)
+        sizes = sorted({p["size"] for p in own})
+        shown = sizes[:: 1 + len(sizes) // 5]
+        for axis in axes[:, column]:
+            axis.set_xticks(shown, [f"{size:,}" for size in shown], fontsize=7)
+            axis.minorticks_off()
         axes[0, column].set(title=f"{name}", ylabel="ms" if not column else "")
         axes[1, column].set(xlabel=grows, ylabel="MB beside inputs" if not column else "")
     axes[0, 0].legend(frameon=False)
     return _svg(figure), exponents
 
 
-def _exponent(sizes: Sequence[int], values: Sequence[float]) -> str:
-    half = len(sizes) // 2
-    kept = [(s, v) for s, v in zip(sizes[half:], values[half:], strict=True) if v >= 0.5]
+def _exponent(sizes: Sequence[int], values: Sequence[float], least: float) -> str:
+    half = max(0, min(len(sizes) // 2, len(sizes) - 2))
+    kept = [(s, v) for s, v in zip(sizes[half:], values[half:], strict=True) if v >= least]
     if len(kept) < 2:
         return "–"
     slope = np.polyfit(np.log([s for s, _ in kept]), np.log([v for _, v in kept]), 1)[0]
