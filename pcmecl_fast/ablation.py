@@ -70,6 +70,9 @@ MEASURES = {
     "gap_of_changes": "The same of unit changes of features: what is left of the gap after differencing",
 }
 
+_OF_PROMPTS = ("direction_top1", "direction_cosine", "gap", "gap_of_changes")
+_OF_EDITS = tuple(measure for measure in MEASURES if measure not in _OF_PROMPTS)
+
 
 @dataclass(frozen=True)
 class Supervision:
@@ -252,35 +255,46 @@ def judge_prompts(clip: Clip, bank: PromptBank, faces: SyntheticFaces, config: T
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    measures = [m for m in MEASURES if m in rows[0]]
     for regime in dict.fromkeys(row["regime"] for row in rows):
-        table = Table(title=f"Regime: {regime} (mean ± standard error over seeds)")
-        for column in ("supervision", *measures):
-            table.add_column(column.replace("_", " "), justify="left" if column == "supervision" else "right")
-        for row in rows:
-            if row["regime"] == regime:
+        own = [row for row in rows if row["regime"] == regime]
+        for what, measures in (("edits", _OF_EDITS), ("prompts", _OF_PROMPTS)):
+            table = Table(title=f"{regime}: {what} (mean ± standard error over seeds)")
+            table.add_column("supervision", no_wrap=True)
+            for measure in measures:
+                table.add_column(measure.replace("_", " "), justify="right")
+            for row in own:
                 table.add_row(row["supervision"], *(_cell(row[measure]) for measure in measures))
-        Console(width=160).print(table)
+            Console(width=150).print(table)
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Error bars of the two errors that the supervision is to lower, one panel for each regime and measure."""
     shown = ("personal_style_error", "expression_error")
+    regimes = {regime: [row for row in rows if row["regime"] == regime] for regime in REGIMES}
+    heights = [len(own) for own in regimes.values()]
     figure, axes = plt.subplots(
-        len(REGIMES), len(shown), figsize=(9, 1.4 + 0.32 * len(rows)), layout="constrained", squeeze=False
-    )
-    for line, regime in zip(axes, REGIMES, strict=True):
-        own = [row for row in rows if row["regime"] == regime]
+        len(REGIMES), len(shown), figsize=(10, 2 + 0.3 * sum(heights)), layout="constrained", squeeze=False,
+        sharey="row", height_ratios=heights,
+    )  # fmt: skip
+    for line, (regime, own) in zip(axes, regimes.items(), strict=True):
+        trained = [row for row in own if row["supervision"] != "none"] or own
         for axis, measure in zip(line, shown, strict=True):
-            for people, prefix, offset in (("seen people", "", -0.1), ("unseen people", "unseen_", 0.1)):
-                means = [row[prefix + measure]["mean"] for row in own]
-                errors = [row[prefix + measure]["sem"] or 0.0 for row in own]
-                places = [k + offset for k in range(len(own))]
+            for people, prefix, offset in (
+                ("people seen in training", "", -0.1),
+                ("people never seen", "unseen_", 0.1),
+            ):
+                means = [row[prefix + measure]["mean"] for row in trained]
+                errors = [row[prefix + measure]["sem"] or 0.0 for row in trained]
+                places = [k + offset for k in range(len(trained))]
                 axis.errorbar(means, places, xerr=errors, fmt="o", capsize=3, markersize=4, label=people)
-            axis.set(title=f"{regime}: {measure.replace('_', ' ')}", yticks=range(len(own)))
-            axis.set_yticklabels([row["supervision"] for row in own])
-            axis.invert_yaxis()
-    axes[0, 0].legend(frameon=False)
+            # Far off to the right: it would press all others together.
+            aside = "".join(f"; none: {row[measure]['mean']:.3f}" for row in own if row not in trained)
+            axis.set(title=f"{regime}: {measure.replace('_', ' ')}{aside}", yticks=range(len(trained)))
+            axis.title.set_size(10)
+            axis.grid(axis="x", alpha=0.3)
+        line[0].set_yticklabels([row["supervision"] for row in trained])
+        line[0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
