@@ -24,6 +24,7 @@ import tyro
 
 from bench.compare import COMPARISONS, ROOT, files_digest, load_all, sources_digest
 from bench.steps import PARTS, SOURCES
+from pcmecl_fast.ablation import MAIN, OF_EDITS, OF_PROMPTS
 from pcmecl_fast.files import write_atomically
 
 matplotlib.use("svg")
@@ -34,17 +35,12 @@ STALE = " ⚠"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#bab0ac")
 
-_JUDGED = (
-    "personal_style_error", "style_correlation", "expression_error", "emotion_accuracy", "edit_strength",
-    "identity_similarity", "mouth_error",
-)  # fmt: skip
 _ABLATION_TABLES = {
-    "People seen in training": _JUDGED,
-    "People never seen": tuple(f"unseen_{measure}" for measure in _JUDGED),
-    "The prompts alone, for people never seen": ("direction_top1", "direction_cosine", "gap", "gap_of_changes"),
+    "People seen in training": OF_EDITS,
+    "People never seen": tuple(f"unseen_{measure}" for measure in OF_EDITS),
+    "The prompts alone, for people never seen": OF_PROMPTS,
 }
 _GENERIC_DIRECT, _PCMECL = "generic, direct", "personalized, differencing"
-_FIVE = ("none", _GENERIC_DIRECT, "generic, differencing", "personalized, direct", _PCMECL)
 _IDEAS = (  # what, from, to
     ("personalizing, under direct similarity", _GENERIC_DIRECT, "personalized, direct"),
     ("personalizing, under differencing", "generic, differencing", _PCMECL),
@@ -200,12 +196,15 @@ def ablation_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
                 "supervision", measures, {k: [_mean_and_sem(row[m]) for m in measures] for k, row in named.items()}
             )
         ideas = {idea: (named[before], named[after]) for idea, before, after in _IDEAS}
-        ideas |= {f"PCMECL with {k}": (named[_PCMECL], row) for k, row in named.items() if k not in _FIVE}
+        main = {supervision.name for supervision in MAIN}
+        ideas |= {f"PCMECL with {k}": (named[_PCMECL], row) for k, row in named.items() if k not in main}
         lines += [
             "What each idea changes; people seen in training, mean ± standard error of the seeds' differences:",
             "",
         ]
-        lines += _table("idea", _JUDGED, {k: [_difference(a[m], b[m]) for m in _JUDGED] for k, (a, b) in ideas.items()})
+        lines += _table(
+            "idea", OF_EDITS, {k: [_difference(a[m], b[m]) for m in OF_EDITS] for k, (a, b) in ideas.items()}
+        )
     return lines
 
 

@@ -42,7 +42,7 @@ from pcmecl_fast.files import write_atomically
 from pcmecl_fast.models import ExpressionGenerator
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower, load_prompts
 from pcmecl_fast.run import bank_for, load_clip_for, open_data
-from pcmecl_fast.train.config import AblateConfig, PromptsConfig, RunConfig, TrainConfig
+from pcmecl_fast.train.config import AblateConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import criterion_for, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
@@ -70,8 +70,8 @@ MEASURES = {
     "gap_of_changes": "The same of unit changes of features: what is left of the gap after differencing",
 }
 
-_OF_PROMPTS = ("direction_top1", "direction_cosine", "gap", "gap_of_changes")
-_OF_EDITS = tuple(measure for measure in MEASURES if measure not in _OF_PROMPTS)
+OF_PROMPTS = ("direction_top1", "direction_cosine", "gap", "gap_of_changes")
+OF_EDITS = tuple(measure for measure in MEASURES if measure not in OF_PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def judge_prompts(clip: Clip, bank: PromptBank, faces: SyntheticFaces, config: T
 def show(rows: list[dict[str, Any]]) -> None:
     for regime in dict.fromkeys(row["regime"] for row in rows):
         own = [row for row in rows if row["regime"] == regime]
-        for what, measures in (("edits", _OF_EDITS), ("prompts", _OF_PROMPTS)):
+        for what, measures in (("edits", OF_EDITS), ("prompts", OF_PROMPTS)):
             table = Table(title=f"{regime}: {what} (mean ± standard error over seeds)")
             table.add_column("supervision", no_wrap=True)
             for measure in measures:
@@ -369,8 +369,7 @@ def _kept(job: _Job) -> dict[str, float]:
         trained.w_pcmecl = 0.0
     elif not supervision.differencing:
         trained.w_pcmecl = config.w_direct
-    stage1 = _stage_one(trained)
-    trained.prompts = config.out / "prompts" / _digest(stage1)
+    trained.prompts = config.out / "prompts" / _digest(trained.stage_one())
     key = _digest(trained)
     file = folder / "measures.json"
     if file.exists() and (kept := json.loads(file.read_text()))["config"] == key:
@@ -381,11 +380,6 @@ def _kept(job: _Job) -> dict[str, float]:
     measures["seconds"] = time.monotonic() - started
     write_atomically(file, json.dumps({"config": key, "measures": measures}, indent=1).encode())
     return measures
-
-
-def _stage_one(config: TrainConfig) -> PromptsConfig:
-    shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
-    return PromptsConfig(**shared | {"steps": config.prompt_steps, "out": config.prompts or config.out / "prompts"})
 
 
 def _digest(config: RunConfig) -> str:
@@ -399,7 +393,7 @@ def _bank(
 ) -> tuple[PersonalizedPrompts | None, PromptBank]:
     if not supervision.personalized:
         return None, _generic(clip, dataset)
-    stage1 = _stage_one(config)
+    stage1 = config.stage_one()
     stage1.out.mkdir(parents=True, exist_ok=True)
     # Supervisions that share their prompts learn them once, whichever process comes first.
     with FileLock(stage1.out / "lock"):

@@ -197,9 +197,7 @@ def _prompts_for(
         prompts, _ = load_prompts(_file("prompts", config.prompts, "prompts"), clip)
         bank = PromptBank.load(_file("prompts", config.prompts, "bank"), clip)
         return prompts, bank_for(bank, prompts, dataset, clip, config), {}
-    shared = {k: v for k, v in vars(config).items() if k in PromptsConfig.__dataclass_fields__}
-    shared |= {"steps": config.prompt_steps, "out": config.out / "prompts"}
-    prompts, bank, loop = learn_prompts(clip, dataset, PromptsConfig(**shared))
+    prompts, bank, loop = learn_prompts(clip, dataset, config.stage_one())
     return prompts, bank, loop.curves
 
 

@@ -159,6 +159,11 @@ class TrainConfig(RunConfig, PromptsOptions, GeneratorOptions):
     out: Path = Path("runs/train")
     """Output folder."""
 
+    def stage_one(self) -> PromptsConfig:
+        """What stage 1 is told: the same data and prompts, written to `prompts` or else to a folder inside `out`."""
+        shared = {k: v for k, v in vars(self).items() if k in PromptsConfig.__dataclass_fields__}
+        return PromptsConfig(**shared | {"steps": self.prompt_steps, "out": self.prompts or self.out / "prompts"})
+
 
 @dataclass
 class DemoConfig(TrainConfig):
