@@ -89,13 +89,14 @@ class Supervision:
 MAIN = (
     Supervision("none", nothing=True),
     Supervision("generic, direct", personalized=False, differencing=False),
-    Supervision("generic, differencing", personalized=False),
+    Supervision("generic, differencing", personalized=False, options={"lengths": "everybody"}),
     Supervision("personalized, direct", differencing=False),
     Supervision("personalized, differencing"),
 )
 AROUND = (
     Supervision("contrast 0", options={"contrast": 0.0}),
     Supervision("strength 0", options={"strength": 0.0}),
+    Supervision("lengths everybody", options={"lengths": "everybody"}),
     Supervision("context per emotion", options={"context": "per-emotion"}),
     Supervision("condition frame", options={"condition": "frame"}),
     Supervision("negatives within", options={"negatives": "within"}),
@@ -179,10 +180,12 @@ def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) 
             criterion_for(clip, bank, dataset, config) if supervision.differencing else DirectCriterion(clip, bank)
         )
         generator, _ = train_generator(clip, bank, dataset, config, criterion=criterion)
-        common: dict[str, Any] = {"emotions": dataset.emotions, "size": config.size, "clips": 1, "frames_per_clip": 1}
-        everyone = SyntheticFaces(config.individuals, seed=2 * config.seed + 1, **common)
+        common: dict[str, Any] = {"emotions": dataset.emotions, "size": config.size, "frames_per_clip": 1}
+        emotions = len(dataset.emotions)
+        clips = max(1, _TRIALS // (config.individuals * emotions * (emotions - 1)))  # few people, but as many edits
+        everyone = SyntheticFaces(config.individuals, clips=clips, seed=2 * config.seed + 1, **common)
         # Other people for each seed, so that the error bars tell how much they matter; nobody trains on even seeds.
-        unseen = SyntheticFaces(_UNSEEN, seed=2 * config.seed + 1000, **common)
+        unseen = SyntheticFaces(_UNSEEN, clips=1, seed=2 * config.seed + 1000, **common)
         measures = judge_style(generator, everyone, _targets(dataset, everyone, regime))
         unseen_measures = judge_style(generator, unseen, _targets(None, unseen, regime))
         measures |= {f"unseen_{name}": value for name, value in unseen_measures.items()}

@@ -20,11 +20,13 @@ class PCMECLCriterion(nn.Module):
     """direction_loss on frames: CLIP's view of the edit must change as the individual's prompts change.
 
         loss = direction_loss(CLIP(source), CLIP(edited), bank, individual, a, b)        (ops.direction_loss)
-             + strength · mean relu(1 − ⟨unit(CLIP(edited)) − unit(CLIP(source)), unit(d)⟩ / lengths[a, b])
-        d    = bank[individual, b] − bank[individual, a]
+             + strength · mean relu(1 − ⟨unit(CLIP(edited)) − unit(CLIP(source)), unit(d)⟩ / length)
+        d      = bank[individual, b] − bank[individual, a]
+        length = lengths[individual, a, b], or lengths[a, b] for everybody
 
     A direction says nothing about how far to go, so whatever keeps the frames as they are shortens the edits for free.
-    The second term, off by default, asks for as much of the text's direction as real changes have (`real_lengths`).
+    The second term, off by default, asks for as much of the text's direction as real changes have: those of the same
+    individual (`personal_lengths`) or everybody's (`real_lengths`).
 
     The bank is a buffer (one on disk stays there: a call reads its rows), the clip is frozen; nothing is trained here.
     Gradients reach the edited frames only: source features are computed without a graph.
@@ -35,7 +37,8 @@ class PCMECLCriterion(nn.Module):
         contrast: weight of the contrast with the other target emotions, at least 0.
         scale: logit scale of that contrast; None takes CLIP's own.
         strength: weight of edits that fall short of `lengths`, at least 0.
-        lengths: (E, E), how far changes from emotion a to b go; needed where `strength` is not 0.
+        lengths: how far changes from emotion a to b go, (E, E) or, for each row of the bank, (N, E, E); needed where
+            `strength` is not 0.
         backend: which implementation runs; None leaves the choice to `use_backend`.
 
     Raises:
@@ -45,7 +48,7 @@ class PCMECLCriterion(nn.Module):
     """
 
     features: Tensor  # (N, E, D); without rows where the bank is on disk
-    lengths: Tensor | None  # (E, E)
+    lengths: Tensor | None  # (N, E, E)
 
     def __init__(
         self,
@@ -62,11 +65,15 @@ class PCMECLCriterion(nn.Module):
         if bank.tower is not None and bank.tower.text_hash != clip.text_hash():
             raise ValueError(f"bank: made with {bank.tower.name!r} ({bank.tower.pretrained}), not with this clip")
         self.clip = clip
-        emotions = bank.features.shape[1]
+        rows, emotions = bank.features.shape[:2]
         if strength and lengths is None:
             raise ValueError("lengths: strength needs them; `real_lengths` measures them on a data set")
-        if lengths is not None and (lengths.shape != (emotions, emotions) or not bool((lengths > 0).all())):
-            raise ValueError(f"lengths: takes ({emotions}, {emotions}) positive numbers, got {tuple(lengths.shape)}")
+        if lengths is not None:
+            takes = (emotions, emotions), (rows, emotions, emotions)
+            if tuple(lengths.shape) not in takes or not bool((lengths > 0).all()):
+                raise ValueError(
+                    f"lengths: takes {takes[0]} or {takes[1]} positive numbers, got {tuple(lengths.shape)}"
+                )
         self.contrast = contrast
         self.strength = strength
         self.scale = clip.logit_scale if scale is None else scale
@@ -75,7 +82,7 @@ class PCMECLCriterion(nn.Module):
         features = bank.features.new_empty(0, *bank.features.shape[1:]).float() if bank.on_disk else bank.features
         self.register_buffer("features", features.detach().to(clip.device), persistent=False)
         if lengths is not None:
-            lengths = lengths.detach().to(self.features)
+            lengths = lengths.detach().to(self.features).expand(rows, -1, -1)
         self.register_buffer("lengths", lengths, persistent=False)
 
     def forward(
@@ -122,7 +129,7 @@ class PCMECLCriterion(nn.Module):
             with torch.no_grad(), _attention_of_training():
                 source_features = self.clip.encode_image(source_frames, backend=self.backend)
         edited_features = self.clip.encode_image(edited_frames, backend=self.backend)
-        bank = self.features
+        bank, row = self.features, individual
         if self._on_disk is not None:
             bank = self._on_disk.lookup(individual, bank.device).to(bank.dtype)
             individual = torch.arange(len(individual), device=bank.device)
@@ -139,7 +146,7 @@ class PCMECLCriterion(nn.Module):
             backend=self.backend,
         )
         if self.strength and self.lengths is not None:
-            lengths = self.lengths[source_emotion, target_emotion]
+            lengths = self.lengths[row, source_emotion, target_emotion]
             direction = bank[individual, target_emotion] - bank[individual, source_emotion]
             lacking = _lacking(source_features, edited_features, direction, lengths)
             asked = (source_emotion != target_emotion).to(lacking)
@@ -218,6 +225,51 @@ def real_lengths(
     if not bool(real.any()):
         raise ValueError("dataset: shows no change of emotion that follows the bank's directions")
     return torch.where(real, lengths, lengths[real].mean())
+
+
+@torch.no_grad()
+def personal_lengths(
+    features: Features,  # (L, D) unit image features of the data set's frames
+    dataset: FrameDataset,
+    bank: PromptBank,
+) -> Tensor:  # (N, E, E), one table for each row of the bank
+    """How far each individual's own changes of emotion go along the bank's directions, for `PCMECLCriterion`.
+
+        lengths[n, a, b] = ⟨v̄[n, b] − v̄[n, a], unit(that[n, b] − that[n, a])⟩
+
+    Not every face moves CLIP's features as far as every other with the same expression: by everybody's length
+    (`real_lengths`) some would be asked for too much and some for too little. A change that n does not show, or against
+    its direction, takes everybody's length times the mean ratio of n's lengths to everybody's. None is below a fifth of
+    everybody's; rows of the bank that the data set knows nothing of are everybody's.
+
+    Raises:
+        ValueError: the bank has a row for each frame; or as `real_lengths`.
+    """
+    if bank.condition == "frame":
+        raise ValueError("bank: has a row for each frame; lengths of each individual need a bank of individuals")
+    everybody = real_lengths(features, dataset, bank)
+    emotions = len(everybody)
+    rows = bank.rows(dataset.individuals)
+    lengths = everybody.repeat(len(bank.individuals), 1, 1)
+    change = ~torch.eye(emotions, dtype=torch.bool, device=everybody.device)
+    by_individual = dataset.individual_index.argsort(stable=True)
+    ends = torch.bincount(dataset.individual_index, minlength=len(rows)).cumsum(0)
+    for part in torch.arange(len(rows)).split(256):
+        first, last = int(part[0]), int(part[-1])
+        frames = by_individual[int(ends[first - 1]) if first else 0 : int(ends[last])]
+        v = features[frames].float()
+        cell = (dataset.individual_index[frames] - first) * emotions + dataset.emotion_index[frames]
+        shown = torch.bincount(cell, minlength=len(part) * emotions).to(v.device)
+        means = v.new_zeros(len(shown), v.shape[1]).index_add_(0, cell.to(v.device), v) / shown.clamp(min=1)[:, None]
+        means, occurs = means.unflatten(0, (-1, emotions)), (shown > 0).unflatten(0, (-1, emotions))
+        text = bank.lookup(rows[part], v.device).float()  # (n, E, D)
+        directions = F.normalize(text[:, None] - text[:, :, None], dim=-1)  # (n, E, E, D), from a to b
+        along = ((means[:, None] - means[:, :, None]) * directions).sum(-1)
+        own = occurs[:, None] & occurs[:, :, None] & change & (along > 0)
+        ratio = (along / everybody * own).sum((1, 2)) / own.sum((1, 2)).clamp(min=1)
+        ratio = torch.where(own.any(2).any(1), ratio, 1.0)[:, None, None]
+        lengths[rows[part].to(lengths.device)] = torch.where(own, along, everybody * ratio).maximum(everybody / 5)
+    return lengths
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def test_supervisions_with_the_same_prompts_learn_them_once(tmp_path, monkeypatc
     learned = []
     learn = ablation.learn_prompts
     monkeypatch.setattr(ablation, "learn_prompts", lambda *of: learned.append(of[2].out) or learn(*of))
-    monkeypatch.setattr(ablation, "MAIN", (*MAIN, AROUND[0], AROUND[2]))
+    monkeypatch.setattr(ablation, "MAIN", (*MAIN, AROUND[0], AROUND[3]))
     monkeypatch.setattr(ablation, "REGIMES", {"every emotion": 0})
     rows = run_ablate(small(tmp_path))
     assert len(rows) == 7
@@ -69,7 +69,7 @@ def test_supervisions_with_the_same_prompts_learn_them_once(tmp_path, monkeypatc
 
 def test_the_whole_table_has_each_idea_alone():
     names = [each.name for each in (*MAIN, *AROUND)]
-    assert len(names) == len(set(names)) == 12
+    assert len(names) == len(set(names)) == 13
     assert sum(each.personalized and each.differencing and not each.nothing for each in MAIN) == 1
 
 

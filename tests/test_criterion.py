@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pcmecl_fast import PCMECLCriterion, PromptBank, load_clip, ops
-from pcmecl_fast.criterion import real_lengths
+from pcmecl_fast.criterion import personal_lengths, real_lengths
 from pcmecl_fast.data.features import unit_features
 from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.prompts.bank import Tower
@@ -256,7 +256,58 @@ def test_real_lengths_are_those_of_the_data(clip):
     assert (found > 0).all()
 
 
-@pytest.mark.parametrize("lengths", [torch.ones(E, E - 1), torch.zeros(E, E)])
+def test_personal_lengths_are_each_ones_own(clip):
+    emotions = ["neutral", "happy", "sad"]
+    faces = SyntheticFaces(3, emotions=emotions, clips=1, frames_per_clip=2, missing=[(1, 2)])
+    seen = unit_features(clip, faces)
+    text = F.normalize(torch.randn(3, 3, clip.embed_dim, generator=torch.Generator().manual_seed(3)), dim=-1)
+    means = torch.zeros(3, 3, clip.embed_dim)
+    for n in range(3):
+        for e in range(3):
+            of = (faces.individual_index == n) & (faces.emotion_index == e)
+            means[n, e] = seen[of].mean(0) if of.any() else 0
+    text = 0.1 * text + means
+    # The bank has its own order, and somebody of whom there are no frames.
+    order = [2, 0, 1]
+    names = [faces.individuals[n] for n in order]
+    bank = PromptBank(torch.cat([text[order], text[:1]]), [*names, "stranger"], emotions, tower=Tower.of(clip))
+    everybody, found = real_lengths(seen, faces, bank), personal_lengths(seen, faces, bank)
+    for row, n in enumerate(order):
+        ratios = []
+        for a in range(3):
+            for b in range(3):
+                if a == b or (n == 1 and 2 in (a, b)):
+                    continue
+                own = float((means[n, b] - means[n, a]) @ F.normalize(text[n, b] - text[n, a], dim=0))
+                assert own > 0
+                ratios.append(own / float(everybody[a, b]))
+                assert abs(float(found[row, a, b]) - max(own, float(everybody[a, b]) / 5)) < 1e-5
+        if n == 1:  # what she does not show: as much more or less than everybody's as what she does show
+            lacking = everybody[0, 2] * sum(ratios) / len(ratios)
+            torch.testing.assert_close(found[row, 0, 2], lacking)
+    torch.testing.assert_close(found[3], everybody)
+
+
+def test_everybody_with_the_same_lengths_is_everybodys(clip):
+    source, edited, *labels = sample(5, 3, 32, 32)
+    bank = bank_for(clip)
+    shared = torch.rand(E, E, generator=torch.Generator().manual_seed(1)) + 0.1
+    each = shared.repeat(len(bank.individuals), 1, 1)
+    losses = [PCMECLCriterion(clip, bank, strength=2.0, lengths=x)(source, edited, *labels) for x in (shared, each)]
+    torch.testing.assert_close(*losses)
+    each[int(labels[0][0])] *= 0.1
+    assert PCMECLCriterion(clip, bank, strength=2.0, lengths=each)(source, edited, *labels) != losses[0]
+
+
+def test_personal_lengths_need_a_bank_of_individuals(clip):
+    faces = SyntheticFaces(2, emotions=["neutral", "happy"], clips=1, frames_per_clip=1)
+    text = F.normalize(torch.randn(4, 2, clip.embed_dim), dim=-1)
+    bank = PromptBank(text, faces.keys, faces.emotions, tower=Tower.of(clip), condition="frame")
+    with pytest.raises(ValueError, match="bank: has a row for each frame"):
+        personal_lengths(unit_features(clip, faces), faces, bank)
+
+
+@pytest.mark.parametrize("lengths", [torch.ones(E, E - 1), torch.zeros(E, E), torch.ones(1, 2, E, E)])
 def test_lengths_are_positive_and_of_every_pair(clip, lengths):
     with pytest.raises(ValueError, match="lengths: takes"):
         PCMECLCriterion(clip, bank_for(clip), strength=1.0, lengths=lengths)

@@ -105,6 +105,8 @@ class GeneratorOptions:
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     strength: float = 0.4
     """Weight of edits that go less far than real changes do inside PCMECL's loss."""
+    lengths: Literal["individual", "everybody"] = "individual"
+    """How far real changes go: each individual's own, or everybody's; with condition "frame" always everybody's."""
     jitter: float = 0.06
     """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
     w_pcmecl: float = 7.0

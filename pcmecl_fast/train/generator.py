@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.criterion import PCMECLCriterion, real_lengths
+from pcmecl_fast.criterion import PCMECLCriterion, personal_lengths, real_lengths
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
@@ -161,8 +161,9 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
     """PCMECL's loss as the configuration wants it; the lengths of changes are those of the data set."""
     lengths = None
     if config.strength:
+        measure = personal_lengths if config.lengths == "individual" and bank.condition != "frame" else real_lengths
         try:
-            lengths = real_lengths(frame_features(clip, dataset, config), dataset, bank)
+            lengths = measure(frame_features(clip, dataset, config), dataset, bank)
         except ValueError as error:
             log.warning("stage 2: edits may be of any length (%s)", error)
     strength = 0.0 if lengths is None else config.strength
