@@ -139,7 +139,8 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
     # The main ones come first: they can be read before the rest is done. What is around them needs one regime.
     plan = [(regime, each, seed) for seed in seeds for regime in REGIMES for each in MAIN]
     if not config.quick:
-        plan += [(next(iter(REGIMES)), each, seed) for seed in seeds for each in AROUND]
+        around = seeds[: config.around_seeds]
+        plan += [(next(iter(REGIMES)), each, seed) for seed in around for each in AROUND]
     jobs = [_Job(config, *each) for each in plan]
     measured: dict[int, dict[str, float]] = {}
     for index, measures in tqdm(_measured(config, jobs), total=len(jobs), desc="ablation", unit="training"):

@@ -181,8 +181,10 @@ class AblateConfig(TrainConfig):
 
     quick: bool = False
     """The five main supervisions, one seed, few steps: a first look."""
-    seeds: int = 3
+    seeds: int = 6
     """Seeds of data, weights and batches, for the error bars."""
+    around_seeds: int = 3
+    """How many of the seeds the supervisions around PCMECL are trained with."""
     workers: int = 0
     """Trainings at a time, each in its own process; 0 is one for each core of a CPU, at most 8, and one on a GPU."""
     quick_steps: int = 300
