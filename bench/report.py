@@ -191,9 +191,11 @@ def ablation_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
         named = {row["supervision"]: row for row in own}
         lines += ["", f"### Regime: {regime}", ""]
         for people, measures in _ABLATION_TABLES.items():
-            lines += [f"{people}; mean ± standard error of {own[0]['seeds']} seeds:", ""]
+            lines += [f"{people}; mean ± standard error over seeds:", ""]
             lines += _table(
-                "supervision", measures, {k: [_mean_and_sem(row[m]) for m in measures] for k, row in named.items()}
+                "supervision (seeds)",
+                measures,
+                {f"{k} ({row['seeds']})": [_mean_and_sem(row[m]) for m in measures] for k, row in named.items()},
             )
         ideas = {idea: (named[before], named[after]) for idea, before, after in _IDEAS}
         main = {supervision.name for supervision in MAIN}
@@ -203,7 +205,12 @@ def ablation_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
             "",
         ]
         lines += _table(
-            "idea", OF_EDITS, {k: [_difference(a[m], b[m]) for m in OF_EDITS] for k, (a, b) in ideas.items()}
+            "idea (seeds)",
+            OF_EDITS,
+            {
+                f"{k} ({min(a['seeds'], b['seeds'])})": [_difference(a[m], b[m]) for m in OF_EDITS]
+                for k, (a, b) in ideas.items()
+            },
         )
     return lines
 
@@ -312,8 +319,8 @@ def _mean_and_sem(value: dict[str, Any]) -> str:
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Seed by seed: the data and the people are the same on both sides."""
-    change = np.subtract(after["values"], before["values"])
+    """Seed by seed: the data and the people are the same on both sides. One of them may have more seeds."""
+    change = np.array([b - a for a, b in zip(before["values"], after["values"], strict=False)])
     if len(change) < 2:
         return f"{change.mean():+.3f}"
     return f"{change.mean():+.3f} ± {change.std(ddof=1) / math.sqrt(len(change)):.3f}"
