@@ -127,7 +127,7 @@ class GeneratorOptions:
     """Weight of the mean absolute shade: thin lines are cheap, patches that paint a brow over are not."""
     w_person: float = 5.0
     """Drawn faces: weight of being the same person to the frozen reader."""
-    w_speech: float = 45.0
+    w_speech: float = 43.5
     """Drawn faces: weight of saying the same to the frozen reader; with w_person 0 too, pixels are compared instead."""
     w_identity: float = 1.5
     """Other faces: weight of few changed pixels, and the same colours and shapes from afar."""
@@ -199,6 +199,8 @@ class AblateConfig(TrainConfig):
     """Frames of each clip."""
     strength: float = 2.0
     """Weight of edits that go less far than real changes do; in `train` mouths have to keep still instead."""
+    w_speech: float = 45.0
+    """Drawn faces: weight of saying the same to the frozen reader."""
     w_direct: float = 60.0
     """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
