@@ -322,8 +322,8 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Seed by seed: the data and the people are the same on both sides. One of them may have more seeds."""
     change = np.array([b - a for a, b in zip(before["values"], after["values"], strict=False)])
     if len(change) < 2:
-        return f"{change.mean():+.3f}"
-    return f"{change.mean():+.3f} ± {change.std(ddof=1) / math.sqrt(len(change)):.3f}"
+        return f"{change.mean():+.4f}"
+    return f"{change.mean():+.4f} ± {change.std(ddof=1) / math.sqrt(len(change)):.4f}"
 
 
 def _ratio(value: float) -> str:

@@ -281,7 +281,8 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         sharey="row", height_ratios=heights,
     )  # fmt: skip
     for line, (regime, own) in zip(axes, regimes.items(), strict=True):
-        trained = [row for row in own if row["supervision"] != "none"] or own
+        least = min(row[shown[-1]]["mean"] for row in own)
+        trained = [row for row in own if row[shown[-1]]["mean"] < 1.4 * least]
         for axis, measure in zip(line, shown, strict=True):
             for people, prefix, offset in (
                 ("people seen in training", "", -0.1),
@@ -291,9 +292,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                 errors = [row[prefix + measure]["sem"] or 0.0 for row in trained]
                 places = [k + offset for k in range(len(trained))]
                 axis.errorbar(means, places, xerr=errors, fmt="o", capsize=3, markersize=4, label=people)
-            # Far off to the right: it would press all others together.
-            aside = "".join(f"; none: {row[measure]['mean']:.3f}" for row in own if row not in trained)
-            axis.set(title=f"{regime}: {measure.replace('_', ' ')}{aside}", yticks=range(len(trained)))
+            # Far off to the right: they would press all others together.
+            aside = ", ".join(f"{row['supervision']} {row[measure]['mean']:.3f}" for row in own if row not in trained)
+            beyond = f"\n(beyond: {aside})" if aside else ""
+            axis.set(title=f"{regime}: {measure.replace('_', ' ')}{beyond}", yticks=range(len(trained)))
             axis.title.set_size(10)
             axis.grid(axis="x", alpha=0.3)
         line[0].set_yticklabels([row["supervision"] for row in trained])
