@@ -200,7 +200,7 @@ class AblateConfig(TrainConfig):
     strength: float = 2.0
     """Weight of edits that go less far than real changes do; in `train` mouths have to keep still instead."""
     w_speech: float = 45.0
-    """Drawn faces: weight of saying the same to the frozen reader."""
+    """Drawn faces: weight of saying the same to the frozen reader; what the committed results were made with."""
     w_direct: float = 60.0
     """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
