@@ -18,8 +18,7 @@ from torch import Tensor
 
 from bench.compare import finished
 from pcmecl_fast import ops
-from pcmecl_fast.ops import PromptTree
-from pcmecl_fast.ops.backend import backends
+from pcmecl_fast.ops import PromptTree, backend_status
 
 D, E = 512, 7  # ViT-B-32's features, MEAD's emotions
 NAMES = (2, 2, 2, 2, 2, 2, 2)  # one word and EOS each
@@ -27,7 +26,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton runs on a CPU too, in its interpreter, which is there for tests and says nothing about speed.
 RUN_HERE = ("reference", "triton", "cuda") if DEVICE.type == "cuda" else ("reference", "cpu")
-SIDES = [*(b.name for b in backends() if b.available and b.name in RUN_HERE), "compiled"]
+SIDES = [*(b.name for b in backend_status() if b.available and b.name in RUN_HERE), "compiled"]
 
 
 @dataclass

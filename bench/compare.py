@@ -67,10 +67,10 @@ class Comparison:
     """Sides that do not run here, and why."""
 
 
-CPU_ONLY = ("csrc/cpu", "csrc/tests", "csrc/bindings.cpp", "pcmecl_fast/ops/cpu.py")
+CPU_ONLY = ("csrc/cpu", "csrc/tests", "csrc/bindings.cpp", "pcmecl_fast/ops/backends/cpu.py")
 GPU_ONLY = (
-    "csrc/cuda", "csrc/tests", "kernels/", "pcmecl_fast/ops/cuda.py", "pcmecl_fast/ops/choice.py",
-    "pcmecl_fast/ops/triton_backend.py",
+    "csrc/cuda", "csrc/tests", "kernels/", "pcmecl_fast/ops/backends/cuda.py",
+    "pcmecl_fast/ops/backends/triton.py",
 )  # fmt: skip
 
 Build = Callable[[torch.device, torch.dtype], Comparison]

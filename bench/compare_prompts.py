@@ -23,7 +23,7 @@ from pcmecl_fast.train.prompts import matching_loss
 
 EMOTIONS = ["neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised"]
 TOWER = "ViT-B-32"
-PROMPTS = ("pcmecl_fast/prompts/*.py", "pcmecl_fast/ops/tree_attention.py")
+PROMPTS = ("pcmecl_fast/prompts/*.py", "pcmecl_fast/towers/*.py", "pcmecl_fast/ops/*tree*.py")
 CRITERION = (*PROMPTS, "pcmecl_fast/criterion.py", "pcmecl_fast/ops/*.py", "pcmecl_fast/clip.py")
 
 

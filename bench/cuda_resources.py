@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pcmecl_fast import extension
+from pcmecl_fast.ops.backends import extension
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels-cuda.md"
 BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"

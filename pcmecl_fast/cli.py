@@ -144,9 +144,9 @@ def _ablate(config: AblateConfig) -> None:
 
 
 def _backends(config: BackendsConfig) -> None:
-    from pcmecl_fast.ops import backends
+    from pcmecl_fast.ops import backend_status
 
-    rows = [asdict(status) for status in backends()]
+    rows = [asdict(status) for status in backend_status()]
     if config.json:
         print(json.dumps(rows, indent=2))
         return

@@ -10,12 +10,12 @@ from open_clip.tokenizer import SimpleTokenizer
 from pcmecl_fast import load_clip, ops
 from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
 from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.ops import backend as backend_module
-from pcmecl_fast.ops import cuda, library
+from pcmecl_fast.ops.backends import cuda
+from pcmecl_fast.ops.operator import BACKENDS, Backend
 
 # The backends that run on this machine's CPU tensors: every test of an operator runs on each of them. The CUDA kernels
 # do under their host harness.
-ON_CPU = [status.name for status in ops.backends() if status.available and status.name in ("reference", "cpu")]
+ON_CPU = [status.name for status in ops.backend_status() if status.available and status.name in ("reference", "cpu")]
 ON_CPU += ["cuda"] if cuda_on_host.compiler() else []
 
 
@@ -54,23 +54,18 @@ def each_backend(request):
 @pytest.fixture
 def cuda_kernels_on_host(monkeypatch):
     """The backend "cuda" takes CPU tensors; a test that gives it what it does not take is skipped."""
-    tables = [(backend_module, "_implementations"), (backend_module, "_missing"), (library, "_kernels")]
-    for module, table in tables:
-        monkeypatch.setattr(module, table, getattr(module, table).copy())
-    backend_module.register_backend("cuda", lambda: None)
-    cuda.register_module(cuda_on_host.load(), device="cpu")
-    for (operator, name), implementation in list(backend_module._implementations.items()):
-        if name == "cuda":
-            backend_module.register(operator, name, implementation.run, _or_skip(implementation.why_not))
+    on_host = SkippingBackend("cuda", missing=lambda: None)
+    cuda.add_kernels(on_host, cuda_on_host.load(), device="cpu")
+    monkeypatch.setitem(BACKENDS, "cuda", on_host)
 
 
-def _or_skip(why_not):
-    def ask(*args, **kwargs):
-        reason = why_not(*args, **kwargs)
+class SkippingBackend(Backend):
+    """A backend that skips the test that gives it what it does not support."""
+
+    def unsupported_reason(self, operator, arguments):
+        reason = super().unsupported_reason(operator, arguments)
         if reason is not None:
-            pytest.skip(f"the cuda backend does not take this: {reason}")
-
-    return ask
+            pytest.skip(f"the {self.name} backend does not support this: {reason}")
 
 
 @pytest.fixture(params=[name for name in ON_CPU if name not in ("reference", "cuda")])

@@ -7,30 +7,44 @@ import threading
 import pytest
 import torch
 
-from pcmecl_fast.ops import backend as backend_module
-from pcmecl_fast.ops import backends, clip_frames, use_backend
-from pcmecl_fast.ops.backend import BackendStatus, dispatch, register, register_backend
+from pcmecl_fast.ops import backend_status, clip_frames, direction_loss, explain, operator, use_backend
+from pcmecl_fast.ops.frames import CLIP_FRAMES
+from pcmecl_fast.ops.operator import BACKENDS, Backend, BackendStatus, Explanation, Limits, Operator
+
+CPU_FLOATS = Limits(("cpu",), (torch.float32,), most={"length": 3}, least={"length": 1})
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+DOUBLE = Operator(
+    _double,
+    "Tensor x",
+    gradients=("x",),
+    outputs=lambda x: (torch.empty_like(x),),
+    sizes={"length": lambda x: len(x)},
+)
 
 
 @pytest.fixture(autouse=True)
-def _own_registry(monkeypatch):
-    """Each test has an operator "double", its own table of implementations, and no PCMECL_BACKEND."""
-    for table in ("_implementations", "_missing", "_logged"):
-        monkeypatch.setattr(backend_module, table, getattr(backend_module, table).copy())
-    backend_module._missing.clear()
-    backend_module._logged.clear()
+def _own_backends(monkeypatch):
+    """Each test starts with the reference alone, nothing logged, and no PCMECL_BACKEND."""
+    for name in ("cpu", "triton", "cuda"):
+        monkeypatch.setitem(BACKENDS, name, Backend(name, missing=lambda: "it is not here"))
+    monkeypatch.setattr(operator, "_logged", set())
     monkeypatch.delenv("PCMECL_BACKEND", raising=False)
-    register("double", "reference", lambda x: 2 * x)
 
 
-def add_cpu(why_not=lambda x: None, missing=lambda: None):
-    """A "cpu" backend whose results can be told from the reference's: "double" gives minus what it should."""
-    register_backend("cpu", missing)
-    register("double", "cpu", lambda x: -2 * x, why_not)
+def add(name="cpu", missing=lambda: None, limits=None, result=-2):
+    """A backend whose results can be told from the reference's: "double" gives -2 where it should give 2."""
+    BACKENDS[name] = Backend(name, missing)
+    BACKENDS[name].add(DOUBLE, lambda x: result * x, limits=limits)
 
 
-def double(x=1, backend=None):
-    return dispatch("double", x, backend=backend)
+def double(length=1, backend=None, dtype=torch.float32):
+    result = DOUBLE(torch.ones(length, dtype=dtype), backend=backend)
+    return result if isinstance(result, Explanation) else int(result[0]) if length else 0
 
 
 def test_auto_takes_the_reference_where_there_is_nothing_else():
@@ -38,33 +52,31 @@ def test_auto_takes_the_reference_where_there_is_nothing_else():
 
 
 def test_auto_takes_the_fastest_that_takes_the_tensors():
-    add_cpu(why_not=lambda x: "x is negative" if x < 0 else None)
+    add(limits=CPU_FLOATS)
     assert double(1) == -2
-    assert double(-1) == -2  # the reference's
+    assert double(4) == 2  # the reference's
 
 
 def test_auto_takes_the_fastest_first():
-    add_cpu()
-    register_backend("triton", lambda: None)
-    register("double", "triton", lambda x: "triton")
-    assert double() == "triton"
-    register_backend("cuda", lambda: None)
-    register("double", "cuda", lambda x: "cuda")
-    assert double() == "cuda"
+    add("cpu")
+    add("triton", result=3)
+    assert double() == 3
+    add("cuda", result=4)
+    assert double() == 4
 
 
 def test_auto_passes_by_a_backend_that_cannot_run_here():
-    add_cpu(missing=lambda: "built for another torch")
+    add(missing=lambda: "built for another torch")
     assert double() == 2
 
 
 def test_auto_passes_by_a_backend_without_this_operator():
-    register_backend("cpu", lambda: None)
+    BACKENDS["cpu"] = Backend("cpu", missing=lambda: None)
     assert double() == 2
 
 
 def test_the_calls_word_comes_before_the_contexts_and_that_before_the_environments(monkeypatch):
-    add_cpu()
+    add()
     assert double() == -2
     monkeypatch.setenv("PCMECL_BACKEND", "reference")
     assert double() == 2
@@ -86,14 +98,14 @@ def test_an_empty_variable_is_none(monkeypatch):
 
 
 def test_a_context_ends_with_its_block_even_by_an_exception():
-    add_cpu()
+    add()
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert double() == -2
 
 
 def test_a_context_holds_for_its_own_thread_only():
-    add_cpu()
+    add()
     inside, done, seen = threading.Event(), threading.Event(), []
 
     def other_thread():
@@ -113,7 +125,7 @@ def test_a_context_holds_for_its_own_thread_only():
 
 
 def test_a_context_holds_for_its_own_task_only():
-    add_cpu()
+    add()
 
     async def run(name):
         with use_backend(name):
@@ -142,73 +154,116 @@ def test_an_unknown_name_in_the_environment_says_so(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 def test_a_named_backend_that_is_not_installed_says_how_to_get_it(name):
-    with pytest.raises(
-        RuntimeError, match=f"backend '{name}' cannot run double: this version does not have it yet; take 'reference'"
-    ):
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run _double: it is not here"):
         double(backend=name)
-    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run double"), use_backend(name):
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run _double"), use_backend(name):
         double()
 
 
 def test_a_named_backend_that_cannot_run_here_says_why():
-    add_cpu(missing=lambda: "built for torch 2.11, this is 2.15; run `make build`")
+    add(missing=lambda: "built for torch 2.11, this is 2.15; run `make build`")
     with pytest.raises(
-        RuntimeError, match=r"backend 'cpu' cannot run double: built for torch 2.11, .* run `make build`"
+        RuntimeError, match=r"backend 'cpu' cannot run _double: built for torch 2.11, .* run `make build`"
     ):
         double(backend="cpu")
 
 
 def test_a_named_backend_that_does_not_take_the_tensors_says_why():
-    add_cpu(why_not=lambda x: "x is negative; it takes x of at least 0" if x < 0 else None)
+    add(limits=CPU_FLOATS)
     assert double(1, backend="cpu") == -2
-    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run double: x is negative; it takes"):
-        double(-1, backend="cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run _double: length: got 4; supports at most 3"):
+        double(4, backend="cpu")
 
 
 def test_a_named_backend_without_this_operator_says_so():
-    register_backend("cpu", lambda: None)
+    BACKENDS["cpu"] = Backend("cpu", missing=lambda: None)
     with pytest.raises(
-        RuntimeError, match=r"cpu.* cannot run double: it has no implementation of double; take backend="
+        RuntimeError, match=r"cpu.* cannot run _double: it has no implementation of _double; take backend="
     ):
         double(backend="cpu")
 
 
-def test_auto_logs_once_what_it_lacks(caplog):
+def test_auto_logs_once_what_was_taken_and_why_nothing_faster(caplog):
+    add("cpu", limits=CPU_FLOATS)
+    add("triton", missing=lambda: "no CUDA device")
     with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
         double()
         double()
         double(backend="reference")
     (record,) = caplog.records
-    assert record.name == "pcmecl_fast"
-    message = record.getMessage()
-    assert message.startswith("double runs on the reference backend (cuda: this version does not have it yet")
-    assert "triton: " in message
-    assert "cpu: " in message
+    assert (record.name, record.levelname) == ("pcmecl_fast", "INFO")
+    assert record.getMessage() == "_double runs on cpu (cuda: it is not here; triton: no CUDA device)"
 
 
-def test_auto_logs_nothing_where_something_faster_runs(caplog):
-    add_cpu()
+def test_auto_logs_a_later_fallback_too(caplog):
+    add("cuda", limits=CPU_FLOATS)
     with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
         double()
+        double(dtype=torch.float64)
+    taken, fell_back = (record.getMessage() for record in caplog.records)
+    assert taken == "_double runs on cuda"
+    assert fell_back.startswith("_double runs on reference (cuda: got float64; supports float32; triton: it is")
+
+
+def test_explain_says_what_would_run_and_why_not_the_others(caplog):
+    add("cpu", limits=CPU_FLOATS)
+    with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
+        explanation = explain(double)
     assert not caplog.records
+    assert (explanation.operator, explanation.backend) == ("_double", "cpu")
+    assert explanation.why_not == {
+        "cuda": "it is not here", "triton": "it is not here", "reference": "slower than cpu"
+    }  # fmt: skip
+    assert str(explanation).startswith("_double runs on cpu (cuda: it is not here; ")
+    assert explain(double, backend="reference").why_not["cpu"] == "reference was asked for"
+    with use_backend("reference"):
+        assert explain(double).backend == "reference"
+
+
+def test_explain_takes_the_public_functions_with_their_checks():
+    frames = torch.zeros(1, 3, 4, 4)
+    assert explain(clip_frames, frames, 2, (0.5,) * 3, (0.5,) * 3).backend == "reference"
+    with pytest.raises(ValueError, match="frames: got shape"):
+        explain(clip_frames, frames[0], 2, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run clip_frames"):
+        explain(clip_frames, frames, 2, (0.5,) * 3, (0.5,) * 3, backend="cpu")
+    with pytest.raises(TypeError, match=r"operator: got .*; takes a function of pcmecl_fast.ops"):
+        explain(torch.sin, frames)
+    with pytest.raises(TypeError, match="individual"):
+        explain(direction_loss, frames[0, 0], frames[0, 0], frames[0])
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (Limits(("cuda",), (torch.float32,)), "got a tensor on cpu; supports CUDA tensors"),
+        (Limits(("cpu",), (torch.float16, torch.float64)), "got float32; supports float16 or float64"),
+        (Limits(("cpu",), (torch.float32,), most={"length": 2}), "length: got 3; supports at most 2"),
+        (
+            Limits(("cpu",), (torch.float32,), most={"length": {torch.float32: 1}}),
+            "length: got 3; supports at most 1 in float32",
+        ),
+        (Limits(("cpu",), (torch.float32,), least={"length": 4}), "length: got 3; supports at least 4"),
+        (Limits(("cpu",), (torch.float32,), most={"length": 3}, least={"length": 3}), None),
+    ],
+)
+def test_limits_make_the_check_and_its_sentence(limits, reason):
+    assert limits.unsupported_reason(DOUBLE, [torch.ones(3)]) == reason
 
 
 def test_the_table_has_a_reason_for_each_backend_that_is_missing():
-    add_cpu()
-    register_backend("triton", lambda: "no CUDA device")
-    table = {status.name: status for status in backends()}
+    add("cpu")
+    table = {status.name: status for status in backend_status()}
     assert list(table) == ["reference", "cpu", "triton", "cuda"]
     assert table["reference"] == BackendStatus("reference", True, "")
     assert table["cpu"] == BackendStatus("cpu", True, "")
-    assert table["triton"] == BackendStatus("triton", False, "no CUDA device")
-    assert not table["cuda"].available
-    assert "does not have it yet" in table["cuda"].reason
+    assert table["triton"] == BackendStatus("triton", False, "it is not here")
 
 
 def test_a_compiled_function_follows_the_context():
     frames = torch.zeros(1, 3, 4, 4)
-    register_backend("cpu", lambda: None)
-    register("clip_frames", "cpu", lambda frames, size, mean, std: frames[..., :size, :size] + 5)
+    BACKENDS["cpu"] = Backend("cpu", missing=lambda: None)
+    BACKENDS["cpu"].add(CLIP_FRAMES, lambda frames, size, mean, std: frames[..., :size, :size] + 5)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(frames):

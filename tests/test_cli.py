@@ -424,9 +424,9 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp
 )
 def test_a_value_that_makes_no_sense_is_named(options, says, tmp_path, capsys):
     if "--backend" in options:
-        from pcmecl_fast.ops import backends
+        from pcmecl_fast.ops import backend_status
 
-        if {status.name: status for status in backends()}["triton"].available:
+        if {status.name: status for status in backend_status()}["triton"].available:
             pytest.skip("triton runs here")
     line = wrong(capsys, "train", *SYNTHETIC, *SMALL, *SMALL_GENERATOR, "--out", tmp_path, *options)
     assert line.startswith("pcmecl-fast train: ")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcmecl_fast import extension
-from pcmecl_fast.ops import backends
+from pcmecl_fast.ops import backend_status
+from pcmecl_fast.ops.backends import extension
 
 ROOT = Path(__file__).parents[1]
 built = pytest.mark.skipif(isinstance(extension.load(), str), reason="the extension was not built")
@@ -33,7 +33,7 @@ def built_file(tmp_path):
 def test_the_extension_says_what_it_was_built_with_and_what_it_runs_on():
     assert extension._built_with(extension._path()) == torch.__version__
     assert extension.load().cpu_capability() in ("portable", "avx2", "avx512")
-    assert {status.name: status.available for status in backends()}["cpu"]
+    assert {status.name: status.available for status in backend_status()}["cpu"]
 
 
 def test_without_the_file_it_says_how_to_build_it():
@@ -84,7 +84,7 @@ def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path, variab
     assert done.stderr.count("installed without its compiled extension") == bool(says)
     assert says in done.stderr
     (package,) = tmp_path.glob("build/lib*/pcmecl_fast")
-    assert (package / "ops" / "cpu.py").exists()
+    assert (package / "ops" / "backends" / "cpu.py").exists()
     assert not list(package.glob("*.so"))
 
 

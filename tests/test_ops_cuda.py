@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pcmecl_fast.ops import (
     PromptTree,
-    backends,
+    backend_status,
     clip_frames,
     correlation_loss,
     direction_logits,
@@ -29,7 +29,7 @@ FLOATS = {
 }
 INDICES = torch.tensor([[0, 1, 2, 2, 0], [3, 1, 0, 6, 5], [3, 2, 6, 0, 1]])  # individual, source, target
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-ON_CUDA = [status.name for status in backends() if status.available and status.name != "cpu"]
+ON_CUDA = [status.name for status in backend_status() if status.available and status.name != "cpu"]
 operators = pytest.mark.parametrize("operator", FLOATS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 

@@ -11,8 +11,8 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
-from pcmecl_fast.prompts.encoder import encode_padded
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
+from pcmecl_fast.towers.text import encode_padded
 
 EMOTIONS = ["angry", "contemptuous", "a very happy face", "sad"]
 WORDS = "a photo of a"  # four tokens for every tokenizer here

@@ -409,28 +409,25 @@ def test_missing_emotions_are_spread_over_the_people():
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
 def test_a_backend_that_is_not_here_stops_the_run_and_says_what_to_take(tmp_path, backend):
-    from pcmecl_fast.ops import backends
+    from pcmecl_fast.ops import backend_status
 
-    if {status.name: status for status in backends()}[backend].available:
+    if {status.name: status for status in backend_status()}[backend].available:
         pytest.skip(f"{backend} runs here")
     with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run clip_frames: "):
         run_train(train_config(tmp_path, backend=backend))
 
 
 def test_the_backend_reaches_every_operator(tmp_path, stage1, monkeypatch):
-    from pcmecl_fast.ops import backend as module
+    from pcmecl_fast.ops.operator import REFERENCE, requested_backend
 
     seen = set()
-    for (operator, name), implementation in module._implementations.items():
-        if name == "reference":
+    for name, implementation in REFERENCE.implementations.items():
 
-            def run(*args, _run=implementation.run, _operator=operator, **kwargs):
-                seen.add((_operator, module.choose(None)))
-                return _run(*args, **kwargs)
+        def forward(*arguments, _forward=implementation.forward, _name=name):
+            seen.add((_name, requested_backend(None)))
+            return _forward(*arguments)
 
-            monkeypatch.setitem(
-                module._implementations, (operator, name), module.Implementation(run, implementation.why_not)
-            )
+        monkeypatch.setitem(REFERENCE.implementations, name, implementation._replace(forward=forward))
     run_train(train_config(tmp_path, backend="reference"))
     assert seen == {
         (operator, "reference")

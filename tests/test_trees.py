@@ -24,10 +24,10 @@ from test_prompts import (
 from torch import nn
 
 from pcmecl_fast.ops import use_backend
-from pcmecl_fast.prompts import encoder
-from pcmecl_fast.prompts.encoder import encode_padded, encode_tree, eos_positions, tree_obstacle
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 from pcmecl_fast.prompts.tree import PackedPrompts
+from pcmecl_fast.towers import frozen
+from pcmecl_fast.towers.text import encode_padded, encode_tree, eos_positions, tree_obstacle
 
 SENTENCES = [
     "a photo of a face that looks angry",
@@ -269,7 +269,7 @@ def test_float32_runs_the_same_with_and_without_onednn(name):
 def test_onednn_linear_has_the_right_gradient():
     x, weight, bias = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7), torch.randn(3)
     towards = torch.randn(5, 3)
-    ours, plain = encoder._OneDNNLinear.apply(x, weight, bias), F.linear(x, weight, bias)
+    ours, plain = frozen._OneDNNLinear.apply(x, weight, bias), F.linear(x, weight, bias)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, towards)[0] for y in (ours, plain)))
 

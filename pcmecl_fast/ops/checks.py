@@ -86,11 +86,6 @@ def autocast_is_on(kind: str) -> bool:
     return kind in AUTOCAST and torch.is_autocast_enabled(kind)
 
 
-def split_scale(scale: float | Tensor) -> tuple[Tensor | None, float]:
-    """The scale as a schema takes it: the tensor, or None and the number. No device is waited for."""
-    return (scale, 0.0) if isinstance(scale, Tensor) else (None, float(scale))
-
-
 def check_one_device(**tensors: Tensor | None) -> None:
     """Raise unless the tensors lie on one device, that of the first."""
     (first_name, first), *others = tensors.items()

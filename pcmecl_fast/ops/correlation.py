@@ -10,8 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.backend import dispatch, register, register_fused
-from pcmecl_fast.ops.library import FusedOperator
+from pcmecl_fast.ops.operator import Operator
 
 NEGATIVES = ("all", "within", "distinct")
 
@@ -70,17 +69,10 @@ def correlation_loss(
     checks.check_scale(scale)
     checks.check_one_device(visual=visual, text=text, mask=mask, scale=scale if isinstance(scale, Tensor) else None)
     checks.check_choice("negatives", negatives, NEGATIVES)
-    return dispatch("correlation_loss", visual, text, scale=scale, mask=mask, negatives=negatives, backend=backend)
+    return CORRELATION_LOSS(visual, text, scale, mask, negatives, backend=backend)
 
 
-def _fused_loss(
-    visual: Tensor, text: Tensor, *, scale: float | Tensor, mask: Tensor | None, negatives: str, backend: str
-) -> Tensor:
-    scale_tensor, number = checks.split_scale(scale)
-    return _LOSS(visual, text, scale_tensor, number, mask, negatives, backend=backend)
-
-
-def _empty_loss(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and what a backend keeps of the row and the column of each pair a < b; those of b → a have the same."""
     individuals, emotions, _ = visual.shape
     wide = reference.computing_dtype(visual)
@@ -89,12 +81,15 @@ def _empty_loss(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return visual.new_empty((), dtype=wide), rows, columns
 
 
-_LOSS = FusedOperator(
-    "correlation_loss",
-    "Tensor visual, Tensor text, Tensor? scale, float scale_number, Tensor? mask, str negatives",
-    ("visual", "text", "scale"),
-    _empty_loss,
-    saved=2,
+CORRELATION_LOSS = Operator(
+    reference.correlation_loss,
+    "Tensor visual, Tensor text, Tensor|float scale, Tensor? mask, str negatives",
+    gradients=("visual", "text", "scale"),
+    outputs=_outputs,
+    saved=("rows", "columns"),
+    sizes={
+        "emotions": lambda visual, *rest: visual.shape[1],
+        # A tensor's value is not read: that would wait for the device.
+        "scale": lambda visual, text, scale, *rest: 0.0 if isinstance(scale, Tensor) else scale,
+    },
 )
-register_fused("correlation_loss", _fused_loss)
-register("correlation_loss", "reference", reference.correlation_loss)

@@ -11,8 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.backend import dispatch, register, register_fused
-from pcmecl_fast.ops.library import FusedOperator
+from pcmecl_fast.ops.operator import Operator
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -58,9 +57,7 @@ def direction_logits(
     source, edited, bank = _checked_features(sizes, source, edited, bank, normalize)
     individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
     source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
-    return dispatch(
-        "direction_logits", source, edited, bank, individual, source_emotion, normalize=normalize, backend=backend
-    )
+    return DIRECTION_LOGITS(source, edited, bank, individual, source_emotion, normalize, backend=backend)
 
 
 def direction_loss(
@@ -121,18 +118,17 @@ def direction_loss(
     individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
     source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
     target_emotion = _checked_index(sizes, "target_emotion", target_emotion, source, bank.shape[1], "emotions in bank")
-    return dispatch(
-        "direction_loss",
+    return DIRECTION_LOSS(
         source,
         edited,
         bank,
         individual,
         source_emotion,
         target_emotion,
-        scale=scale,
-        contrast=contrast,
-        normalize=normalize,
-        reduction=reduction,
+        scale,
+        float(contrast),
+        normalize,
+        reduction,
         backend=backend,
     )
 
@@ -159,55 +155,11 @@ def _checked_index(sizes: checks.Sizes, name: str, index: Tensor, source: Tensor
     return index
 
 
-def _fused_logits(
-    source: Tensor,
-    edited: Tensor,
-    bank: Tensor,
-    individual: Tensor,
-    source_emotion: Tensor,
-    *,
-    normalize: bool,
-    backend: str,
-) -> Tensor:
-    return _LOGITS(source, edited, bank, individual, source_emotion, normalize, backend=backend)
-
-
-def _fused_loss(
-    source: Tensor,
-    edited: Tensor,
-    bank: Tensor,
-    individual: Tensor,
-    source_emotion: Tensor,
-    target_emotion: Tensor,
-    *,
-    scale: float | Tensor,
-    contrast: float,
-    normalize: bool,
-    reduction: str,
-    backend: str,
-) -> Tensor:
-    scale_tensor, number = checks.split_scale(scale)
-    return _LOSS(
-        source,
-        edited,
-        bank,
-        individual,
-        source_emotion,
-        target_emotion,
-        scale_tensor,
-        number,
-        float(contrast),
-        normalize,
-        reduction,
-        backend=backend,
-    )
-
-
-def _empty_logits(source: Tensor, edited: Tensor, bank: Tensor, *rest: object) -> tuple[Tensor]:
+def _logits_outputs(source: Tensor, edited: Tensor, bank: Tensor, *rest: object) -> tuple[Tensor]:
     return (source.new_empty(source.shape[0], bank.shape[1]),)
 
 
-def _empty_loss(source: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def _loss_outputs(source: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     """The loss, and the number of samples that it is divided by."""
     reduction = rest[-1]
     wide = reference.computing_dtype(source)
@@ -216,16 +168,22 @@ def _empty_loss(source: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
 
 
 _FEATURES = "Tensor source, Tensor edited, Tensor bank, Tensor individual, Tensor source_emotion"
-_LOGITS = FusedOperator("direction_logits", f"{_FEATURES}, bool normalize", ("source", "edited", "bank"), _empty_logits)
-_LOSS = FusedOperator(
-    "direction_loss",
-    f"{_FEATURES}, Tensor target_emotion, Tensor? scale, float scale_number, float contrast, bool normalize, "
-    "str reduction",
-    ("source", "edited", "bank", "scale"),
-    _empty_loss,
-    saved=1,
+_SIZES = {
+    "emotions": lambda source, edited, bank, *rest: bank.shape[1],
+    "features": lambda source, edited, bank, *rest: bank.shape[2],
+}
+DIRECTION_LOGITS = Operator(
+    reference.direction_logits,
+    f"{_FEATURES}, bool normalize",
+    gradients=("source", "edited", "bank"),
+    outputs=_logits_outputs,
+    sizes=_SIZES,
 )
-register_fused("direction_logits", _fused_logits)
-register_fused("direction_loss", _fused_loss)
-register("direction_logits", "reference", reference.direction_logits)
-register("direction_loss", "reference", reference.direction_loss)
+DIRECTION_LOSS = Operator(
+    reference.direction_loss,
+    f"{_FEATURES}, Tensor target_emotion, Tensor|float scale, float contrast, bool normalize, str reduction",
+    gradients=("source", "edited", "bank", "scale"),
+    outputs=_loss_outputs,
+    saved=("divisor",),
+    sizes=_SIZES,
+)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.backend import dispatch, register, register_fused
-from pcmecl_fast.ops.library import FusedOperator
+from pcmecl_fast.ops.operator import Operator
 
 
 def clip_frames(
@@ -56,7 +55,7 @@ def clip_frames(
     colour_mean, colour_std = _three_numbers("mean", mean), _three_numbers("std", std)
     if min(colour_std) <= 0:
         raise ValueError(f"std: got {colour_std}; takes three numbers above 0")
-    return dispatch("clip_frames", frames, size, colour_mean, colour_std, backend=backend)
+    return CLIP_FRAMES(frames, size, colour_mean, colour_std, backend=backend)
 
 
 def _three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, float]:
@@ -70,18 +69,13 @@ def _three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, fl
     return float(red), float(green), float(blue)
 
 
-def _fused_frames(
-    frames: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, backend: str
-) -> Tensor:
-    return _FRAMES(frames, size, mean, std, backend=backend)
-
-
-def _empty_frames(frames: Tensor, size: int, *rest: object) -> tuple[Tensor]:
+def _outputs(frames: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor]:
     return (frames.new_empty(frames.shape[0], 3, size, size),)
 
 
-_FRAMES = FusedOperator(
-    "clip_frames", "Tensor frames, SymInt size, float[] mean, float[] std", ("frames",), _empty_frames
+CLIP_FRAMES = Operator(
+    reference.clip_frames,
+    "Tensor frames, SymInt size, float[] mean, float[] std",
+    gradients=("frames",),
+    outputs=_outputs,
 )
-register_fused("clip_frames", _fused_frames)
-register("clip_frames", "reference", reference.clip_frames)

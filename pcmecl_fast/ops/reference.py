@@ -12,16 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pcmecl_fast.ops.checks import AUTOCAST
-
-if TYPE_CHECKING:
-    from pcmecl_fast.ops.tree_attention import PromptTree
+from pcmecl_fast.ops.prompt_tree import PromptTree
 
 EPS = 1e-8  # as in F.cosine_similarity
 
@@ -32,7 +29,6 @@ def direction_logits(
     bank: Tensor,  # (N, E, D)
     individual: Tensor,  # (B,)
     source_emotion: Tensor,  # (B,)
-    *,
     normalize: bool,
 ) -> Tensor:  # (B, E)
     with _autocast_off(source):
@@ -46,7 +42,6 @@ def direction_loss(
     individual: Tensor,  # (B,)
     source_emotion: Tensor,  # (B,)
     target_emotion: Tensor,  # (B,)
-    *,
     scale: float | Tensor,
     contrast: float,
     normalize: bool,
@@ -68,7 +63,6 @@ def direction_loss(
 def correlation_loss(
     visual: Tensor,  # (N, E, D)
     text: Tensor,  # (N, E, D)
-    *,
     scale: float | Tensor,
     mask: Tensor | None,  # (N, E) bool
     negatives: str,

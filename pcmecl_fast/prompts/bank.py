@@ -6,19 +6,23 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pcmecl_fast.data.features import Features
+from pcmecl_fast.clip import Clip
 from pcmecl_fast.files import MappedTensor, load_tensors, save_rows, save_tensors
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 
-if TYPE_CHECKING:
-    from pcmecl_fast.clip import Clip
+
+class Conditions(Protocol):
+    """What prompts are conditioned on, N rows of image features: a (N, D) tensor, or a store that is read by rows."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class PromptBank:
     def build(
         cls,
         prompts: PersonalizedPrompts,
-        conditions: Features,  # (N, D) mean unit image features
+        conditions: Conditions,  # (N, D) mean unit image features
         individuals: Sequence[str],
         emotions: Sequence[str],
         *,
@@ -136,7 +140,7 @@ class PromptBank:
     def extended(
         self,
         prompts: PersonalizedPrompts,
-        conditions: Features,  # (n, D)
+        conditions: Conditions,  # (n, D)
         individuals: Sequence[str],
         *,
         clip: Clip,

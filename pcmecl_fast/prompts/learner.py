@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcmecl_fast.ops.backend import choose
-from pcmecl_fast.prompts.encoder import (
+from pcmecl_fast.clip import Clip
+from pcmecl_fast.ops.operator import requested_backend
+from pcmecl_fast.prompts.tree import PackedPrompts
+from pcmecl_fast.towers.text import (
     check_pooling,
     encode_padded,
     encode_tree,
@@ -20,10 +21,6 @@ from pcmecl_fast.prompts.encoder import (
     token_embedding,
     tree_obstacle,
 )
-from pcmecl_fast.prompts.tree import PackedPrompts
-
-if TYPE_CHECKING:
-    from pcmecl_fast.clip import Clip
 
 logger = logging.getLogger("pcmecl_fast")
 
@@ -129,7 +126,7 @@ class PersonalizedPrompts(nn.Module):
         self._check(condition)
         shift = self.shift(condition)[:, None]
         context = self.context + (shift if self.context.dim() == 2 else shift[:, None])
-        backend = choose(backend)
+        backend = requested_backend(backend)
         if backend == "reference" or self._packed is None:
             features = encode_padded(self.clip.model, self.tokens, context, self._start)
         else:

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.criterion import PCMECLCriterion, personal_lengths, real_lengths
+from pcmecl_fast.criterion import PCMECLCriterion
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
-from pcmecl_fast.ops.backend import choose
+from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
@@ -96,7 +97,7 @@ def train_generator(
         },
     )
     # A random view of the source has features of its own.
-    known = None if config.jitter or choose(None) == "reference" else frame_features(clip, dataset, config)
+    known = None if config.jitter or requested_backend(None) == "reference" else frame_features(clip, dataset, config)
     weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
     autocast = torch.autocast(
         device.type, dtype=torch.float16 if config.amp == "fp16" else torch.bfloat16, enabled=config.amp != "none"

@@ -17,7 +17,7 @@ from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset, check_trainable
 from pcmecl_fast.data.features import Features, FeatureStore, LiveFeatures, individual_conditions
-from pcmecl_fast.ops.backend import choose
+from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, save_prompts
 from pcmecl_fast.train.config import PromptsConfig, RunConfig
 from pcmecl_fast.train.graphs import adamw, make_step, set_learning_rate
@@ -113,7 +113,7 @@ def _take_step(
 
 def frame_features(clip: Clip, dataset: FrameDataset, config: RunConfig) -> Features:
     """Image features of a data set's frames: from the store; by the reference backend anew whenever they are needed."""
-    if choose(None) == "reference":
+    if requested_backend(None) == "reference":
         return LiveFeatures(clip, dataset)
     return FeatureStore(config.features_folder, clip, dtype=getattr(torch, config.features_dtype))(dataset)
 

@@ -6,7 +6,7 @@ that `tree_obstacle` has nothing against on packed prompts, with the same result
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,10 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from pcmecl_fast.ops import tree_attention
-from pcmecl_fast.prompts.tree import PackedPrompts
+from pcmecl_fast.towers.frozen import frozen_linear, run_frozen
+
+if TYPE_CHECKING:
+    from pcmecl_fast.prompts.tree import PackedPrompts
 
 
 def encode_padded(
@@ -205,7 +208,7 @@ def _embed(tower: Any, packed: PackedPrompts, context: Tensor) -> Tensor:
 def _run_block(block: Any, x: Tensor, packed: PackedPrompts, backend: str | None) -> Tensor:
     """One residual block on all tokens, (N·T, S, W) to the same."""
     attention, normed = block.attn, block.ln_1(x)
-    qkv = _linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+    qkv = frozen_linear(normed, attention.in_proj_weight, attention.in_proj_bias)
     qkv = qkv.unflatten(-1, (3, attention.num_heads, -1))  # (N·T, S, 3, H, d)
     if isinstance(attention, Attention):
         query, key, value = qkv.unbind(2)
@@ -220,9 +223,9 @@ def _run_last_block(block: Any, x: Tensor, packed: PackedPrompts) -> Tensor:
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
     trees = (individuals, packed.trees * packed.length, width)  # an individual's trees laid end to end
-    query = _linear(normed.view(trees).index_select(1, packed.eos), weight[:width], bias_q)
+    query = frozen_linear(normed.view(trees).index_select(1, packed.eos), weight[:width], bias_q)
     query = query.view(len(x), packed.segments, width).unflatten(-1, (attention.num_heads, -1))  # (N·T, K, H, d)
-    key, value = _linear(normed, weight[width:], bias_kv).unflatten(-1, (2, attention.num_heads, -1)).unbind(2)
+    key, value = frozen_linear(normed, weight[width:], bias_kv).unflatten(-1, (2, attention.num_heads, -1)).unbind(2)
     if isinstance(attention, Attention):
         query, key = attention.ln_q(query), attention.ln_k(key)
 
@@ -241,57 +244,11 @@ def _after_attention(block: Any, x: Tensor, heads: Tensor) -> Tensor:
     if isinstance(attention, Attention):
         if attention.head_scale is not None:
             heads = heads * attention.head_scale.squeeze(-1)
-        mixed = block.ln_attn(_run(attention.out_proj, attention.ln_inner(heads.flatten(-2))))
+        mixed = block.ln_attn(run_frozen(attention.out_proj, attention.ln_inner(heads.flatten(-2))))
     else:
-        mixed = _run(attention.out_proj, heads.flatten(-2))
+        mixed = run_frozen(attention.out_proj, heads.flatten(-2))
     x = x + block.ls_1(mixed)
-    return x + block.ls_2(_run(block.mlp, block.ln_2(x)))
-
-
-def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), with the linear layers in it run by `_linear`."""
-    if isinstance(module, nn.Sequential):
-        for child in module:
-            x = _run(child, x)
-        return x
-    if type(module).forward is not nn.Linear.forward:
-        return module(x)
-    linear: Any = module
-    return _linear(x, linear.weight, linear.bias)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear with a frozen weight; in float32 on a CPU by oneDNN, unless `torch.backends.mkldnn` is off."""
-    onednn = (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not weight.requires_grad
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-    )
-    return _OneDNNLinear.apply(x, weight, bias) if onednn else F.linear(x, weight, bias)
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    """A frozen linear layer in float32 by oneDNN, which uses AVX-512 on any CPU that has it.
-
-    F.linear calls MKL, which on AMD's CPUs takes AVX2: twice as long.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
-        return _OneDNNLinear.apply(grad, weight.t(), None), None, None
+    return x + block.ls_2(run_frozen(block.mlp, block.ln_2(x)))
 
 
 def _is_causal(mask: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The seam under the compiled backends: any pair of functions on tensors becomes an operator with all it needs.
+"""A backend adds any pair of functions on tensors, and the operator gives them all that an operator needs.
 
 The pairs here are the reference and its own derivative, so that what is shown is the seam, not a kernel.
 """
@@ -14,12 +14,14 @@ from pcmecl_fast.ops import (
     correlation_loss,
     direction_logits,
     direction_loss,
-    library,
     reference,
     tree_attention,
 )
-from pcmecl_fast.ops import backend as backend_module
-from pcmecl_fast.ops.backend import register_backend, register_kernels
+from pcmecl_fast.ops.correlation import CORRELATION_LOSS
+from pcmecl_fast.ops.direction import DIRECTION_LOGITS, DIRECTION_LOSS
+from pcmecl_fast.ops.frames import CLIP_FRAMES
+from pcmecl_fast.ops.operator import BACKENDS, Backend
+from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
 TREE = PromptTree(3, (2, 1))
 INDICES = torch.tensor([[0, 1, 2, 2, 0], [3, 1, 0, 2, 1], [3, 2, 1, 0, 3]])  # individual, source, target
@@ -75,12 +77,11 @@ operators = pytest.mark.parametrize("operator", FORWARDS)
 
 @pytest.fixture(autouse=True)
 def _twin_as_triton(monkeypatch):
-    """The reference's twin, registered under the name of a backend that is not tested here."""
-    for module, table in ((backend_module, "_implementations"), (backend_module, "_missing"), (library, "_kernels")):
-        monkeypatch.setattr(module, table, getattr(module, table).copy())
-    register_backend("triton", lambda: None)
-    for operator in FORWARDS:
-        register_kernels(operator, "triton", forward_of(operator), backward_of(operator))
+    """The reference's twin, under the name of a backend that is not tested here."""
+    twin = Backend("triton", missing=lambda: None)
+    for operator in (DIRECTION_LOGITS, DIRECTION_LOSS, CORRELATION_LOSS, TREE_ATTENTION, CLIP_FRAMES):
+        twin.add(operator, forward_of(operator.name), backward_of(operator.name))
+    monkeypatch.setitem(BACKENDS, "triton", twin)
 
 
 def forward_of(operator):

@@ -1,0 +1,31 @@
+"""The backend "cpu": csrc/cpu, compiled into `pcmecl_fast._C`."""
+
+from __future__ import annotations
+
+import torch
+
+from pcmecl_fast.ops.backends import extension
+from pcmecl_fast.ops.correlation import CORRELATION_LOSS
+from pcmecl_fast.ops.direction import DIRECTION_LOGITS, DIRECTION_LOSS
+from pcmecl_fast.ops.frames import CLIP_FRAMES
+from pcmecl_fast.ops.operator import BACKENDS, Backend, Limits
+from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
+
+DEVICES, DTYPES = ("cpu",), (torch.float32, torch.float64, torch.bfloat16)
+ANY = Limits(DEVICES, DTYPES)
+CORRELATION = Limits(
+    DEVICES,
+    DTYPES,
+    # csrc/cpu/correlation_kernels.h keeps a row's differences in an array of 32; above that scale float64 overflows.
+    most={"emotions": 32, "scale": 1000},
+)
+
+_module = extension.load()
+BACKENDS["cpu"] = CPU = Backend("cpu", missing=lambda: _module if isinstance(_module, str) else None)
+if not isinstance(_module, str):
+    CPU.add(DIRECTION_LOGITS, _module.direction_logits, _module.direction_logits_backward, ANY)
+    CPU.add(DIRECTION_LOSS, _module.direction_loss, _module.direction_loss_backward, ANY)
+    CPU.add(CORRELATION_LOSS, _module.correlation_loss, _module.correlation_loss_backward, CORRELATION)
+    CPU.add(CLIP_FRAMES, _module.clip_frames, _module.clip_frames_backward, ANY)
+    # PyTorch's own attention with the mask is the fastest on a CPU; the operator exists for the GPU.
+    CPU.add(TREE_ATTENTION, TREE_ATTENTION.reference, limits=ANY)

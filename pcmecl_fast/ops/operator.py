@@ -1,0 +1,483 @@
+"""Operators and backends: an operator is declared once, as one object, and a backend adds its kernels to it.
+
+    DIRECTION_LOSS = Operator(reference.direction_loss, schema, gradients=…, outputs=…)       in ops/direction.py
+    CPU.add(DIRECTION_LOSS, forward, backward, limits)                                        in ops/backends/cpu.py
+
+Calling an operator picks a backend: the call's `backend=`, else `use_backend(...)`, else the variable PCMECL_BACKEND,
+else "auto", the fastest that supports the arguments. Kernels run inside a pair of `torch.library` operators,
+`pcmecl_fast::<name>` and `pcmecl_fast::<name>_backward`, whose last argument is the backend's name: autograd, fake
+kernels, autocast, contiguity and the error of a second derivative live here, once for every operator and backend.
+
+Autograd is written by hand, two `torch.autograd.Function`s behind the Autograd key: `torch.library.register_autograd`
+costs 25 µs more a call, as long as some of these operators take altogether.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from pcmecl_fast.ops.checks import autocast_is_on
+
+NAMESPACE = "pcmecl_fast"
+FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
+"""The order in which "auto" tries the backends. That `cuda` comes before `triton` has not been measured yet: it is
+first because it compiles nothing at the first call."""
+NAMES = (*reversed(FASTEST_FIRST), "auto")
+
+logger = logging.getLogger("pcmecl_fast")
+
+_library = Library(NAMESPACE, "DEF")
+_in_context: ContextVar[str | None] = ContextVar("pcmecl_fast_backend", default=None)
+# The same where torch.compile traces: it guards a module's variable, but no context variable in every version. Threads
+# that compile under different backends at a time have to name them in the calls.
+_while_compiling: str | None = None
+_explaining: ContextVar[bool] = ContextVar("pcmecl_fast_explaining", default=False)
+_logged: set[tuple[str, str]] = set()
+
+
+# ---- Backends --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a backend's kernels of one operator support: the check and the sentence that explains it come from here.
+
+    Attributes:
+        devices: types of device.
+        dtypes: of the operator's first tensor.
+        most: the largest supported value of each of the operator's `sizes`, for every dtype alike or by dtype.
+        least: the smallest.
+    """
+
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    most: Mapping[str, float | Mapping[torch.dtype, float]] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
+
+    def unsupported_reason(self, operator: Operator, arguments: Sequence[Any]) -> str | None:
+        """Why these arguments are not supported, None where they are. Nothing here waits for a device."""
+        first: Tensor = arguments[0]
+        if first.device.type not in self.devices:
+            return f"got a tensor on {first.device}; supports {_listed(map(_DEVICE_WORDS.__getitem__, self.devices))}"
+        if first.dtype not in self.dtypes:
+            return f"got {_word(first.dtype)}; supports {_listed(map(_word, self.dtypes))}"
+        for size, most in self.most.items():
+            value = operator.sizes[size](*arguments)
+            limit = most[first.dtype] if isinstance(most, Mapping) else most
+            if value > limit:
+                of_dtype = f" in {_word(first.dtype)}" if isinstance(most, Mapping) else ""
+                return f"{size}: got {value}; supports at most {limit}{of_dtype}"
+        for size, least in self.least.items():
+            value = operator.sizes[size](*arguments)
+            if value < least:
+                return f"{size}: got {value}; supports at least {least}"
+        return None
+
+
+_DEVICE_WORDS = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}
+
+
+class Implementation(NamedTuple):
+    """An operator on one backend; without a `backward`, `forward` is the whole of it, differentiated by PyTorch."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    limits: Limits | None
+
+
+class Backend:
+    """One way of running operators, and the kernels that it has.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+        missing: says why the backend cannot run here at all and how to get it; None where it can. Asked at every call.
+    """
+
+    def __init__(self, name: str, missing: Callable[[], str | None]) -> None:
+        self.name = name
+        self.missing = missing
+        self.implementations: dict[str, Implementation] = {}
+
+    def add(
+        self,
+        operator: Operator,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """Add an operator.
+
+        Args:
+            operator: which one.
+            forward: takes the schema's arguments and returns (result, *saved), or the result where nothing is saved.
+                Tensors arrive contiguous, outside autocast and outside autograd.
+            backward: takes (gradient of the result, *the schema's arguments, *saved, needs) and returns a gradient, or
+                None where `needs` is False, for each name in the operator's `gradients`. Without it, `forward` takes
+                the operator's arguments as they are and is differentiated by PyTorch.
+            limits: what the two support; None for everything that the operator takes.
+        """
+        self.implementations[operator.name] = Implementation(forward, backward, limits)
+
+    def unsupported_reason(self, operator: Operator, arguments: Sequence[Any]) -> str | None:
+        """Why this backend cannot run the call, None where it can."""
+        reason = self.missing()
+        if reason is not None:
+            return reason
+        implementation = self.implementations.get(operator.name)
+        if implementation is None:
+            return f"it has no implementation of {operator.name}; take backend='auto' or 'reference'"
+        limits = implementation.limits
+        return None if limits is None else limits.unsupported_reason(operator, arguments)
+
+
+BACKENDS: dict[str, Backend] = {}
+"""Every backend by its name; filled by the files in `ops/backends`."""
+
+BACKENDS["reference"] = REFERENCE = Backend("reference", missing=lambda: None)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One line of the table of backends: `reason` is why it is missing, or "" where it is available."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def backend_status() -> list[BackendStatus]:
+    """What can run here: a record (name, available, reason) for "reference", "cpu", "triton" and "cuda"."""
+    reasons = {name: BACKENDS[name].missing() for name in NAMES if name != "auto"}
+    return [BackendStatus(name, reason is None, reason or "") for name, reason in reasons.items()]
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Run the operators called inside the `with` block on one backend.
+
+    Holds for the calling thread or task only (a context variable), nests, and gives way to a call's own `backend=`.
+    The backward pass runs where its forward ran.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda" or "auto".
+
+    Raises:
+        ValueError: another name.
+    """
+    return _use_backend(_checked_name(name, "use_backend(name)"))
+
+
+@contextmanager
+def _use_backend(name: str) -> Iterator[None]:
+    global _while_compiling
+    token, before = _in_context.set(name), _while_compiling
+    _while_compiling = name
+    try:
+        yield
+    finally:
+        _in_context.reset(token)
+        _while_compiling = before
+
+
+def requested_backend(backend: str | None) -> str:
+    """The call's word, else the context's, else the environment's, else "auto"."""
+    if backend is not None:
+        return _checked_name(backend, "backend")
+    in_context = _while_compiling if torch.compiler.is_compiling() else _in_context.get()
+    if in_context is not None:
+        return in_context
+    in_environment = os.environ.get("PCMECL_BACKEND")
+    return _checked_name(in_environment, "PCMECL_BACKEND") if in_environment else "auto"
+
+
+def _checked_name(name: str, argument: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{argument}: got {name!r}; takes one of {', '.join(NAMES)}")
+    return name
+
+
+# ---- Explanations ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend an operator's call would run on, and why not on each other one."""
+
+    operator: str
+    backend: str
+    why_not: dict[str, str]
+
+    def __str__(self) -> str:
+        others = "; ".join(f"{name}: {reason}" for name, reason in self.why_not.items())
+        return f"{self.operator} runs on {self.backend}" + (f" ({others})" if others else "")
+
+
+def explain(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
+    """Say which backend a call would run on and why not on the others; nothing is computed.
+
+        print(ops.explain(ops.direction_loss, source, edited, bank, individual, source_emotion, target_emotion))
+        direction_loss runs on cpu (cuda: there is no CUDA device; triton: no CUDA device; reference: slower than cpu)
+
+    Args:
+        operator: one of the functions of `pcmecl_fast.ops`.
+        arguments, options: as the call would have them, `backend=` included.
+
+    Raises:
+        TypeError: something else than an operator of `pcmecl_fast.ops`; or as the call would.
+        RuntimeError: a named backend that cannot run.
+    """
+    token = _explaining.set(True)
+    try:
+        explanation = operator(*arguments, **options)
+    finally:
+        _explaining.reset(token)
+    if not isinstance(explanation, Explanation):
+        raise TypeError(f"operator: got {operator!r}; takes a function of pcmecl_fast.ops, such as ops.direction_loss")
+    return explanation
+
+
+# ---- Operators -------------------------------------------------------------------------------------------------------
+
+
+def _split(value: float | Tensor) -> tuple[Tensor | None, float]:
+    """A number or a tensor as a schema takes it: no device is waited for."""
+    return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
+
+
+# Kinds of arguments that torch's schemas do not know: what stands in their place there, and how a value is taken apart.
+_COMPOSITE: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
+    "Tensor|float": ("Tensor? {0}, float {0}_number", _split),
+    "PromptTree": ("int prefix, int[] segment_lengths", lambda tree: (tree.prefix, tree.segment_lengths)),
+}
+
+
+class Operator:
+    """An operator: its specification, its schema, and what it takes to differentiate and to trace it.
+
+    Called with the reference's arguments, already checked, and `backend=`; returns the result.
+
+    Args:
+        reference: the specification in plain PyTorch; its name is the operator's.
+        schema: the arguments in the notation of `torch.library`, and two kinds more: "Tensor|float scale", which
+            becomes "Tensor? scale, float scale_number" for the kernels, and "PromptTree layout", which becomes
+            "int prefix, int[] segment_lengths". The first argument is a tensor.
+        gradients: names of the arguments that have a gradient, in order.
+        outputs: takes the kernels' arguments and returns empty tensors like the ones that their forward returns:
+            (result, *saved).
+        saved: names of the tensors that the forward keeps for the backward besides its arguments.
+        keeps_result: whether the backward gets the result too, before the saved ones.
+        sizes: what `Limits` may speak of: functions of the operator's arguments, by name.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Tensor],
+        schema: str,
+        *,
+        gradients: Sequence[str],
+        outputs: Callable[..., tuple[Tensor, ...]],
+        saved: Sequence[str] = (),
+        keeps_result: bool = False,
+        sizes: Mapping[str, Callable[..., float]] | None = None,
+    ) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.sizes = dict(sizes or {})
+        self._outputs = outputs
+        REFERENCE.add(self, reference)
+        self._keep_from = 0 if keeps_result else 1
+
+        kinds = [argument.strip().split() for argument in schema.split(",")]
+        self._composite = [_COMPOSITE[kind][1] if kind in _COMPOSITE else None for kind, _ in kinds]
+        flat = ", ".join(
+            _COMPOSITE[kind][0].format(name) if kind in _COMPOSITE else f"{kind} {name}" for kind, name in kinds
+        )
+        declared = [argument.split() for argument in flat.split(", ")]
+        names = [name for _, name in declared]
+        self._gradients = [names.index(name) for name in gradients]
+        self._tensors = [i for i, (kind, _) in enumerate(declared) if kind in ("Tensor", "Tensor?")]
+
+        kept = (["result"] if keeps_result else []) + list(saved)
+        backward = ", ".join(["Tensor grad", flat, *(f"Tensor {name}" for name in kept), "bool[] needs", "str backend"])
+        _library.define(f"{self.name}({flat}, str backend) -> {_tensors(1 + len(saved))}")
+        _library.define(f"{self.name}_backward({backward}) -> {_tensors(len(gradients))}")
+        self._forward = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self._backward = getattr(getattr(torch.ops, NAMESPACE), f"{self.name}_backward").default
+        self._function, self._twice = _differentiable_once(self), _not_differentiable_twice(self)
+        for name, run, differentiate, fake in (
+            (self.name, self._run_forward, self._differentiate, self._fake_forward),
+            (f"{self.name}_backward", self._run_backward, self._differentiate_backward, self._fake_backward),
+        ):
+            _library.impl(name, run, "CompositeExplicitAutograd")
+            _library.impl(name, differentiate, "Autograd")
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+    def __call__(self, *arguments: Any, backend: str | None) -> Any:
+        """Run on the chosen backend; a named one that cannot run raises RuntimeError, "auto" goes on to the next."""
+        requested = requested_backend(backend)
+        if not torch.compiler.is_compiling() and _explaining.get():
+            return self._explanation(requested, arguments)
+        name = self._fastest(arguments) if requested == "auto" else self._checked(requested, arguments)
+        implementation = BACKENDS[name].implementations[self.name]
+        if implementation.backward is None:
+            return implementation.forward(*arguments)
+        results = self._forward(*self._flat(arguments), name)
+        return results[0] if isinstance(results, tuple) else results
+
+    def _fastest(self, arguments: Sequence[Any]) -> str:
+        for name in FASTEST_FIRST:
+            if BACKENDS[name].unsupported_reason(self, arguments) is None:
+                break
+        if not torch.compiler.is_compiling() and (self.name, name) not in _logged:
+            _logged.add((self.name, name))
+            explanation = self._explanation("auto", arguments)
+            faster = FASTEST_FIRST[: FASTEST_FIRST.index(name)]
+            why_not = {other: reason for other, reason in explanation.why_not.items() if other in faster}
+            logger.info("%s", Explanation(self.name, name, why_not))
+        return name
+
+    def _checked(self, name: str, arguments: Sequence[Any]) -> str:
+        reason = BACKENDS[name].unsupported_reason(self, arguments)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run {self.name}: {reason}")
+        return name
+
+    def _explanation(self, requested: str, arguments: Sequence[Any]) -> Explanation:
+        reasons = {name: BACKENDS[name].unsupported_reason(self, arguments) for name in FASTEST_FIRST}
+        if requested == "auto":
+            taken = next(name for name, reason in reasons.items() if reason is None)
+            instead = f"slower than {taken}"
+        else:
+            taken, instead = self._checked(requested, arguments), f"{requested} was asked for"
+        return Explanation(
+            self.name, taken, {name: reason or instead for name, reason in reasons.items() if name != taken}
+        )
+
+    def _flat(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments as the schema has them."""
+        flat: list[Any] = []
+        for take_apart, value in zip(self._composite, arguments, strict=True):
+            flat += [value] if take_apart is None else take_apart(value)
+        return flat
+
+    def _run_forward(self, *arguments: Any) -> Any:
+        *arguments, backend = arguments  # type: ignore[assignment]
+        forward = BACKENDS[backend].implementations[self.name].forward
+        with _outside_autocast(arguments[0]):
+            results = forward(*map(_contiguous, arguments))
+        return results if isinstance(results, Tensor) else _returned(results)
+
+    def _run_backward(self, *arguments: Any) -> Any:
+        *arguments, needs, backend = arguments  # type: ignore[assignment]
+        backward = BACKENDS[backend].implementations[self.name].backward
+        assert backward is not None
+        with _outside_autocast(arguments[0]):
+            gradients = backward(*map(_contiguous, arguments), needs)
+        return _returned([arguments[0].new_empty(0) if gradient is None else gradient for gradient in gradients])
+
+    def _fake_forward(self, *arguments: Any) -> Any:
+        return _returned(self._outputs(*arguments[:-1]))
+
+    def _fake_backward(self, grad: Tensor, *arguments: Any) -> Any:
+        needs = arguments[-2]
+        inputs = [arguments[i] for i in self._gradients]
+        return _returned(
+            [x.new_empty(x.shape) if need else grad.new_empty(0) for x, need in zip(inputs, needs, strict=True)]
+        )
+
+    def _differentiate(self, *arguments: Any) -> Any:
+        inputs = (arguments[i] for i in self._gradients)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            return self._function.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._forward(*arguments)
+
+    def _differentiate_backward(self, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+            return self._twice.apply(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._backward(*arguments)
+
+
+def _differentiable_once(operator: Operator) -> Any:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = operator._forward(*arguments)
+            kept = (results if isinstance(results, tuple) else (results,))[operator._keep_from :]
+            ctx.save_for_backward(*(arguments[i] for i in operator._tensors), *kept)
+            ctx.rest = [None if i in operator._tensors else x for i, x in enumerate(arguments)]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(results[1:] if isinstance(results, tuple) else ()))
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *of_saved: None) -> Any:
+            gradients: list[Tensor | None] = [None] * len(ctx.rest)
+            if grad is None:
+                return tuple(gradients)
+            tensors = ctx.saved_tensors
+            count = len(operator._tensors)
+            *arguments, backend = ctx.rest
+            for i, x in zip(operator._tensors, tensors[:count], strict=True):
+                arguments[i] = x
+            needs = [ctx.needs_input_grad[i] for i in operator._gradients]
+            computed = operator._backward(grad, *arguments, *tensors[count:], needs, backend)
+            computed = computed if isinstance(computed, tuple) else (computed,)
+            for i, need, gradient in zip(operator._gradients, needs, computed, strict=True):
+                gradients[i] = gradient if need else None
+            return tuple(gradients)
+
+    return Forward
+
+
+def _not_differentiable_twice(operator: Operator) -> Any:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator._backward(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise NotImplementedError(
+                f"{operator.name}: the compiled backends have no second derivative; take backend='reference'"
+            )
+
+    return Backward
+
+
+def _tensors(count: int) -> str:
+    return "Tensor" if count == 1 else "(" + ", ".join(["Tensor"] * count) + ")"
+
+
+def _returned(tensors: Sequence[Tensor]) -> Any:
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _contiguous(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, Tensor) else x
+
+
+def _outside_autocast(x: Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(words: Iterator[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
