@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,11 +22,9 @@ from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
+from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.files import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from pcmecl_fast.clip import Clip
 
 log = logging.getLogger("pcmecl_fast")
 
