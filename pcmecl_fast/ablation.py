@@ -39,7 +39,7 @@ from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.evaluate.judge import load_judge
 from pcmecl_fast.evaluate.metrics import zero_shot_features
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.models import ExpressionGenerator
+from pcmecl_fast.models import Generator, make_generator
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower, load_prompts
 from pcmecl_fast.run import bank_for, load_clip_for, open_data
 from pcmecl_fast.train.config import AblateConfig, RunConfig, TrainConfig
@@ -134,6 +134,8 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
 
     A run that was killed goes on with the trainings that are missing.
     """
+    if make_generator(config.generator, EMOTIONS, config.size, config.generator_options).driven_by != "emotion":
+        raise ValueError("generator: the ablation judges generators that are driven by an emotion, not by a reference")
     config.out.mkdir(parents=True, exist_ok=True)
     seeds = range(1 if config.quick else config.seeds)
     # The main ones come first: they can be read before the rest is done. What is around them needs one regime.
@@ -197,7 +199,7 @@ def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) 
 
 @torch.no_grad()
 def judge_style(
-    generator: ExpressionGenerator,
+    generator: Generator,
     faces: SyntheticFaces,
     trials: tuple[Tensor, Tensor],  # frames (T,) and the emotions they shall show (T,)
 ) -> dict[str, float]:

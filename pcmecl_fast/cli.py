@@ -7,18 +7,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import dacite
 import tyro
-import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from tqdm import tqdm
 
+from pcmecl_fast.options import read_config
 from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
 
 
@@ -63,17 +62,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: list[str]) -> tuple[str, Any]:
     """The command's name and its config: defaults, then the file given as --config, then the other options."""
     file, rest = tyro.cli(_ConfigFile, args=arguments, return_unknown_args=True, add_help=False)
+    stored: Any = None
+    if file.config and rest[:1] and rest[0] in COMMANDS:
+        stored = read_config(COMMANDS[rest[0]][0], file.config)
     app = tyro.extras.SubcommandApp()
     for name, (config_class, _) in COMMANDS.items():
-        default = _from_file(config_class, file.config) if file.config and rest[:1] == [name] else None
+        default = _without_mappings(stored) if rest[:1] == [name] else None
         app.command(name=name)(_returning(name, config_class, default))
-    return app.cli(
+    name, config = app.cli(
         args=rest,
         prog="pcmecl-fast",
         description="Train talking-face expression editing under PCMECL. Every command also takes --config FILE, a "
         "YAML or JSON file with any of its options.",
         sort_subcommands=False,
+        registry=_mappings(),
     )
+    return name, _with_mappings(config, stored)
+
+
+def _without_mappings(stored: Any) -> Any:
+    """A mapping given on the command line would replace the file's: so the file's is added afterwards."""
+    return replace(stored, generator_options={}) if isinstance(stored, TrainConfig) else stored
+
+
+def _with_mappings(config: Any, stored: Any) -> Any:
+    """The options of a generator are of no use to another one."""
+    if isinstance(stored, TrainConfig) and config.generator == stored.generator:
+        config.generator_options = stored.generator_options | config.generator_options
+    return config
+
+
+def _mappings() -> tyro.constructors.ConstructorRegistry:
+    """How a mapping is written on the command line: NAME=VALUE, the value as in JSON or else as text."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if info.type != dict[str, Any]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[NAME=VALUE ...]",
+            instance_from_str=lambda words: dict(map(_pair, words)),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda options: [f"{name}={json.dumps(value)}" for name, value in options.items()],
+        )
+
+    return registry
+
+
+def _pair(word: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    if not (name and equals):
+        raise ValueError(f"takes NAME=VALUE, got {word!r}")
+    try:
+        return name.replace("-", "_"), json.loads(value)
+    except json.JSONDecodeError:
+        return name.replace("-", "_"), value
 
 
 def _returning(name: str, config_class: type, default: Any) -> Callable[..., tuple[str, Any]]:
@@ -85,21 +130,6 @@ def _returning(name: str, config_class: type, default: Any) -> Callable[..., tup
     command.__defaults__ = None if default is None else (default,)
     command.__doc__ = config_class.__doc__
     return command
-
-
-def _from_file(config_class: type, path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"config: there is no file {path}")
-    try:
-        options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"config: {path} holds no options, got {type(options).__name__}")
-    try:
-        return dacite.from_dict(config_class, options, dacite.Config(strict=True, type_hooks={Path: Path}))
-    except dacite.DaciteError as error:
-        raise ValueError(f"config: {path}: {error}") from error
 
 
 def _show(work: Callable[[Any], dict[str, Any]]) -> Callable[[Any], None]:

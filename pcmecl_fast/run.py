@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.evaluate.metrics import NOTES, clip_view, draw_trials, judge_edits
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.models import ExpressionGenerator, GeneratorConfig, load_generator, save_generator
+from pcmecl_fast.models import Generator, load_generator, save_generator
+from pcmecl_fast.models.base import generator_config
+from pcmecl_fast.options import from_options, plain_options, read_options
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
 from pcmecl_fast.train.config import EditConfig, EvaluateConfig, PromptsConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import draw_references, train_generator
@@ -59,6 +61,9 @@ def run_prompts(config: PromptsConfig) -> dict[str, Any]:
 def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL") -> dict[str, Any]:
     """Stage 2, and stage 1 where no prompts are given, then evaluation and the report."""
     started = time.monotonic()
+    # Checked before stage 1 spends its time, and written out in full, so that config.yaml outlives other defaults.
+    options = plain_options(generator_config(config.generator, config.generator_options))
+    config = replace(config, generator_options=options)
     config.out.mkdir(parents=True, exist_ok=True)
     _save_config(config)
     with ops.use_backend(config.backend):
@@ -66,14 +71,14 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
         dataset, held = open_data(config)
         prompts, bank, curves = _prompts_for(config, clip, dataset)
 
-        def preview(generator: ExpressionGenerator) -> Tensor:
+        def preview(generator: Generator) -> Tensor:
             generator.eval()
             picture = grid_image(_face_grid(generator, held, people=4, references=dataset))
             generator.train()
             return picture
 
         generator, loop = train_generator(clip, bank, dataset, config, preview=preview)
-        save_generator(config.out / "generator.safetensors", generator, dataset.emotions, config.size)
+        save_generator(config.out / "generator.safetensors", generator)
         curves |= loop.curves
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
     summary["seconds"] = time.monotonic() - started
@@ -84,7 +89,7 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Judge a finished run again, on its own data or on other data; writes `summary.json` and `report.html`."""
     started = time.monotonic()
-    trained = _read_config(config.run)
+    trained = _config_of(config.run)
     if config.data is not None:
         trained.data = config.data
     trained.device, trained.backend = config.device, config.backend
@@ -92,8 +97,8 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with ops.use_backend(config.backend):
         clip = load_clip_for(trained)
-        generator, emotions, size = load_generator(_file("run", config.run, "generator"), clip.device)
-        trained.emotions, trained.size = emotions, size
+        generator = load_generator(_file("run", config.run, "generator"), clip.device)
+        trained.emotions, trained.size = generator.emotions, generator.size
         dataset, held = open_data(trained)
         stage1 = trained.prompts or config.run / "prompts"
         prompts, _ = load_prompts(_file("run", stage1, "prompts"), clip)
@@ -106,30 +111,38 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def run_edit(config: EditConfig) -> dict[str, Any]:
     """Edit pictures or a video with a trained generator; writes them to the output folder."""
-    device = _device(config.device)
-    generator, emotions, size = load_generator(_file("run", config.run, "generator"), device)
-    if config.emotion not in emotions:
-        raise ValueError(f"emotion: this generator knows {', '.join(emotions)}, got {config.emotion!r}")
-    target = torch.tensor([emotions.index(config.emotion)], device=device)
-    if generator.config.driven_by == "reference":
-        if config.reference is None:
-            raise ValueError("reference: this generator is driven by a picture of somebody who shows the emotion")
-        target = read_frames(config.reference, size)[1][:1].to(device)
-    config.out.mkdir(parents=True, exist_ok=True)
-    written = 0
+    generator = load_generator(_file("run", config.run, "generator"), _device(config.device))
+    target = _target_of(generator, config)
     files = sorted(p for p in config.input.iterdir() if is_media(p)) if config.input.is_dir() else [config.input]
     if not files:
         raise ValueError(f"input: {config.input} holds no picture or video")
-    for file in tqdm(files, desc="editing"):
-        rate, frames = read_frames(file, size)
-        edited = [generator(x.to(device), target.expand(len(x), *target.shape[1:])).cpu() for x in frames.split(32)]
-        write_frames(config.out / file.name, torch.cat(edited), rate)
-        written += len(frames)
+    config.out.mkdir(parents=True, exist_ok=True)
+    written = 0
+    torch.manual_seed(config.seed)
+    with ops.use_backend(config.backend):
+        for file in tqdm(files, desc="editing"):
+            rate, frames = read_frames(file, generator.size)
+            parts = [x.to(target.device) for x in frames.split(32)]
+            edited = [generator(x, target.expand(len(x), *target.shape[1:])).cpu() for x in parts]
+            write_frames(config.out / file.name, torch.cat(edited), rate)
+            written += len(frames)
     return {"files": len(files), "frames": written, "out": str(config.out)}
 
 
+def _target_of(generator: Generator, config: EditConfig) -> Tensor:
+    """What drives an edit, for one frame: the emotion's index (1,), or the reference (1, 3, S, S)."""
+    if config.emotion not in generator.emotions:
+        raise ValueError(f"emotion: this generator knows {', '.join(generator.emotions)}, got {config.emotion!r}")
+    device = _device(config.device)
+    if generator.driven_by == "emotion":
+        return torch.tensor([generator.emotions.index(config.emotion)], device=device)
+    if config.reference is None:
+        raise ValueError("reference: this generator is driven by a picture of somebody who shows the emotion")
+    return read_frames(config.reference, generator.size)[1][:1].to(device)
+
+
 def evaluate(
-    generator: ExpressionGenerator,
+    generator: Generator,
     clip: Clip,
     prompts: PersonalizedPrompts,
     bank: PromptBank,
@@ -142,6 +155,7 @@ def evaluate(
     """All measures on frames held out of training, and pictures of them."""
     bank = bank_for(bank, prompts, held, clip, config)
     trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
+    torch.manual_seed(seed)  # for generators that draw at random
     references = _References(generator, dataset)
 
     def edit(frames: Tensor, target: Tensor) -> Tensor:
@@ -220,8 +234,8 @@ def bank_for(
 class _References:
     """What drives the generator to an emotion: its index, or frames of people in the training data who show it."""
 
-    def __init__(self, generator: ExpressionGenerator, dataset: FrameDataset) -> None:
-        self.by_frame = generator.config.driven_by == "reference"
+    def __init__(self, generator: Generator, dataset: FrameDataset) -> None:
+        self.by_frame = generator.driven_by == "reference"
         self.dataset = dataset
 
     def __call__(self, target: Tensor, device: torch.device) -> Tensor:
@@ -233,9 +247,7 @@ class _References:
 
 
 @torch.no_grad()
-def _face_grid(
-    generator: ExpressionGenerator, dataset: FrameDataset, *, people: int, references: FrameDataset
-) -> FaceGrid:
+def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, references: FrameDataset) -> FaceGrid:
     """One frame of each of the first people, in turns showing another emotion, edited to every emotion."""
     device = next(generator.parameters()).device
     driver = _References(generator, references)
@@ -268,12 +280,7 @@ def _face_grid(
 
 
 def _save_config(config: RunConfig) -> None:
-    plain = {k: _plain(v) for k, v in asdict(config).items()}
-    write_atomically(config.out / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+    write_atomically(config.out / "config.yaml", yaml.safe_dump(plain_options(config), sort_keys=False).encode())
 
 
 def _publish(
@@ -298,17 +305,15 @@ def _file(argument: str, folder: Path, name: str) -> Path:
     return path
 
 
-def _read_config(run: Path) -> TrainConfig:
+def _config_of(run: Path) -> TrainConfig:
+    """What a finished run was told."""
     path = run / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"run: {run} is not the output folder of `pcmecl-fast train` (no config.yaml)")
-    plain = yaml.safe_load(path.read_text())
-    if "generator" not in plain:
+    options = read_options(path, argument="run")
+    if "generator" not in options:
         raise ValueError(f"run: {run} was written by `pcmecl-fast prompts`, not by `pcmecl-fast train`")
-    plain["generator"] = GeneratorConfig(**plain["generator"])
-    plain["out"], plain["prompts"] = Path(plain["out"]), plain["prompts"] and Path(plain["prompts"])
-    plain["features"] = plain["features"] and Path(plain["features"])
-    return TrainConfig(**plain)
+    return from_options(TrainConfig, options, source=f"run: {path}")
 
 
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:

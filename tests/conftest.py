@@ -40,6 +40,13 @@ def few_faces():
     return partial(SyntheticFaces, 3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, size=32)
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing it would take most of the time; it has its own tests."""
+    monkeypatch.setattr("pcmecl_fast.run.write_report", lambda path, report: None)
+    monkeypatch.setattr("pcmecl_fast.run.save_grid_png", lambda path, grid: None)
+
+
 @pytest.fixture(params=ON_CPU)
 def each_backend(request):
     """The test's calls run on this backend; float16 is the reference's alone on a CPU."""

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from pcmecl_fast import PromptBank, ablation
 from pcmecl_fast.ablation import AROUND, MAIN, MEASURES, DirectCriterion, judge_style, run_ablate, summarize
 from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.models.generator import GeneratorConfig
 from pcmecl_fast.train.config import AblateConfig
 
 
@@ -19,11 +18,11 @@ def few_unseen(monkeypatch):
 
 
 def small(out, **given):
-    generator = GeneratorConfig(fields=4, hidden=16)
+    generator = {"fields": 4, "hidden": 16}
     options = {"individuals": 4, "clips": 1, "frames_per_clip": 1, "quick": True, "quick_steps": 2, "workers": 1}
     options |= given
     return AblateConfig(
-        **{"prompt_steps": 2, "batch": 4, "device": "cpu", "generator": generator, "out": out} | options
+        **{"prompt_steps": 2, "batch": 4, "device": "cpu", "generator_options": generator, "out": out} | options
     )
 
 
@@ -65,6 +64,12 @@ def test_supervisions_with_the_same_prompts_learn_them_once(tmp_path, monkeypatc
     rows = run_ablate(small(tmp_path))
     assert len(rows) == 7
     assert len(learned) == len(set(learned)) == 2  # by individual and by frame
+
+
+def test_a_generator_driven_by_a_reference_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(ValueError, match="generator: the ablation judges generators that are driven by an emotion"):
+        run_ablate(small(tmp_path / "out", generator_options={"driven_by": "reference"}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_whole_table_has_each_idea_alone():

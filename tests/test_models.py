@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from pcmecl_fast.models import ExpressionGenerator, GeneratorConfig, PatchDiscriminator, load_generator, save_generator
-from pcmecl_fast.models.generator import pose_grid, warp
+from pcmecl_fast.models import PatchDiscriminator, WarpFields, WarpFieldsConfig, load_generator, save_generator
+from pcmecl_fast.models.warp_fields import folding, pose_grid, warp
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
 
 def generator(**kwargs):
     torch.manual_seed(0)
-    return ExpressionGenerator(len(EMOTIONS), GeneratorConfig(**{"fields": 4, "hidden": 16} | kwargs))
+    return WarpFields(EMOTIONS, 32, WarpFieldsConfig(**{"fields": 4, "hidden": 16} | kwargs))
 
 
 def frames(*shape, seed=0):
@@ -24,17 +24,17 @@ def smooth(count, side):
     return torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic", align_corners=True).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("config", [GeneratorConfig(), GeneratorConfig(fields=4, hidden=16)])
+@pytest.mark.parametrize("config", [WarpFieldsConfig(), WarpFieldsConfig(fields=4, hidden=16)])
 def test_it_starts_near_the_identity_with_a_gradient_everywhere(config):
     torch.manual_seed(0)
-    model = ExpressionGenerator(len(EMOTIONS), config)
+    model = WarpFields(EMOTIONS, 32, config)
     source = smooth(3, 32)
     edited = model(source, torch.tensor([0, 1, 2]))
     change = (edited - source).abs()
     assert change.max() < 0.1
     assert change.mean() < 0.02
     assert change.max() > 0
-    _, _, _, shown = model.edit(source, torch.tensor([0, 1, 2]))
+    shown = model.edit(source, torch.tensor([0, 1, 2])).shown
     # The emotion shown is learned from labels alone, everything else from the edit.
     loss = torch.nn.functional.mse_loss(edited, smooth(3, 32).flip(-1))
     (loss + torch.nn.functional.cross_entropy(shown, torch.tensor([2, 0, 1]))).backward()
@@ -89,9 +89,10 @@ def test_shading_darkens_and_lightens_without_changing_hues():
     model, source = generator(), smooth(1, 32)
     with torch.no_grad():
         model.shade.fill_(1.0)
-        frames, flow, shade, _ = model.edit(source, torch.tensor([1]))
+        edited = model(source, torch.tensor([1]))
+        flow, shade, _ = model.fields(source, torch.tensor([1]))
     expected = ((warp(source, flow) + 1) * shade.exp() - 1).clamp(-1, 1)
-    torch.testing.assert_close(frames, expected)
+    torch.testing.assert_close(edited, expected)
     assert shade.abs().max() <= model.config.shading
 
 
@@ -127,6 +128,17 @@ def test_no_flow_is_no_warp_and_a_flow_moves_what_is_seen():
     torch.testing.assert_close(warp(source, down)[..., :-1, :], source[..., 1:, :])
 
 
+def test_folding_is_what_skin_cannot_stretch():
+    # Moving everything, or stretching it by a third of a pixel from pixel to pixel, is free; a tear is not.
+    height, width = 8, 16
+    across = torch.arange(width).expand(1, 2, height, width)
+    assert folding(torch.full((1, 2, height, width), 0.3)) == 0
+    assert folding(across * (1 / 3) * (2 / width)) == 0
+    torn = (across >= 8).float() * 3 * (2 / width)  # three pixels apart, at one of 15 places
+    torch.testing.assert_close(folding(torn), torch.tensor((3 - 0.4) / 15))
+    assert folding(torn.transpose(2, 3) * (width / height)) > 0
+
+
 def test_fields_lie_as_the_head_does():
     grid = pose_grid(torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.25, 0.0]]), 4, 4)
     straight, moved = grid
@@ -150,9 +162,10 @@ def test_a_flow_that_became_nan_is_seen_and_does_not_crash():
 @pytest.mark.parametrize("driven_by", ["emotion", "reference"])
 def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
     model = generator(driven_by=driven_by, shading=0.3)
-    save_generator(tmp_path / "model", model, EMOTIONS, 32)
-    again, emotions, size = load_generator(tmp_path / "model")
-    assert (emotions, size, again.config) == (EMOTIONS, 32, model.config)
+    save_generator(tmp_path / "model", model)
+    again = load_generator(tmp_path / "model")
+    assert isinstance(again, WarpFields)
+    assert (again.emotions, again.size, again.config) == (EMOTIONS, 32, model.config)
     assert not again.training
     assert not any(parameter.requires_grad for parameter in again.parameters())
     source = frames(2, 3, 32, 32)
@@ -161,7 +174,7 @@ def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
 
 
 def test_a_broken_file_of_weights_is_named(tmp_path):
-    save_generator(tmp_path / "model", generator(), EMOTIONS, 32)
+    save_generator(tmp_path / "model", generator())
     content = (tmp_path / "model").read_bytes()
     (tmp_path / "model").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="model is not a whole safetensors file"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank
-from pcmecl_fast.models import ExpressionGenerator
+from pcmecl_fast.models import WarpFields
 from pcmecl_fast.ops import PromptTree, clip_frames, correlation_loss, direction_logits, direction_loss, tree_attention
 
 pytestmark = pytest.mark.usefixtures("compiled_backend")
@@ -155,7 +155,7 @@ def test_a_trainer_step_compiles_into_one_graph(clip):
         PersonalizedPrompts(clip, emotions), torch.randn(2, clip.embed_dim), ["anna", "ben"], emotions, clip=clip
     )
     criterion = PCMECLCriterion(clip, bank, contrast=0.2)
-    generator = ExpressionGenerator(emotions=3)
+    generator = WarpFields(emotions, 64)
     # A new generator changes next to nothing, and looks at the very pixels, where bilinear sampling has its kinks:
     # there the loss and its gradients are made of rounding.
     torch.nn.init.constant_(generator.pose.bias, 0.3)

@@ -1,6 +1,16 @@
 """Generators that edit an expression, and the critic they train against."""
 
+from pcmecl_fast.models.base import Edit, Generator, load_generator, make_generator, save_generator
 from pcmecl_fast.models.discriminator import PatchDiscriminator
-from pcmecl_fast.models.generator import ExpressionGenerator, GeneratorConfig, load_generator, save_generator
+from pcmecl_fast.models.warp_fields import WarpFields, WarpFieldsConfig
 
-__all__ = ["ExpressionGenerator", "GeneratorConfig", "PatchDiscriminator", "load_generator", "save_generator"]
+__all__ = [
+    "Edit",
+    "Generator",
+    "PatchDiscriminator",
+    "WarpFields",
+    "WarpFieldsConfig",
+    "load_generator",
+    "make_generator",
+    "save_generator",
+]

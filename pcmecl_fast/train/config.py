@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-from pcmecl_fast.models.generator import GeneratorConfig
+from typing import Any, Literal
 
 
 @dataclass
@@ -92,9 +90,13 @@ class PromptsOptions:
 
 
 @dataclass
-class GeneratorOptions:
-    """Stage 2: how the generator is trained."""
+class EditingOptions:
+    """Stage 2: which generator, and how it is trained."""
 
+    generator: str = "warp-fields"
+    """warp-fields (built in), or your own as package.module:Class: docs/generators.md says how to write one."""
+    generator_options: dict[str, Any] = field(default_factory=dict)
+    """The generator's own options: docs/generators.md lists those of warp-fields."""
     batch: int = 24
     """Frames a step."""
     lr: float = 3e-3
@@ -119,12 +121,6 @@ class GeneratorOptions:
     """Weight of leaving a frame as it is when its own emotion is asked for (L1)."""
     w_recognition: float = 1.0
     """Weight of naming the emotion that the source shows (cross entropy), which the generator has to know."""
-    w_smooth: float = 50.0
-    """Weight of the total variation of the fields that move and shade the face."""
-    w_folding: float = 35.0
-    """Weight of moving neighbours apart by more than skin stretches."""
-    w_shading: float = 200.0
-    """Weight of the mean absolute shade: thin lines are cheap, patches that paint a brow over are not."""
     w_person: float = 5.0
     """Drawn faces: weight of being the same person to the frozen reader."""
     w_speech: float = 43.5
@@ -135,7 +131,6 @@ class GeneratorOptions:
     """Other faces: weight of keeping the middle of the mouth, which speaks."""
     mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])
     """Left, top, right, bottom of the middle of the mouth, as fractions of the frame."""
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
 
 
 @dataclass
@@ -149,8 +144,8 @@ class PromptsConfig(RunConfig, PromptsOptions):
 
 
 @dataclass
-class TrainConfig(RunConfig, PromptsOptions, GeneratorOptions):
-    """Train the built-in generator under PCMECL (stage 2); learns the prompts first where none are given."""
+class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
+    """Train a generator under PCMECL (stage 2); learns the prompts first where none are given."""
 
     steps: int = 1000
     """Optimiser steps of the generator."""
@@ -240,8 +235,8 @@ class EditConfig:
     out: Path = Path("runs/edited")
     """Output folder."""
     seed: int = 0
-    """Not used by the built-in generators, which are deterministic."""
+    """Seed of what a generator draws at random; the built-in one draws nothing."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of every operator."""
+    """Implementation of the operators that a generator calls; the built-in one calls none."""

@@ -2,8 +2,7 @@
 
     loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back)
          + w_reconstruction · (nothing asked, nothing changed) + w_recognition · (names the emotion shown)
-         + w_person · (same person) + w_speech · (same speech)
-         + w_smooth · (simple fields) + w_folding · (skin that stretches) + w_shading · (little paint)
+         + w_person · (same person) + w_speech · (same speech) + Σ (the generator's own penalties)
 
 Person and speech are read from drawn faces by the shipped `FaceReader`. Of real faces it knows nothing: there pixel
 terms, w_identity and w_mouth, stand for the two. Every eighth target is the source's own emotion: there PCMECL is
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +24,18 @@ from pcmecl_fast.criterion import PCMECLCriterion
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.lengths import personal_lengths, real_lengths
-from pcmecl_fast.models import ExpressionGenerator, PatchDiscriminator
+from pcmecl_fast.models import Edit, Generator, PatchDiscriminator, make_generator
 from pcmecl_fast.ops.operator import requested_backend
+from pcmecl_fast.options import plain_options
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.train.config import TrainConfig
-from pcmecl_fast.train.loop import Loop
+from pcmecl_fast.train.loop import Loop, Stateful
 from pcmecl_fast.train.prompts import frame_features
 from pcmecl_fast.train.reader import FaceReader, load_reader, reading_losses
 
 log = logging.getLogger("pcmecl_fast")
 
+# Where a run is kept, and on what it runs, may change between a kill and the resumption.
 _FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend", "features"}
 _TERMS = (
     "pcmecl",
@@ -43,9 +44,6 @@ _TERMS = (
     "reconstruction",
     "identity",
     "mouth",
-    "smooth",
-    "folding",
-    "shading",
     "speech",
     "person",
     "recognition",
@@ -59,103 +57,45 @@ def train_generator(
     config: TrainConfig,
     *,
     criterion: nn.Module | None = None,
-    preview: Callable[[ExpressionGenerator], Tensor] | None = None,
-) -> tuple[ExpressionGenerator, Loop]:
-    """Train the built-in generator on `dataset`; `preview` draws a picture for TensorBoard now and then.
+    preview: Callable[[Generator], Tensor] | None = None,
+) -> tuple[Generator, Loop]:
+    """Train the configuration's generator on `dataset`; `preview` draws a picture for TensorBoard now and then.
 
     `criterion` takes the place of PCMECL's, with the same arguments.
     """
-    device = clip.device
     torch.manual_seed(config.seed)
-    generator = ExpressionGenerator(len(dataset.emotions), config.generator).to(device)
-    critic = PatchDiscriminator().to(device)
-    by_frame = config.generator.driven_by == "reference"
-    draw = _Batches(dataset, bank, with_reference=by_frame)
-    criterion = criterion or criterion_for(clip, bank, dataset, config)
-    reader = _reader_for(dataset, config, device)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    generator = make_generator(config.generator, dataset.emotions, config.size, config.generator_options)
+    players = _Players(generator.to(clip.device), PatchDiscriminator().to(clip.device), config, clip.device)
+    draw = _Batches(dataset, bank, with_reference=generator.driven_by == "reference")
+    terms_of = _Terms(players, criterion or criterion_for(clip, bank, dataset, config), clip, dataset, config)
     loop = Loop(
         config.out,
         "stage 2",
-        {
-            "generator": generator,
-            "critic": critic,
-            "optimizer": optimizer,
-            "critic_optimizer": critic_optimizer,
-            "scaler": scaler,
-        },
+        players.states(),
         steps=config.steps,
         seed=config.seed,
         every=config.checkpoint_every,
         resume=config.resume,
-        signature={
-            "clip": clip.text_hash(),
-            # Where a run is kept, and on what it runs, may change between a kill and the resumption.
-            **{k: v for k, v in vars(config).items() if k not in _FREE_ON_RESUME},
-        },
-    )
-    # A random view of the source has features of its own.
-    known = None if config.jitter or requested_backend(None) == "reference" else frame_features(clip, dataset, config)
-    weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
-    autocast = torch.autocast(
-        device.type, dtype=torch.float16 if config.amp == "fp16" else torch.bfloat16, enabled=config.amp != "none"
+        signature=_signature(clip, generator, config),
     )
     for step in loop:
-        batch = draw(config.batch, loop.generator(step))
-        frames, reference = batch.frames.to(device), batch.reference.to(device)
-        row, source, target = batch.row.to(device), batch.source.to(device), batch.target.to(device)
-        to, back = (reference, frames) if by_frame else (target, source)
-        for group, rate in ((optimizer, config.lr), (critic_optimizer, config.critic_lr)):
-            group.param_groups[0]["lr"] = rate * _schedule(step, config.steps)
-
-        critic.requires_grad_(False)
-        with autocast:
-            edited, flow, shade, shown = generator.edit(frames, to)
-            again = generator(edited, back) if config.w_cycle else None
-            realism = critic(edited)
-            views = _seen_alike(frames, edited, config.jitter, loop.generator(~step))
-            source_features = None if known is None else known[batch.index]
-            pcmecl = criterion(*views, row, source, target, source_features=source_features)
-        same = (source == target)[:, None, None, None]
-        terms = {
-            "pcmecl": pcmecl,
-            "adversarial": -realism.float().mean(),
-            "reconstruction": _mean_where((edited - frames).abs(), same),
-            "smooth": total_variation(flow.float()) + total_variation(shade.float()),
-            "folding": folding(flow.float()),
-            "shading": shade.float().abs().mean(),
-        }
-        if reader is not None:
-            terms["speech"], terms["person"] = reading_losses(reader, *(view.float() for view in views))
-        else:
-            terms["identity"] = identity_loss(frames, edited.float())
-            terms["mouth"] = mouth_loss(frames, edited.float(), config.mouth_box)
-        if shown is not None:
-            terms["recognition"] = F.cross_entropy(shown.float(), source)
-        if again is not None:
-            terms["cycle"] = F.l1_loss(again, frames)
-        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), device=device))
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(generator.parameters(), 1.0)
-        scaler.step(optimizer)
-
-        critic.requires_grad_(True)
-        with autocast:
-            real, fake = critic(frames), critic(edited.detach())
-            critic_loss = F.relu(1 - real).float().mean() + F.relu(1 + fake).float().mean()
-        critic_optimizer.zero_grad(set_to_none=True)
-        scaler.scale(critic_loss).backward()
-        scaler.step(critic_optimizer)
-        scaler.update()
-
+        # Layers that draw by themselves, such as dropout, have to draw the same after a resumption.
+        torch.manual_seed(loop.generator(step).initial_seed())
+        players.set_rates(_schedule(step, config.steps))
+        batch = draw(config.batch, loop.generator(step)).to(clip.device)
+        edited, terms = terms_of(batch, loop.generator(~step))
+        loss = players.improve_generator(terms_of.weighted(terms))
+        critic_loss = players.improve_critic(batch.frames, edited)
         loop.record(step, loss=loss, **terms, critic=critic_loss)
         if preview is not None and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(generator))
     return generator.eval().requires_grad_(False), loop
+
+
+def _signature(clip: Clip, generator: Generator, config: TrainConfig) -> dict[str, object]:
+    """What must be the same for a run to be resumed."""
+    kept = {k: v for k, v in vars(config).items() if k not in _FREE_ON_RESUME}
+    return {"clip": clip.text_hash(), **kept, "generator_options": plain_options(generator.config)}
 
 
 def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: TrainConfig) -> PCMECLCriterion:
@@ -169,6 +109,118 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
             log.warning("stage 2: edits may be of any length (%s)", error)
     strength = 0.0 if lengths is None else config.strength
     return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=strength, lengths=lengths)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Full rate, then a linear descent over the last half."""
+    return min(1.0, (step + 1) / 20) * min(1.0, 2 * (steps - step) / steps)
+
+
+class _Players:
+    """The generator and its critic, each with its optimiser; they are improved in turns."""
+
+    def __init__(
+        self, generator: Generator, critic: PatchDiscriminator, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.generator, self.critic = generator, critic
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
+        self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
+        self.rates = (config.lr, config.critic_lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        half = torch.float16 if config.amp == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(device.type, dtype=half, enabled=config.amp != "none")
+
+    def states(self) -> dict[str, Stateful]:
+        names = ("generator", "critic", "optimizer", "critic_optimizer", "scaler")
+        return {name: getattr(self, name) for name in names}
+
+    def set_rates(self, part: float) -> None:
+        for optimizer, rate in zip((self.optimizer, self.critic_optimizer), self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * part
+
+    def improve_generator(self, loss: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.generator.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        return loss
+
+    def improve_critic(self, frames: Tensor, edited: Tensor) -> Tensor:
+        self.critic.requires_grad_(True)
+        with self.autocast:
+            real, fake = self.critic(frames), self.critic(edited.detach())
+            loss = F.relu(1 - real).float().mean() + F.relu(1 + fake).float().mean()
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.critic_optimizer)
+        self.scaler.update()
+        return loss
+
+
+class _Terms:
+    """The terms of the generator's loss on a batch."""
+
+    def __init__(
+        self, players: _Players, criterion: nn.Module, clip: Clip, dataset: FrameDataset, config: TrainConfig
+    ) -> None:
+        self.players, self.criterion, self.config = players, criterion, config
+        self.reader = _reader_for(dataset, config, clip.device)
+        # A random view of the source has features of its own.
+        live = config.jitter or requested_backend(None) == "reference"
+        self.features = None if live else frame_features(clip, dataset, config)
+        self.weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
+
+    def __call__(self, batch: _Batch, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """(edited frames, terms); unweighted, but for the generator's own penalties."""
+        self.players.critic.requires_grad_(False)
+        with self.players.autocast:
+            edit = self.players.generator.edit(batch.frames, batch.drive)
+            _check(edit, batch.frames)
+            again = self.players.generator(edit.frames, batch.back) if self.config.w_cycle else None
+            realism = self.players.critic(edit.frames)
+            views = _seen_alike(batch.frames, edit.frames, self.config.jitter, random)
+            known = None if self.features is None else self.features[batch.index]
+            pcmecl = self.criterion(*views, batch.row, batch.source, batch.target, source_features=known)
+        same = (batch.source == batch.target)[:, None, None, None]
+        terms = {
+            "pcmecl": pcmecl,
+            "adversarial": -realism.float().mean(),
+            "reconstruction": _mean_where((edit.frames - batch.frames).abs(), same),
+            **edit.penalties,
+            **self._fidelity(batch.frames, edit.frames, views),
+        }
+        if edit.shown is not None:
+            terms["recognition"] = F.cross_entropy(edit.shown.float(), batch.source)
+        if again is not None:
+            terms["cycle"] = F.l1_loss(again, batch.frames)
+        return edit.frames, terms
+
+    def weighted(self, terms: dict[str, Tensor]) -> Tensor:
+        """The loss. A generator has weighted its penalties already."""
+        start = torch.zeros((), device=terms["pcmecl"].device)
+        return sum((self.weights.get(name, 1.0) * term for name, term in terms.items()), start)
+
+    def _fidelity(self, source: Tensor, edited: Tensor, views: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Speech and person, as far as the faces can be read."""
+        if self.reader is None:
+            identity = identity_loss(source, edited.float())
+            return {"identity": identity, "mouth": mouth_loss(source, edited.float(), self.config.mouth_box)}
+        speech, person = reading_losses(self.reader, *(view.float() for view in views))
+        return {"speech": speech, "person": person}
+
+
+def _check(edit: Edit, frames: Tensor) -> None:
+    """Mistakes that somebody's own generator may make, before they become a loss of the wrong shape or name."""
+    if not isinstance(edit, Edit):
+        raise TypeError(f"generator: edit returns Edit(frames, penalties), got {type(edit).__name__}")
+    if edit.frames.shape != frames.shape:
+        raise ValueError(f"generator: edit was given frames {tuple(frames.shape)}, returned {tuple(edit.frames.shape)}")
+    for name, penalty in edit.penalties.items():
+        if name in (*_TERMS, "loss", "critic", "step"):
+            raise ValueError(f"generator: the trainer has a {name!r} of its own; call the penalty something else")
+        if not isinstance(penalty, Tensor) or penalty.numel() != 1:
+            raise ValueError(f"generator: the penalty {name!r} must be a tensor of one number, got {penalty}")
 
 
 def _reader_for(dataset: FrameDataset, config: TrainConfig, device: torch.device) -> FaceReader | None:
@@ -199,6 +251,11 @@ def _seen_alike(
     return seen[0], seen[1]
 
 
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    weight = where.to(values.dtype).expand_as(values)
+    return (values * weight).sum() / weight.sum().clamp(min=1)
+
+
 def identity_loss(
     source: Tensor,  # (B, 3, H, W) in [-1, 1]
     edited: Tensor,  # (B, 3, H, W)
@@ -226,41 +283,20 @@ def mouth_loss(
     return F.l1_loss(edited[strip].mean(-1), source[strip].mean(-1))
 
 
-def total_variation(
-    field: Tensor,  # (B, C, H, W)
-) -> Tensor:
-    """Mean absolute difference of neighbours, in both directions: simple fields are cheap, busy ones are not."""
-    return field.diff(dim=-1).abs().mean() + field.diff(dim=-2).abs().mean()
-
-
-def folding(
-    flow: Tensor,  # (B, 2, H, W) in units of half a side
-    *,
-    free: float = 0.4,
-) -> Tensor:
-    """Mean change of the flow from pixel to pixel beyond `free` pixels, in both directions: there skin would tear."""
-    steps = ((flow.diff(dim=d) * flow.shape[d] / 2).abs() for d in (-1, -2))
-    return torch.stack([F.relu(step - free).mean() for step in steps]).sum()
-
-
-def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    weight = where.to(values.dtype).expand_as(values)
-    return (values * weight).sum() / weight.sum().clamp(min=1)
-
-
-def _schedule(step: int, steps: int) -> float:
-    """Full rate, then a linear descent over the last half."""
-    return min(1.0, (step + 1) / 20) * min(1.0, 2 * (steps - step) / steps)
-
-
 @dataclass(frozen=True)
 class _Batch:
     index: Tensor  # (B,) frames of the data set
     frames: Tensor  # (B, 3, S, S)
-    reference: Tensor  # (B, 3, S, S) frames that show the target; empty where nobody asked
+    drive: Tensor  # (B,) the emotions asked for, or (B, 3, S, S) frames that show them
+    back: Tensor  # of the same kind: leads back to the source
     row: Tensor  # (B,) rows of the bank
     source: Tensor  # (B,) emotions shown
     target: Tensor  # (B,) emotions asked for
+
+    def to(self, device: torch.device) -> _Batch:
+        """On the device, except `index`, by which features are read from the disk."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "index"}
+        return replace(self, **moved)
 
 
 class _Batches:
@@ -285,11 +321,11 @@ class _Batches:
         target = self.shown[torch.randint(len(self.shown), (count,), generator=generator)]
         keep = torch.arange(count) % 8 == 7
         target = torch.where(keep, source, target)
-        reference = index[:0]
-        if self.with_reference:
-            reference = draw_references(self.dataset.emotion_index, target, generator)
-        both = self.dataset.frames(torch.cat([index, reference]))
-        return _Batch(index, both[:count], both[count:], self.rows[index], source, target)
+        if not self.with_reference:
+            return _Batch(index, self.dataset.frames(index), target, source, self.rows[index], source, target)
+        reference = draw_references(self.dataset.emotion_index, target, generator)
+        frames, shown = self.dataset.frames(torch.cat([index, reference])).split(count)
+        return _Batch(index, frames, shown, frames, self.rows[index], source, target)
 
 
 def draw_references(

@@ -1,4 +1,4 @@
-"""The built-in generator: a few learned fields that move and shade a face, mixed anew for every frame (ours).
+"""The built-in generator: a few learned fields that move and shade a face, mixed for each frame (ours).
 
     change = style(target) − style(shown)                                 what the frame shows now is recognised
     a, b   = mix(encoder(frame), change) − mix(encoder(frame), 0)         K weights each; nothing asked, nothing changed
@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcmecl_fast.files import load_tensors, save_tensors
+from pcmecl_fast.models.base import Edit, Generator
 
 
 @dataclass
-class GeneratorConfig:
-    """The built-in generator."""
+class WarpFieldsConfig:
+    """The options of `warp-fields`."""
 
     fields: int = 48
     """K, the learned fields that move a face, and as many that shade it."""
@@ -42,33 +41,28 @@ class GeneratorConfig:
     """Centre x, y and half-axes of what may change, as fractions of the frame: expressions are not in hair or walls."""
     driven_by: Literal["emotion", "reference"] = "emotion"
     """What tells the target: an emotion's index, or a frame of anyone who shows it."""
+    w_smooth: float = 50.0
+    """Weight of the total variation of the fields that move and shade the face."""
+    w_folding: float = 35.0
+    """Weight of moving neighbours apart by more than skin stretches."""
+    w_shading: float = 200.0
+    """Weight of the mean absolute shade: thin lines are cheap, patches that paint a brow over are not."""
 
 
-class Edit(NamedTuple):
-    """An edit and how it was made."""
+class WarpFields(Generator):
+    """Moves and shades a face by fields that are the same for everybody; frames may have any sides."""
 
-    frames: Tensor  # (B, 3, H, W) in [-1, 1]
-    flow: Tensor  # (B, 2, H, W), x and y in units of half a side
-    shade: Tensor  # (B, 1, H, W), logarithm of what brightness is multiplied by
-    shown: Tensor | None  # (B, E) logits of the emotion that the frames show; None for one driven by a reference
+    Config = WarpFieldsConfig
+    config: WarpFieldsConfig
 
-
-class ExpressionGenerator(nn.Module):
-    """Edits frames to show another emotion.
-
-    Args:
-        emotions: E, the number of emotions.
-        config: sizes and what drives it.
-    """
-
-    def __init__(self, emotions: int, config: GeneratorConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or GeneratorConfig()
-        style = 64
+    def __init__(self, emotions: Sequence[str], size: int, config: WarpFieldsConfig | None = None) -> None:
+        super().__init__(emotions, size, config)
+        config, style = self.config, 64
+        self.driven_by = config.driven_by
         self.shown: nn.Module | None = None
         if config.driven_by == "emotion":
-            self.target: nn.Module = nn.Embedding(emotions, style)
-            self.shown = nn.Sequential(_FaceEncoder(style), nn.SiLU(), nn.Linear(style, emotions))
+            self.target: nn.Module = nn.Embedding(len(emotions), style)
+            self.shown = nn.Sequential(_FaceEncoder(style), nn.SiLU(), nn.Linear(style, len(emotions)))
         else:
             self.target = _FaceEncoder(style)
         self.encoder = _FaceEncoder(64)
@@ -84,16 +78,23 @@ class ExpressionGenerator(nn.Module):
         self.flow = nn.Parameter(0.01 * torch.randn(config.fields, 2, 16, 16))
         self.shade = nn.Parameter(0.01 * torch.randn(config.fields, 1, 48, 48))
 
-    def forward(
+    def edit(self, frames: Tensor, target: Tensor) -> Edit:
+        flow, shade, shown = self.fields(frames, target)
+        edited = ((warp(frames, flow) + 1) * shade.exp() - 1).clamp(-1, 1)
+        return Edit(edited, self._penalties(flow.float(), shade.float()), shown)
+
+    def fields(
         self,
         frames: Tensor,  # (B, 3, H, W) in [-1, 1]
         target: Tensor,  # (B,) int emotions, or (B, 3, H, W) reference frames
-    ) -> Tensor:
-        """Edited frames, (B, 3, H, W) in [-1, 1]."""
-        return self.edit(frames, target).frames
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What makes an edit.
 
-    def edit(self, frames: Tensor, target: Tensor) -> Edit:
-        """`forward`, with the flow and the shade that make the edit and the emotion that was seen."""
+        Returns:
+            flow: (B, 2, H, W), x and y in units of half a side.
+            shade: (B, 1, H, W), the logarithm of what brightness is multiplied by.
+            shown: (B, E) logits of the emotion that the frames show; None for a generator driven by a reference.
+        """
         height, width = frames.shape[-2:]
         seen = self.encoder(frames)
         change, shown = self._change(frames, target)
@@ -105,7 +106,7 @@ class ExpressionGenerator(nn.Module):
         window = soft_window(height, width, self.config.window).to(frames)
         flow = window * 2 * self.config.reach * torch.tanh(flow)
         shade = window * self.config.shading * torch.tanh(shade)
-        return Edit(((warp(frames, flow) + 1) * shade.exp() - 1).clamp(-1, 1), flow, shade, shown)
+        return flow, shade, shown
 
     def _change(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the style that is shown to the one that is asked for, and the emotion recognised on the way."""
@@ -115,21 +116,12 @@ class ExpressionGenerator(nn.Module):
         # Detached: recognition learns from labels alone, not to be wrong where that suits an edit.
         return self.target(target) - shown.detach().softmax(dim=1) @ self.target.weight, shown
 
-
-def save_generator(path: str | Path, generator: ExpressionGenerator, emotions: Sequence[str], size: int) -> None:
-    """Write the weights, the emotions' names and the side of the frames it was trained on."""
-    header = {"emotions": list(emotions), "size": size, "generator": asdict(generator.config)}
-    save_tensors(path, "generator", generator.state_dict(), header)
-
-
-def load_generator(
-    path: str | Path, device: torch.device | str | None = None
-) -> tuple[ExpressionGenerator, list[str], int]:
-    """(generator in eval mode, emotions, side); raises as `files.load_tensors`."""
-    state, header = load_tensors(path, "generator")
-    generator = ExpressionGenerator(len(header["emotions"]), GeneratorConfig(**header["generator"]))
-    generator.load_state_dict(state)
-    return generator.eval().requires_grad_(False).to(device), header["emotions"], header["size"]
+    def _penalties(self, flow: Tensor, shade: Tensor) -> dict[str, Tensor]:
+        return {
+            "smooth": self.config.w_smooth * (total_variation(flow) + total_variation(shade)),
+            "folding": self.config.w_folding * folding(flow),
+            "shading": self.config.w_shading * shade.abs().mean(),
+        }
 
 
 def soft_window(
@@ -163,6 +155,23 @@ def pose_grid(
     zoom, roll, x, y = pose.unbind(1)
     theta = torch.stack([1 + zoom, roll, x, -roll, 1 + zoom, y], dim=1).unflatten(1, (2, 3))
     return F.affine_grid(theta, [len(pose), 1, height, width], align_corners=False)
+
+
+def total_variation(
+    field: Tensor,  # (B, C, H, W)
+) -> Tensor:
+    """Mean absolute difference of neighbours, in both directions: simple fields are cheap, busy ones are not."""
+    return field.diff(dim=-1).abs().mean() + field.diff(dim=-2).abs().mean()
+
+
+def folding(
+    flow: Tensor,  # (B, 2, H, W) in units of half a side
+    *,
+    free: float = 0.4,
+) -> Tensor:
+    """Mean change of the flow from pixel to pixel beyond `free` pixels, in both directions: there skin would tear."""
+    steps = ((flow.diff(dim=d) * flow.shape[d] / 2).abs() for d in (-1, -2))
+    return torch.stack([F.relu(step - free).mean() for step in steps]).sum()
 
 
 def _lay(

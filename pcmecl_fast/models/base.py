@@ -1,0 +1,172 @@
+"""What a generator is: a network that edits frames to show another emotion, its options, its name, and its file.
+
+The trainer, the evaluation and the commands know generators from here alone, so that anybody's own takes the place of
+the built-in one: docs/generators.md shows how.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pcmecl_fast.files import load_tensors, save_tensors
+from pcmecl_fast.options import from_options, plain_options
+
+BUILT_IN = {"warp-fields": "pcmecl_fast.models.warp_fields:WarpFields"}
+"""Generators that have a short name."""
+
+
+class Edit(NamedTuple):
+    """Edited frames, and what the trainer shall add to its loss because of how they were made."""
+
+    frames: Tensor  # (B, 3, H, W) in [-1, 1]
+    penalties: dict[str, Tensor]  # scalars, weighted already; each is logged under its name
+    shown: Tensor | None = None  # (B, E) logits of the emotion that the source shows, to be learned from the labels
+
+
+@dataclass
+class NoOptions:
+    """The configuration of a generator that has nothing to configure."""
+
+
+class Generator(nn.Module, ABC):
+    """Edits frames to show another emotion. A subclass defines `edit`, and `Config` where it has options.
+
+    Args:
+        emotions: names, in the order of the indices that `edit` is given.
+        size: side of the frames that it is trained on.
+        config: a `Config`; by default one of defaults.
+
+    Attributes:
+        Config: a dataclass of options, each with a default: numbers, strings, or lists of them.
+        driven_by: what tells the target; set it in the class or in the constructor.
+    """
+
+    Config: ClassVar[type] = NoOptions
+    driven_by: Literal["emotion", "reference"] = "emotion"
+    config: Any
+
+    def __init__(self, emotions: Sequence[str], size: int, config: Any = None) -> None:
+        super().__init__()
+        self.emotions, self.size = list(emotions), size
+        self.config = self.Config() if config is None else config
+
+    @abstractmethod
+    def edit(
+        self,
+        frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+        target: Tensor,  # (B,) int emotions; driven by a reference, (B, 3, H, W) frames of anyone who shows the target
+    ) -> Edit:
+        """Frames that show the target, as differentiable as training needs them."""
+
+    def forward(self, frames: Tensor, target: Tensor) -> Tensor:
+        """`edit`'s frames alone, (B, 3, H, W) in [-1, 1]."""
+        return self.edit(frames, target).frames
+
+
+def make_generator(
+    name: str, emotions: Sequence[str], size: int, options: Mapping[str, Any] | None = None
+) -> Generator:
+    """A new generator by its name; raises as `generator_class` and `generator_config`."""
+    return generator_class(name)(emotions, size, generator_config(name, options or {}))
+
+
+def generator_class(name: str) -> type[Generator]:
+    """A built-in generator by its name, or anybody's as `package.module:Class`.
+
+    The module is imported, from the current directory too, as by `python -m`.
+
+    Raises:
+        ValueError: no such generator, a module that cannot be imported, or a class that is no generator.
+    """
+    if name not in BUILT_IN and ":" not in name:
+        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        raise ValueError(
+            f"generator: no generator is called {name!r}; {f'did you mean {close[0]}? ' if close else ''}"
+            f"--generator takes {', '.join(BUILT_IN)} or your own as package.module:Class"
+        )
+    module, _, attribute = BUILT_IN.get(name, name).partition(":")
+    found = getattr(_import(module, name), attribute, None)
+    if not (inspect.isclass(found) and issubclass(found, Generator)):
+        what = f"{module} has no {attribute!r}" if found is None else f"{attribute} is not one"
+        raise ValueError(f"generator: --generator {name} takes a subclass of pcmecl_fast.models.Generator; {what}")
+    if inspect.isabstract(found):
+        raise ValueError(f"generator: --generator {name} does not define edit(frames, target) -> Edit")
+    if not is_dataclass(found.Config):
+        raise ValueError(f"generator: --generator {name} has a Config that is not a dataclass")
+    return found
+
+
+def generator_config(name: str, options: Mapping[str, Any]) -> Any:
+    """The generator's own `Config` with these options.
+
+    Raises:
+        ValueError: an option that it does not have, or of the wrong type; names those that it has.
+    """
+    config_class = generator_class(name).Config
+    try:
+        return from_options(config_class, options, source="generator_options")
+    except ValueError as error:
+        known = ", ".join(field.name for field in fields(config_class)) or "none"
+        raise ValueError(f"{error} (options of {name}: {known})") from error
+
+
+def save_generator(path: str | Path, generator: Generator) -> None:
+    """Write the weights and what the generator was made with."""
+    header = {
+        "generator": _name_of(type(generator)),
+        "options": plain_options(generator.config),
+        "emotions": generator.emotions,
+        "size": generator.size,
+    }
+    # Copies, because safetensors refuses weights that share memory, as tied ones do.
+    save_tensors(path, "generator", {k: v.clone() for k, v in generator.state_dict().items()}, header)
+
+
+def load_generator(path: str | Path, device: torch.device | str | None = None) -> Generator:
+    """The generator that `save_generator` wrote, in eval mode and frozen.
+
+    A generator that is not built in is code of its author's: the module that the file names is imported.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is broken, or its generator cannot be made here.
+    """
+    state, header = load_tensors(path, "generator")
+    name = header.get("generator")
+    if not isinstance(name, str):
+        raise ValueError(f"path: {path} does not name its generator: another version of pcmecl_fast wrote it")
+    try:
+        generator = make_generator(name, header["emotions"], header["size"], header["options"])
+        generator.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"path: {path} was written by the generator {name}, not as it is here: {error}") from error
+    return generator.eval().requires_grad_(False).to(device)
+
+
+def _import(module: str, name: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever a module may raise while it is imported
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"generator: the module of --generator {name} cannot be imported ({why})") from error
+
+
+def _name_of(kind: type[Generator]) -> str:
+    path = f"{kind.__module__}:{kind.__qualname__}"
+    return next((name for name, known in BUILT_IN.items() if known == path), path)
