@@ -35,13 +35,13 @@ from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import EMOTIONS, FrameDataset
 from pcmecl_fast.data.features import individual_conditions
-from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.evaluate.judge import load_judge
 from pcmecl_fast.evaluate.metrics import zero_shot_features
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.models import ExpressionGenerator
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower, load_prompts
 from pcmecl_fast.run import bank_for, load_clip_for, open_data
+from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic.judge import load_judge
 from pcmecl_fast.train.config import AblateConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import criterion_for, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from pcmecl_fast import PromptBank, ablation
 from pcmecl_fast.ablation import AROUND, MAIN, MEASURES, DirectCriterion, judge_style, run_ablate, summarize
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.models.generator import GeneratorConfig
+from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import AblateConfig
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.train import reader as module
-from pcmecl_fast.train.reader import PERSON, FaceReader, ReaderConfig, accuracy, load_reader, reading_losses, train
+from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic import reader as module
+from pcmecl_fast.synthetic.reader import PERSON, FaceReader, ReaderConfig, accuracy, load_reader, reading_losses, train
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pcmecl_fast.data import synthetic
 from pcmecl_fast.data.base import EMOTIONS, check_trainable, split
-from pcmecl_fast.data.synthetic import (
+from pcmecl_fast.synthetic import painter as synthetic
+from pcmecl_fast.synthetic.painter import (
     ACTION_UNITS,
     SyntheticFaces,
     emotion_action_units,

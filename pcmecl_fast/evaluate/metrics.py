@@ -14,9 +14,9 @@ from tqdm import tqdm
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import EMOTIONS, FrameDataset
-from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.evaluate.judge import Reading, load_judge
 from pcmecl_fast.prompts import PromptBank
+from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic.judge import Reading, load_judge
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """(source frames (B, 3, S, S), target emotions (B,)) to edited frames."""

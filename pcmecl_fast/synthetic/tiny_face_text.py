@@ -1,6 +1,6 @@
 """The last part of the training of `tiny-face`: its text tower alone, on image features that stay as they are (ours).
 
-    python -m pcmecl_fast.train.tiny_face_text --start second/tiny-face.safetensors
+    python -m pcmecl_fast.synthetic.tiny_face_text --start second/tiny-face.safetensors
 
 A text tower that has learned to look past every word but the emotion's cannot be steered by a learned context either.
 Here what can be seen (how far each brow is raised, on which side the smile is) stands in front of the emotion's word
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.data.augment import augmented, drawn
 from pcmecl_fast.data.base import EMOTIONS
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.train.tiny_face import (
+from pcmecl_fast.synthetic.augment import augmented, drawn
+from pcmecl_fast.synthetic.painter import SyntheticFaces
+from pcmecl_fast.synthetic.tiny_face import (
     EMOTION_WORDS,
     LOOKS,
     TEMPLATES,
@@ -61,7 +61,7 @@ class TextConfig:
     """How the text tower of `tiny-face` is trained."""
 
     start: Path = ASSETS / "tiny-face.safetensors"
-    """Both towers, as `pcmecl_fast.train.tiny_face` left them."""
+    """Both towers, as `pcmecl_fast.synthetic.tiny_face` left them."""
     steps: int = 3000
     """Optimiser steps."""
     batch: int = 96

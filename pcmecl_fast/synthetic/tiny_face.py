@@ -1,9 +1,9 @@
 r"""Trains `tiny-face`, the CLIP model that ships with the package, on drawn faces and varied captions (ours).
 
-    python -m pcmecl_fast.train.tiny_face --out first
-    python -m pcmecl_fast.train.tiny_face --start first/tiny-face.safetensors --steps 1000 --seed 21 --attack 0.03 \
+    python -m pcmecl_fast.synthetic.tiny_face --out first
+    python -m pcmecl_fast.synthetic.tiny_face --start first/tiny-face.safetensors --steps 1000 --seed 21 --attack 0.03 \
         --out second
-    python -m pcmecl_fast.train.tiny_face_text --start second/tiny-face.safetensors
+    python -m pcmecl_fast.synthetic.tiny_face_text --start second/tiny-face.safetensors
 
 Three losses share the image features: CLIP's contrastive loss against detailed captions (emotion, action units with
 their strength and side, hair, skin, eyes, mouth), a cross entropy against one caption per emotion in many wordings,
@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pcmecl_fast.clip import ASSETS, tiny_face_config, tiny_face_model, tiny_face_state
-from pcmecl_fast.data.augment import augmented, drawn
 from pcmecl_fast.data.base import EMOTIONS
-from pcmecl_fast.data.synthetic import ACTION_UNITS, EYE_COLOURS, HAIR_COLOURS, SKIN_TONES, SyntheticFaces
 from pcmecl_fast.files import write_atomically
+from pcmecl_fast.synthetic.augment import augmented, drawn
+from pcmecl_fast.synthetic.painter import ACTION_UNITS, EYE_COLOURS, HAIR_COLOURS, SKIN_TONES, SyntheticFaces
 
 log = logging.getLogger("pcmecl_fast")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic.painter import SyntheticFaces
 
 
 def drawn(faces: SyntheticFaces) -> Tensor:

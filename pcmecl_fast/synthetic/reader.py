@@ -10,8 +10,8 @@ teaches no expression, and it shares no people, weights, seed or layers with the
 Many of the faces it was first trained on show mixtures of expressions that no emotion has, as unfinished edits do; then
 it learned to be exact on the emotions themselves. It ships with the package; train it with
 
-    python -m pcmecl_fast.train.reader --out first
-    python -m pcmecl_fast.train.reader --start first/reader.safetensors --steps 2500 --mixed 0.1 --lr 0.0015 \
+    python -m pcmecl_fast.synthetic.reader --out first
+    python -m pcmecl_fast.synthetic.reader --start first/reader.safetensors --steps 2500 --mixed 0.1 --lr 0.0015 \
         --people 40320 --seed 32
 """
 
@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pcmecl_fast.data.augment import augmented, to_bytes
-from pcmecl_fast.data.synthetic import SHAPE, FrameParameters, SyntheticFaces, draw
 from pcmecl_fast.files import write_atomically
+from pcmecl_fast.synthetic.augment import augmented, to_bytes
+from pcmecl_fast.synthetic.painter import SHAPE, FrameParameters, SyntheticFaces, draw
 
 log = logging.getLogger("pcmecl_fast")
 

@@ -1,11 +1,12 @@
-"""The judge: a small convolutional network that reads drawn faces, independent of CLIP and of every training loss.
+r"""The judge: a small convolutional network that reads drawn faces, independent of CLIP and of every training loss.
 
 It was trained on the parameters that drew the faces (people that no experiment uses) and reads from a 64×64 frame the
 emotion, the action units, the speech (mouth openness and spread, whatever the emotion) and a vector of who it is. It
 ships with the package, trained by
 
-    python -m pcmecl_fast.evaluate.judge --steps 6000 --individuals 3000 --out a
-    python -m pcmecl_fast.evaluate.judge --start a/judge.safetensors --steps 5000 --individuals 4000 --seed 78 --lr 1e-3
+    python -m pcmecl_fast.synthetic.judge --steps 6000 --individuals 3000 --out a
+    python -m pcmecl_fast.synthetic.judge --start a/judge.safetensors --steps 5000 --individuals 4000 --seed 78 \
+        --lr 1e-3
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pcmecl_fast.data.augment import augmented, drawn
 from pcmecl_fast.data.base import EMOTIONS
-from pcmecl_fast.data.synthetic import ACTION_UNITS, SHAPE, SyntheticFaces
 from pcmecl_fast.files import write_atomically
+from pcmecl_fast.synthetic.augment import augmented, drawn
+from pcmecl_fast.synthetic.painter import ACTION_UNITS, SHAPE, SyntheticFaces
 
 log = logging.getLogger("pcmecl_fast")
 
