@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic import IDENTITY_LENGTH, SyntheticFaces
 from pcmecl_fast.synthetic import reader as module
-from pcmecl_fast.synthetic.reader import PERSON, FaceReader, ReaderConfig, accuracy, load_reader, reading_losses, train
+from pcmecl_fast.synthetic.reader import FaceReader, ReaderConfig, accuracy, load_reader, reading_losses, train
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_the_shipped_reader_is_small_frozen_and_in_eval_mode(reader):
 def test_each_of_its_networks_reads_frames_of_any_size(reader, size):
     for seen in reader(torch.rand(3, 3, *size) * 2 - 1):
         assert seen.speech.shape == (3, 2)
-        assert seen.identity.shape == (3, PERSON)
+        assert seen.identity.shape == (3, IDENTITY_LENGTH)
 
 
 def test_it_reads_people_it_has_not_seen(reader):

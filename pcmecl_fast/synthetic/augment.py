@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pcmecl_fast.synthetic.painter import SyntheticFaces
+from pcmecl_fast.synthetic.faces import SyntheticFaces
 
 
 def drawn(faces: SyntheticFaces) -> Tensor:

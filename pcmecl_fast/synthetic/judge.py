@@ -26,7 +26,8 @@ from tqdm import tqdm
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.synthetic.augment import augmented, drawn
-from pcmecl_fast.synthetic.painter import ACTION_UNITS, SHAPE, SyntheticFaces
+from pcmecl_fast.synthetic.faces import SyntheticFaces
+from pcmecl_fast.synthetic.people import ACTION_UNITS, IDENTITY_LENGTH
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -60,7 +61,7 @@ class Judge(nn.Module):
             nn.SiLU(),
             nn.Flatten(),
         )
-        self.sizes = (len(EMOTIONS), 2 * len(ACTION_UNITS), 2, len(SHAPE) + 10)
+        self.sizes = (len(EMOTIONS), 2 * len(ACTION_UNITS), 2, IDENTITY_LENGTH)
         self.head = nn.Linear(64 * (SIDE // 16) ** 2, sum(self.sizes))
 
     def forward(self, frames: Tensor) -> Reading:

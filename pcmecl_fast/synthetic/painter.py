@@ -1,372 +1,16 @@
-"""Talking faces drawn from parameters by batched tensor operations.
-
-Every frame is a function of (identity, personal style, emotion, speech, pose, light, noise), so any frame can be
-drawn again with another emotion and the same speech. That paired truth is what real recordings never have; it is for
-evaluation, never for training. The faces are ours; the action units per emotion follow EMFACS.
-
-    activation[n, e, au, side] = intensity · PROTOTYPE[e, au] · gain[n, au] · (1 ± asymmetry[n, au])
-
-`gain` and `asymmetry` are the individual's own way of showing an emotion: what a personalized prompt can know and a
-generic one cannot.
-"""
+"""Paints frames from their parameters by batched tensor operations."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset, Indices, as_indices
+from pcmecl_fast.synthetic.people import ACTION_UNITS, SHAPE, FrameParameters, Identities
 
-ACTION_UNITS = (
-    "inner_brow_raise",  # AU1
-    "outer_brow_raise",  # AU2
-    "brow_lower",  # AU4
-    "upper_lid_raise",  # AU5
-    "cheek_raise",  # AU6
-    "lid_tighten",  # AU7
-    "nose_wrinkle",  # AU9
-    "upper_lip_raise",  # AU10
-    "lip_corner_pull",  # AU12
-    "lip_corner_depress",  # AU15
-    "chin_raise",  # AU17
-    "lip_stretch",  # AU20
-    "lip_tighten",  # AU23
-    "jaw_drop",  # AU26
-)
-
-_PROTOTYPES: dict[str, dict[str, float]] = {
-    "neutral": {},
-    "angry": {"brow_lower": 1.0, "upper_lid_raise": 0.2, "lid_tighten": 0.8, "lip_tighten": 1.0},
-    "disgusted": {
-        "nose_wrinkle": 1.0,
-        "upper_lip_raise": 1.0,
-        "brow_lower": 0.4,
-        "lid_tighten": 0.5,
-        "chin_raise": 0.3,
-    },
-    "fear": {
-        "inner_brow_raise": 1.0,
-        "outer_brow_raise": 0.3,
-        "brow_lower": 0.4,
-        "upper_lid_raise": 0.9,
-        "lip_stretch": 1.0,
-        "jaw_drop": 0.25,
-    },
-    "happy": {"cheek_raise": 0.9, "lip_corner_pull": 1.0},
-    "sad": {"inner_brow_raise": 0.8, "brow_lower": 0.3, "lip_corner_depress": 1.0, "chin_raise": 0.7},
-    "surprised": {"inner_brow_raise": 0.9, "outer_brow_raise": 1.0, "upper_lid_raise": 1.0, "jaw_drop": 1.0},
-}
-
-HAIR_COLOURS = {
-    "black": (0.07, 0.06, 0.06),
-    "brown": (0.30, 0.18, 0.10),
-    "blond": (0.85, 0.68, 0.38),
-    "red": (0.62, 0.25, 0.10),
-    "grey": (0.62, 0.62, 0.63),
-}
-EYE_COLOURS = {"brown": (0.30, 0.17, 0.08), "blue": (0.25, 0.48, 0.75), "green": (0.28, 0.50, 0.28)}
-SKIN_TONES = {
-    "light": (0.96, 0.80, 0.70),
-    "tan": (0.84, 0.62, 0.46),
-    "brown": (0.62, 0.41, 0.28),
-    "dark": (0.38, 0.24, 0.17),
-}
-
-# Geometry that varies smoothly from person to person, each in [-1, 1].
-SHAPE = (
-    "face_width", "jaw_taper", "chin_height", "eye_spacing", "eye_size", "eye_height", "brow_thickness", "brow_height",
-    "brow_tilt", "nose_length", "nose_width", "mouth_width", "mouth_height", "lip_thickness", "hairline", "hair_volume",
-)  # fmt: skip
-
-VISEMES = {  # (openness in [0, 1], spread in [-1 round, 1 wide])
-    "rest": (0.0, 0.0),
-    "m": (0.0, -0.1),
-    "f": (0.12, 0.3),
-    "ee": (0.30, 1.0),
-    "eh": (0.55, 0.5),
-    "ah": (1.0, 0.0),
-    "oh": (0.70, -0.7),
-    "oo": (0.30, -1.0),
-}
-
-
-def emotion_action_units(emotions: Sequence[str] = EMOTIONS) -> Tensor:
-    """Activation of each action unit in each emotion at full intensity and with no personal style, (E, A) in [0, 1]."""
-    return torch.tensor([[_PROTOTYPES[e].get(au, 0.0) for au in ACTION_UNITS] for e in emotions])
-
-
-@dataclass(frozen=True)
-class Identities:
-    """Who the people are: constant over all frames of an individual."""
-
-    shape: Tensor  # (N, len(SHAPE)) in [-1, 1]
-    skin: Tensor  # (N, 3) RGB in [0, 1]
-    hair: Tensor  # (N, 3)
-    eyes: Tensor  # (N, 3)
-    shirt: Tensor  # (N, 3)
-    background: Tensor  # (N, 3)
-    hair_length: Tensor  # (N,) 0 short … 1 long
-    gain: Tensor  # (N, A) factor on each action unit, about 0.55 … 1.5
-    asymmetry: Tensor  # (N, A) in [-0.5, 0.5]: left side × (1 + a), right side × (1 − a)
-    skin_name: list[str]
-    hair_name: list[str]
-    eye_name: list[str]
-
-    def __len__(self) -> int:
-        return len(self.skin)
-
-    def vector(self) -> Tensor:
-        """Everything that makes a face recognisable, standardised to roughly [-1, 1]: (N, len(SHAPE) + 10)."""
-        colours = torch.cat([self.skin, self.hair, self.eyes], dim=1) * 2 - 1
-        return torch.cat([self.shape, colours, self.hair_length[:, None] * 2 - 1], dim=1)
-
-
-def sample_identities(n: int, generator: torch.Generator, *, style: float = 1.0) -> Identities:
-    """Draw n people. `style` scales how far each one's way of showing emotions is from the average (0: all alike)."""
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) * 2 - 1
-
-    def pick(palette: dict[str, tuple[float, float, float]], jitter: float) -> tuple[Tensor, list[str]]:
-        index = torch.randint(len(palette), (n,), generator=generator)
-        colours = torch.tensor(list(palette.values()))[index] * (1 + jitter * uniform(n, 1)) + 0.02 * uniform(n, 3)
-        return colours.clamp(0.02, 0.98), [list(palette)[i] for i in index.tolist()]
-
-    skin, skin_name = pick(SKIN_TONES, 0.08)
-    hair, hair_name = pick(HAIR_COLOURS, 0.12)
-    eyes, eye_name = pick(EYE_COLOURS, 0.12)
-    return Identities(
-        shape=uniform(n, len(SHAPE)),
-        skin=skin,
-        hair=hair,
-        eyes=eyes,
-        shirt=0.45 + 0.22 * uniform(n, 1) + 0.2 * uniform(n, 3),
-        background=0.62 + 0.18 * uniform(n, 1) + 0.09 * uniform(n, 3),
-        hair_length=torch.rand(n, generator=generator),
-        gain=torch.exp(0.42 * style * uniform(n, len(ACTION_UNITS))),
-        asymmetry=0.45 * style * uniform(n, len(ACTION_UNITS)),
-        skin_name=skin_name,
-        hair_name=hair_name,
-        eye_name=eye_name,
-    )
-
-
-def personal_action_units(
-    identities: Identities,
-    individual: Tensor,  # (B,) int
-    emotion: Tensor,  # (B,) int into `emotions`
-    intensity: Tensor,  # (B,) in [0, 1]
-    emotions: Sequence[str] = EMOTIONS,
-) -> Tensor:
-    """Left and right activation of every action unit, (B, A, 2), each at least 0 and about 1 at full strength."""
-    base = emotion_action_units(emotions)[emotion] * intensity[:, None] * identities.gain[individual]
-    asymmetry = identities.asymmetry[individual]
-    return torch.stack([base * (1 + asymmetry), base * (1 - asymmetry)], dim=-1)
-
-
-def speech_track(frames: int, generator: torch.Generator, *, frames_per_syllable: float = 4.0) -> Tensor:
-    """A mouth that talks: random visemes joined by cosine easing, (frames, 2) = (openness, spread)."""
-    targets = torch.tensor(list(VISEMES.values()))
-    count = int(frames / frames_per_syllable) + 3
-    chosen = targets[torch.randint(len(targets), (count,), generator=generator)]
-    chosen = chosen * (0.75 + 0.25 * torch.rand(count, 1, generator=generator))
-    time = torch.arange(frames) / frames_per_syllable + torch.rand(1, generator=generator)
-    left = time.floor().long()
-    ease = (0.5 - 0.5 * torch.cos(math.pi * (time - left)))[:, None]
-    return chosen[left] * (1 - ease) + chosen[left + 1] * ease
-
-
-@dataclass(frozen=True)
-class FrameParameters:
-    """All that a frame shows beside who it is; one row a frame."""
-
-    individual: Tensor  # (B,) int
-    action_units: Tensor  # (B, A, 2)
-    speech: Tensor  # (B, 2): openness in [0, 1], spread in [-1, 1]
-    pose: Tensor  # (B, 5): shift x, shift y, roll (rad), log scale, yaw in [-1, 1]
-    light: Tensor  # (B, 3): direction x, direction y, gain − 1
-    blink: Tensor  # (B,) in [0, 1]: 0 open, 1 shut
-    noise: Tensor  # (B,) int, which noise image
-
-    def __getitem__(self, index: Tensor | slice) -> FrameParameters:
-        return FrameParameters(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
-
-    def __len__(self) -> int:
-        return len(self.individual)
-
-
-_KEPT_VALUES = 100_000_000
-"""The most values of frames that a data set keeps, 400 MB."""
-_BLOCK = 64
-
-
-class SyntheticFaces(FrameDataset):
-    """A data set of drawn talking faces: for every individual and emotion, `clips` clips of `frames_per_clip` frames.
-
-    Args:
-        individuals: how many people, at least 1.
-        emotions: names out of `EMOTIONS`, in the order of their indices.
-        clips: clips for each individual and emotion.
-        frames_per_clip: consecutive frames of one speech track.
-        size: side of a frame in pixels.
-        seed: the same seed gives the same people and frames.
-        style: strength of personal expression styles (0: everyone alike).
-        missing: (individual, emotion) index pairs that are left out, as real recordings leave some out.
-        intensity: range from which each clip's emotion intensity is drawn.
-    """
-
-    def __init__(
-        self,
-        individuals: int = 12,
-        *,
-        emotions: Sequence[str] = EMOTIONS,
-        clips: int = 2,
-        frames_per_clip: int = 8,
-        size: int = 64,
-        seed: int = 0,
-        style: float = 1.0,
-        missing: Sequence[tuple[int, int]] = (),
-        intensity: tuple[float, float] = (0.75, 1.0),
-    ) -> None:
-        # A string is a sequence of strings too: its letters.
-        if isinstance(emotions, str) or not emotions or len(set(emotions)) != len(emotions):
-            raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
-        unknown = [e for e in emotions if e not in _PROTOTYPES]
-        if unknown:
-            raise ValueError(f"emotions: {unknown} cannot be drawn; takes names out of {list(_PROTOTYPES)}")
-        if min(individuals, clips, frames_per_clip, size) < 1:
-            raise ValueError("individuals, clips, frames_per_clip and size: each must be at least 1")
-        self.size = size
-        self.individuals = [f"person-{seed}-{i:03d}" for i in range(individuals)]
-        self.emotions = list(emotions)
-        generator = torch.Generator().manual_seed(seed)
-        self.identities = sample_identities(individuals, generator, style=style)
-        self._noise = _noise_images(size, seed)
-        left_out = set(missing)
-        blocks, self.keys, emotion_index, intensities = [], [], [], []
-        for n in range(individuals):
-            for e in range(len(self.emotions)):
-                for clip in range(clips):
-                    # Drawn even when left out, so that leaving one out changes no other frame.
-                    strength = intensity[0] + (intensity[1] - intensity[0]) * torch.rand(1, generator=generator)
-                    block = _clip_parameters(self.identities, n, e, strength, frames_per_clip, self.emotions, generator)
-                    if (n, e) in left_out:
-                        continue
-                    blocks.append(block)
-                    emotion_index += [e] * frames_per_clip
-                    intensities += [strength.item()] * frames_per_clip
-                    name = f"{self.individuals[n]}/{self.emotions[e]}/clip-{clip:02d}"
-                    self.keys += [f"{name}#{t}" for t in range(frames_per_clip)]
-        if not blocks:
-            raise ValueError("missing: every (individual, emotion) is left out; nothing remains to draw")
-        self.parameters = FrameParameters(
-            **{f.name: torch.cat([getattr(b, f.name) for b in blocks]) for f in fields(FrameParameters)}
-        )
-        self.individual_index = self.parameters.individual
-        self.emotion_index = torch.tensor(emotion_index)
-        self.intensity = torch.tensor(intensities)
-        # Drawing takes longer than most of what is done with a frame: a set that is small enough is drawn once.
-        small = len(self.keys) * 3 * size**2 <= _KEPT_VALUES
-        self._kept = torch.empty(len(self.keys), 3, size, size) if small else None
-        self._is_kept = torch.zeros(len(self.keys), dtype=torch.bool)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def frames(self, indices: Indices) -> Tensor:
-        """Frames in [-1, 1], (len(indices), 3, size, size)."""
-        rows = as_indices(indices, len(self))
-        if self._kept is None:
-            return self._draw(self.parameters[rows])
-        # By whole blocks, so that a frame's last bits never depend on what was asked for together with it.
-        for block in (rows[~self._is_kept[rows]] // _BLOCK).unique().tolist():
-            span = slice(block * _BLOCK, (block + 1) * _BLOCK)
-            self._kept[span] = self._draw(self.parameters[span])
-            self._is_kept[span] = True
-        return self._kept[rows]
-
-    def stamps(self) -> list[str]:
-        # The frames are as old as this file and the parameters that they are drawn from.
-        digest = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16)
-        for part in (self.identities, self.parameters):
-            for f in fields(part):
-                value = getattr(part, f.name)
-                digest.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
-        return [f"{digest.hexdigest()} {self.size}"] * len(self)
-
-    def truth(
-        self,
-        indices: Indices,
-        emotion: Tensor,  # (len(indices),) int
-    ) -> Tensor:
-        """The same frames with another emotion: same person, speech, pose, light and noise. For evaluation only."""
-        index = as_indices(indices, len(self))
-        parameters = self.parameters[index]
-        swapped = {f.name: getattr(parameters, f.name) for f in fields(parameters)}
-        swapped["action_units"] = self.true_action_units(index, emotion)
-        return self._draw(FrameParameters(**swapped))
-
-    def true_action_units(self, indices: Tensor, emotion: Tensor) -> Tensor:
-        """Action units that these frames' individuals would show for `emotion` at the frames' intensity, (B, A, 2)."""
-        individual = self.individual_index[indices]
-        return personal_action_units(self.identities, individual, emotion, self.intensity[indices], self.emotions)
-
-    def _draw(self, parameters: FrameParameters) -> Tensor:
-        drawn = [
-            draw(self.identities, parameters[chunk], self.size) for chunk in torch.arange(len(parameters)).split(128)
-        ]
-        frames = torch.cat(drawn) if drawn else torch.empty(0, 3, self.size, self.size)
-        return (frames + self._noise[parameters.noise]).clamp(-1, 1)
-
-
-def _clip_parameters(
-    identities: Identities,
-    individual: int,
-    emotion: int,
-    intensity: Tensor,
-    frames: int,
-    emotions: Sequence[str],
-    generator: torch.Generator,
-) -> FrameParameters:
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) * 2 - 1
-
-    who = torch.full((frames,), individual)
-    units = personal_action_units(identities, who, torch.full((frames,), emotion), intensity.expand(frames), emotions)
-    # A head that sways slowly: one sinusoid for each degree of freedom around a random rest pose.
-    phase = torch.arange(frames)[:, None] * 0.35 + math.pi * uniform(1, 5)
-    reach = torch.tensor([0.04, 0.03, 0.05, 0.03, 0.55])
-    pose = reach * (0.7 * uniform(1, 5) + 0.3 * torch.sin(phase))
-    light = torch.tensor([0.16, 0.10, 0.12]) * uniform(1, 3)
-    blink = torch.zeros(frames)
-    if frames >= 6:
-        at = int(torch.randint(frames * 3, (1,), generator=generator))
-        if at < frames:
-            blink[at] = 0.9
-    return FrameParameters(
-        individual=who,
-        action_units=units,
-        speech=speech_track(frames, generator),
-        pose=pose,
-        light=light.expand(frames, 3).contiguous(),
-        blink=blink,
-        noise=torch.randint(_NOISE_IMAGES, (frames,), generator=generator),
-    )
-
-
-_NOISE_IMAGES = 64
-
-
-def _noise_images(size: int, seed: int) -> Tensor:
-    """A fixed set of sensor-noise images: a frame drawn again gets the very same noise."""
-    generator = torch.Generator().manual_seed(seed + 7919)
-    return 0.02 * torch.randn(_NOISE_IMAGES, 3, size, size, generator=generator)
+NOISE_IMAGES = 64
 
 
 def draw(identities: Identities, parameters: FrameParameters, size: int) -> Tensor:
@@ -386,6 +30,24 @@ def draw(identities: Identities, parameters: FrameParameters, size: int) -> Tens
     canvas.mouth()
     canvas.front_hair()
     return canvas.finish()
+
+
+def noise_images(size: int, seed: int) -> Tensor:
+    """A fixed set of sensor noise, (NOISE_IMAGES, 3, size, size): a frame drawn again gets the very same noise."""
+    generator = torch.Generator().manual_seed(seed + 7919)
+    return 0.02 * torch.randn(NOISE_IMAGES, 3, size, size, generator=generator)
+
+
+class _Lips(NamedTuple):
+    """Where the lips lie, each (B, S, S) or what broadcasts to it, in face units."""
+
+    half: Tensor  # half the mouth's width
+    middle: Tensor  # heights of the line between the lips, and of their edges
+    inner_top: Tensor
+    inner_bottom: Tensor
+    outer_top: Tensor
+    outer_bottom: Tensor
+    opening: Tensor  # how far the lips are apart
 
 
 class _Canvas:
@@ -426,8 +88,12 @@ class _Canvas:
     def paint(self, colour: Tensor, distance: Tensor, opacity: Tensor | float = 1.0, soft: float = 1.0) -> Tensor:
         """Blend `colour` (B, 3) where `distance` (B, S, S) is negative; returns the coverage."""
         coverage = (0.5 - distance / (self.pixel * soft)).clamp(0, 1) * opacity
-        self.picture = self.picture + coverage[:, None] * (colour[:, :, None, None] - self.picture)
+        self.blend(colour, coverage)
         return coverage
+
+    def blend(self, colour: Tensor, coverage: Tensor) -> None:
+        """Move the picture towards `colour` (B, 3) by `coverage` (B, S, S) in [0, 1]."""
+        self.picture = self.picture + coverage[:, None] * (colour[:, :, None, None] - self.picture)
 
     def both(self, name: str) -> Tensor:
         left, right = self.unit[name]
@@ -525,10 +191,9 @@ class _Canvas:
             opened = self.paint(white, eye)
             for radius, colour in ((0.052, self.iris), (0.026, black)):
                 disc = torch.sqrt(u**2 + (v + 0.006) ** 2 + 1e-9) - radius
-                inside = ((0.5 - disc / self.pixel).clamp(0, 1)) * opened
-                self.picture = self.picture + inside[:, None] * (colour[:, :, None, None] - self.picture)
-            glint = (0.5 - (torch.sqrt((u - 0.016) ** 2 + (v + 0.024) ** 2 + 1e-9) - 0.013) / self.pixel).clamp(0, 1)
-            self.picture = self.picture + (glint * opened)[:, None] * (1 - self.picture)
+                self.blend(colour, (0.5 - disc / self.pixel).clamp(0, 1) * opened)
+            glint = torch.sqrt((u - 0.016) ** 2 + (v + 0.024) ** 2 + 1e-9) - 0.013
+            self.blend(torch.ones(1, 3), (0.5 - glint / self.pixel).clamp(0, 1) * opened)
             edge = u.abs() - width * 1.04
             self.paint(self.hair * 0.25, torch.maximum((v - top + 0.006).abs() - 0.014, edge), opacity=0.95)
             self.paint(self.skin * 0.55, torch.maximum((v - bottom).abs() - 0.005, edge), opacity=0.6)
@@ -572,17 +237,22 @@ class _Canvas:
         self.paint((self.skin * 1.12).clamp(0, 1), shine, opacity=0.55, soft=2.5)
 
     def mouth(self) -> None:
-        lip = self.skin * torch.tensor([0.86, 0.52, 0.52])
-        dark, teeth = torch.tensor([[0.20, 0.05, 0.06]]), torch.tensor([[0.95, 0.94, 0.90]])
-        tongue = torch.tensor([[0.72, 0.33, 0.34]])
-        drop = self.both("jaw_drop")
+        lips = self._lips()
+        span = self.feature_x.abs() - lips.half
+        body = torch.maximum(torch.maximum(lips.outer_top - self.y, self.y - lips.outer_bottom), span)
+        self.paint(self.skin * 0.72, body - 0.012, opacity=0.35, soft=2.0)
+        self.paint(self.skin * torch.tensor([0.86, 0.52, 0.52]), body)
+        self._mouth_inside(lips, span)
+        self._mouth_surroundings(lips)
+
+    def _lips(self) -> _Lips:
+        """The lines that bound the lips, pulled by every muscle around the mouth."""
+        drop, tight, chin = self.both("jaw_drop"), self.both("lip_tighten"), self.both("chin_raise")
         opening = 0.150 * self.open + 0.050 * drop
-        tight, chin = self.both("lip_tighten"), self.both("chin_raise")
         thick = 0.036 * (1 + 0.3 * self.shape["lip_thickness"]) * (1 - 0.55 * tight.clamp(0, 1.4))
         thick = thick * (1 - 0.16 * self.spread)
         half = 0.205 * (1 + 0.10 * self.shape["mouth_width"]) * (1 + 0.20 * self.spread - 0.08 * drop - 0.08 * tight)
-        u = self.feature_x
-        on_left = torch.sigmoid(u / 0.03)
+        on_left = torch.sigmoid(self.feature_x / 0.03)
 
         def by_side(name: str) -> Tensor:
             left, right = self.unit[name]
@@ -590,7 +260,7 @@ class _Canvas:
 
         pull, depress, stretch = by_side("lip_corner_pull"), by_side("lip_corner_depress"), by_side("lip_stretch")
         half = half * (1 + 0.20 * pull + 0.26 * stretch + 0.03 * depress)
-        t = (u / half).clamp(-1, 1)
+        t = (self.feature_x / half).clamp(-1, 1)
         arch = (1 - t**2).clamp(min=0)
         corner = (-0.095 * pull + 0.080 * depress + 0.030 * stretch) * t.abs() ** 2.2
         middle = self.mouth_y + corner + 0.030 * pull * arch - 0.028 * chin * arch + 0.035 * drop
@@ -600,29 +270,32 @@ class _Canvas:
         bow = 1 - 0.25 * torch.exp(-((t / 0.16) ** 2))
         outer_top = inner_top - thick * arch**0.7 * bow
         outer_bottom = inner_bottom + thick * 1.25 * arch**0.7
-        span = u.abs() - half
-        lips = torch.maximum(torch.maximum(outer_top - self.y, self.y - outer_bottom), span)
-        self.paint(self.skin * 0.72, lips - 0.012, opacity=0.35, soft=2.0)
-        self.paint(lip, lips)
-        cavity = torch.maximum(torch.maximum(inner_top - self.y, self.y - inner_bottom), span)
+        return _Lips(half, middle, inner_top, inner_bottom, outer_top, outer_bottom, opening)
+
+    def _mouth_inside(self, lips: _Lips, span: Tensor) -> None:
+        """The dark of the mouth, teeth, tongue, and the seam where the lips meet."""
+        dark, teeth = torch.tensor([[0.20, 0.05, 0.06]]), torch.tensor([[0.95, 0.94, 0.90]])
+        tongue = torch.tensor([[0.72, 0.33, 0.34]])
+        cavity = torch.maximum(torch.maximum(lips.inner_top - self.y, self.y - lips.inner_bottom), span)
         inside = self.paint(dark, cavity)
-        band = self.y - (inner_top + 0.042)
-        upper_teeth = (0.5 - band / self.pixel).clamp(0, 1) * inside
-        self.picture = self.picture + upper_teeth[:, None] * (teeth[:, :, None, None] - self.picture)
-        low = (
-            ((self.y - (inner_bottom - 0.045)) / self.pixel + 0.5).clamp(0, 1)
-            * inside
-            * (self.open * 1.4).clamp(0, 0.8)
-        )
-        self.picture = self.picture + low[:, None] * (tongue[:, :, None, None] - self.picture)
-        seam = torch.maximum((self.y - (inner_top + inner_bottom) / 2).abs() - 0.007, span)
-        self.paint(dark, seam, opacity=(1 - opening * 18).clamp(0.0, 0.9))
+        band = self.y - (lips.inner_top + 0.042)
+        self.blend(teeth, (0.5 - band / self.pixel).clamp(0, 1) * inside)
+        low = ((self.y - (lips.inner_bottom - 0.045)) / self.pixel + 0.5).clamp(0, 1)
+        self.blend(tongue, low * inside * (self.open * 1.4).clamp(0, 0.8))
+        seam = torch.maximum((self.y - (lips.inner_top + lips.inner_bottom) / 2).abs() - 0.007, span)
+        self.paint(dark, seam, opacity=(1 - lips.opening * 18).clamp(0.0, 0.9))
+
+    def _mouth_surroundings(self, lips: _Lips) -> None:
+        """The corners, the dimple of the chin and the shadow below the lips."""
+        u, half = self.feature_x, lips.half
+        tight, chin = self.both("lip_tighten"), self.both("chin_raise")
         for _, sign in self.sides():
-            end = torch.sqrt((sign * u - half) ** 2 + (self.y - self._at_corner(middle, u, sign, half)) ** 2 + 1e-9)
+            corner_y = self._at_corner(lips.middle, u, sign, half)
+            end = torch.sqrt((sign * u - half) ** 2 + (self.y - corner_y) ** 2 + 1e-9)
             self.paint(self.skin * 0.45, end - 0.013, opacity=0.7)
         dimple = torch.sqrt((u / 1.6) ** 2 + (self.y - self.mouth_y - 0.19) ** 2 + 1e-9) - 0.035
         self.paint(self.skin * 0.72, dimple, opacity=(0.15 + 0.55 * chin).clamp(0, 0.8), soft=3.0)
-        below = torch.maximum((self.y - outer_bottom - 0.022).abs() - 0.008, u.abs() - half * 0.5)
+        below = torch.maximum((self.y - lips.outer_bottom - 0.022).abs() - 0.008, u.abs() - half * 0.5)
         self.paint(self.skin * 0.70, below, opacity=(0.30 + 0.4 * tight).clamp(0, 0.8), soft=2.0)
 
     def _at_corner(self, middle: Tensor, u: Tensor, sign: float, half: Tensor) -> Tensor:

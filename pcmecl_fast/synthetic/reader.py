@@ -31,16 +31,14 @@ from tqdm import tqdm
 
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.synthetic.augment import augmented, to_bytes
-from pcmecl_fast.synthetic.painter import SHAPE, FrameParameters, SyntheticFaces, draw
+from pcmecl_fast.synthetic.faces import SyntheticFaces
+from pcmecl_fast.synthetic.painter import draw
+from pcmecl_fast.synthetic.people import IDENTITY_LENGTH, SPEECH_SPANS, FrameParameters
 
 log = logging.getLogger("pcmecl_fast")
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SIDE = 64
-SPANS = (1.0, 2.0)
-"""The ranges of openness and spread."""
-PERSON = len(SHAPE) + 10
-"""K, the length of an identity vector."""
 
 
 class Seen(NamedTuple):
@@ -81,7 +79,7 @@ class FaceReader(nn.Module):
     def forward(self, frames: Tensor) -> list[Seen]:
         if frames.shape[-2:] != (SIDE, SIDE):
             frames = F.interpolate(frames, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
-        return [Seen(*network(frames).split((2, PERSON), dim=1)) for network in (self.fine, self.coarse)]
+        return [Seen(*network(frames).split((2, IDENTITY_LENGTH), dim=1)) for network in (self.fine, self.coarse)]
 
 
 def _head(channels: int, hidden: int) -> list[nn.Module]:
@@ -89,7 +87,7 @@ def _head(channels: int, hidden: int) -> list[nn.Module]:
         nn.Flatten(),
         nn.Linear(channels * (SIDE // 16) ** 2, hidden),
         nn.SiLU(),
-        nn.Linear(hidden, 2 + PERSON),
+        nn.Linear(hidden, 2 + IDENTITY_LENGTH),
     ]
 
 
@@ -119,7 +117,7 @@ def reading_losses(
     with torch.no_grad():
         before = reader(source)
     after = reader(edited)
-    spans = source.new_tensor(SPANS)
+    spans = source.new_tensor(SPEECH_SPANS)
     pairs = list(zip(before, after, strict=True))
     speech = [((y.speech - x.speech).abs() / spans).mean() for x, y in pairs]
     person = [1 - F.cosine_similarity(x.identity, y.identity).mean() for x, y in pairs]
@@ -191,7 +189,7 @@ def accuracy(reader: FaceReader, *, individuals: int = 24, seed: int = 40_002) -
         f"{measure} {name}": value.mean().item()
         for name, seen in zip(("fine", "coarse"), read, strict=True)
         for measure, value in (
-            ("mouth_error", (seen.speech - faces.parameters.speech).abs() / torch.tensor(SPANS)),
+            ("mouth_error", (seen.speech - faces.parameters.speech).abs() / torch.tensor(SPEECH_SPANS)),
             ("identity_similarity", F.cosine_similarity(seen.identity, identity)),
         )
     }

@@ -33,7 +33,8 @@ from pcmecl_fast.clip import ASSETS, tiny_face_config, tiny_face_model, tiny_fac
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.synthetic.augment import augmented, drawn
-from pcmecl_fast.synthetic.painter import ACTION_UNITS, EYE_COLOURS, HAIR_COLOURS, SKIN_TONES, SyntheticFaces
+from pcmecl_fast.synthetic.faces import SyntheticFaces
+from pcmecl_fast.synthetic.people import ACTION_UNITS, EYE_COLOURS, HAIR_COLOURS, SKIN_TONES
 
 log = logging.getLogger("pcmecl_fast")
 

@@ -26,7 +26,7 @@ from pcmecl_fast.clip import ASSETS
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.synthetic.augment import augmented, drawn
-from pcmecl_fast.synthetic.painter import SyntheticFaces
+from pcmecl_fast.synthetic.faces import SyntheticFaces
 from pcmecl_fast.synthetic.tiny_face import (
     EMOTION_WORDS,
     LOOKS,
