@@ -3,7 +3,8 @@
 people     who they are and what they show      faces      `SyntheticFaces`, the data set, with its paired truth
 painter    parameters to frames                 augment    frames as the networks that learn from them see them
 judge      reads edits in the evaluation        reader     keeps speech and identity in stage 2
-tiny_face, tiny_face_text                       the CLIP model that ships with the package
+tiny_face, tiny_face_text, captions             the CLIP model that ships with the package
+training   what the four trainings share
 
 The judge, the reader and `tiny-face` know drawn faces only and nothing about real ones.
 """
