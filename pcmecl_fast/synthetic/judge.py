@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,11 @@ def load_judge(device: torch.device | str | None = None, *, path: Path = ASSETS 
     judge = Judge()
     load_weights(path, judge)
     return judge.eval().requires_grad_(False).to(device)
+
+
+def emotion_columns(emotions: Sequence[str]) -> Tensor:
+    """Where the emotions of a data set stand among the judge's logits, (E,) int."""
+    return torch.tensor([EMOTIONS.index(emotion) for emotion in emotions])
 
 
 @dataclass
