@@ -34,14 +34,13 @@ from tqdm import tqdm
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import EMOTIONS, FrameDataset
-from pcmecl_fast.data.features import individual_conditions
-from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.evaluate.judge import load_judge
-from pcmecl_fast.evaluate.metrics import zero_shot_features
+from pcmecl_fast.evaluate.metrics import Trials, zero_shot_features
+from pcmecl_fast.evaluate.style import judge_prompts, judge_style
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.models import Generator, make_generator
+from pcmecl_fast.models import make_generator
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower, load_prompts
 from pcmecl_fast.run import bank_for, load_clip_for, open_data
+from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import AblateConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import criterion_for, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
@@ -189,75 +188,12 @@ def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) 
         everyone = SyntheticFaces(config.individuals, clips=clips, seed=2 * config.seed + 1, **common)
         # Other people for each seed, so that the error bars tell how much they matter; nobody trains on even seeds.
         unseen = SyntheticFaces(_UNSEEN, clips=1, seed=2 * config.seed + 1000, **common)
-        measures = judge_style(generator, everyone, _targets(dataset, everyone, regime))
-        unseen_measures = judge_style(generator, unseen, _targets(None, unseen, regime))
+        measures = judge_style(generator, everyone, _targets(dataset, everyone, regime), device=clip.device)
+        unseen_measures = judge_style(generator, unseen, _targets(None, unseen, regime), device=clip.device)
         measures |= {f"unseen_{name}": value for name, value in unseen_measures.items()}
         held = _generic(clip, unseen) if prompts is None else bank_for(bank, prompts, unseen, clip, config)
-        measures |= judge_prompts(clip, held, unseen, config)
+        measures |= judge_prompts(held, unseen, frame_features(clip, unseen, config))
     return measures
-
-
-@torch.no_grad()
-def judge_style(
-    generator: Generator,
-    faces: SyntheticFaces,
-    trials: tuple[Tensor, Tensor],  # frames (T,) and the emotions they shall show (T,)
-) -> dict[str, float]:
-    """Measures of edits against paired truth, personal style among them."""
-    judge, device = load_judge(), next(generator.parameters()).device
-    named = torch.tensor([EMOTIONS.index(emotion) for emotion in faces.emotions])
-    read_units, true_units, followed, asked = [], [], 0.0, 0.0
-    sums = dict.fromkeys(("emotion_accuracy", "identity_similarity", "mouth_error"), 0.0)
-    for index, target in zip(*(part.split(128) for part in trials), strict=True):
-        frames = faces.frames(index)
-        edited = generator(frames.to(device), target.to(device)).cpu()
-        seen, source = judge(edited), judge(frames)
-        true = faces.true_action_units(index, target)
-        read_units.append(seen.action_units)
-        true_units.append(true)
-        wanted = true - faces.parameters.action_units[index]
-        followed += float(((seen.action_units - source.action_units) * wanted).sum())
-        asked += float(wanted.square().sum())
-        sums["emotion_accuracy"] += float((seen.emotion.argmax(1) == named[target]).sum())
-        sums["identity_similarity"] += float(F.cosine_similarity(seen.identity, source.identity).sum())
-        error = (seen.speech - faces.parameters.speech[index]).abs() / torch.tensor([1.0, 2.0])
-        sums["mouth_error"] += float(error.mean(1).sum())
-    read, true, target = torch.cat(read_units), torch.cat(true_units), trials[1]
-    emotions = len(faces.emotions)
-    cells, cell = (faces.individual_index[trials[0]] * emotions + target).unique(return_inverse=True)
-    (pattern, style), (own, own_style) = (_patterns(units, cell, cells % emotions) for units in (read, true))
-    return {
-        "personal_style_error": float((pattern - own).abs().mean()),
-        "style_correlation": float(F.cosine_similarity(style.flatten(), own_style.flatten(), dim=0)),
-        "expression_error": float((read - true).abs().mean()),
-        **{name: value / len(target) for name, value in sums.items()},
-        "edit_strength": followed / asked,
-    }
-
-
-@torch.no_grad()
-def judge_prompts(clip: Clip, bank: PromptBank, faces: SyntheticFaces, config: TrainConfig) -> dict[str, float]:
-    """Measures of a bank alone, on people that it was not learned on."""
-    features = frame_features(clip, faces, config)
-    emotions, count = len(faces.emotions), len(faces.individuals)
-    cell = faces.individual_index * emotions + faces.emotion_index
-    visual = individual_conditions(features, cell, count * emotions).view(count, emotions, -1)
-    visual = F.normalize(visual, dim=-1)
-    names = faces.individuals
-    if bank.condition == "frame":
-        first = [int((faces.individual_index == n).nonzero()[0, 0]) for n in range(count)]
-        names = [faces.keys[i] for i in first]
-    text = bank.lookup(bank.rows(names), visual.device).float()
-    before, after = ops.reference.ordered_pairs(emotions, visual.device)
-    visual_change, text_change = (F.normalize(x[:, after] - x[:, before], dim=-1).flatten(0, 1) for x in (visual, text))
-    nearest = (visual_change @ text_change.T).argmax(1)
-    once = (before < after).repeat(count)  # both ways of every change would cancel
-    return {
-        "direction_top1": float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()),
-        "direction_cosine": float((visual_change * text_change).sum(-1).mean()),
-        "gap": float((visual.flatten(0, 1).mean(0) - text.flatten(0, 1).mean(0)).norm()),
-        "gap_of_changes": float((visual_change[once].mean(0) - text_change[once].mean(0)).norm()),
-    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -418,7 +354,7 @@ def _generic(clip: Clip, dataset: FrameDataset) -> PromptBank:
     return PromptBank(everybody, dataset.individuals, dataset.emotions, tower=Tower.of(clip))
 
 
-def _targets(trained_on: SyntheticFaces | None, faces: SyntheticFaces, regime: str) -> tuple[Tensor, Tensor]:
+def _targets(trained_on: SyntheticFaces | None, faces: SyntheticFaces, regime: str) -> Trials:
     """Every frame with every other emotion; under scarcity, people of the training with those that they lack there."""
     emotions = len(faces.emotions)
     index = torch.arange(len(faces)).repeat_interleave(emotions)
@@ -428,27 +364,7 @@ def _targets(trained_on: SyntheticFaces | None, faces: SyntheticFaces, regime: s
         lacks = ~trained_on.available()
         wanted &= lacks[faces.individual_index[index], target]
     chosen = wanted.nonzero()[:_TRIALS, 0]  # whole people, one after the other
-    return index[chosen], target[chosen]
-
-
-def _patterns(
-    units: Tensor,  # (T, A, 2)
-    cell: Tensor,  # (T,) int in [0, C)
-    target: Tensor,  # (C,) int, the emotion of each cell
-) -> tuple[Tensor, Tensor]:  # (C, A, 2) each
-    """Mean action units of each cell, a person with an emotion; and these less everybody's mean for the emotion."""
-    pattern = _means(units, cell, len(target))
-    return pattern, pattern - _means(pattern, target, int(target.max()) + 1)[target]
-
-
-def _means(
-    values: Tensor,  # (T, ...)
-    group: Tensor,  # (T,) int in [0, groups)
-    groups: int,
-) -> Tensor:  # (groups, ...)
-    total = values.new_zeros(groups, *values.shape[1:]).index_add_(0, group, values)
-    count = torch.bincount(group, minlength=groups).clamp(min=1)
-    return total / count.view(-1, *[1] * (values.ndim - 1))
+    return Trials(index[chosen], target[chosen])
 
 
 def _cell(value: dict[str, float | None]) -> str:

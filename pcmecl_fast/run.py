@@ -21,7 +21,6 @@ from pcmecl_fast.data.base import EMOTIONS, FrameDataset, split
 from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.media import is_media, read_frames, write_frames
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.evaluate.metrics import NOTES, clip_view, draw_trials, judge_edits
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
 from pcmecl_fast.files import write_atomically
@@ -29,6 +28,7 @@ from pcmecl_fast.models import Generator, load_generator, save_generator
 from pcmecl_fast.models.base import generator_config
 from pcmecl_fast.options import from_options, plain_options, read_options
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
+from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import EditConfig, EvaluateConfig, PromptsConfig, RunConfig, TrainConfig
 from pcmecl_fast.train.generator import draw_references, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts

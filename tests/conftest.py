@@ -9,9 +9,9 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from pcmecl_fast import load_clip, ops
 from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.ops.backends import cuda
 from pcmecl_fast.ops.operator import BACKENDS, Backend
+from pcmecl_fast.synthetic import SyntheticFaces
 
 # The backends that run on this machine's CPU tensors: every test of an operator runs on each of them. The CUDA kernels
 # do under their host harness.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pcmecl_fast.data.augment import augmented, drawn, to_bytes
+from pcmecl_fast.synthetic.augment import augmented, drawn, to_bytes
 
 OFF = {"zoom": 0.0, "shift": 0.0, "blurred": 0.0, "noise": 0.0}
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from pcmecl_fast.cli import COMMANDS, main
 from pcmecl_fast.data.media import read_frames, write_frames
-from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic import SyntheticFaces
 
 EMOTIONS = ["neutral", "happy", "sad"]
 SMALL = ["--size", "32", "--device", "cpu", "--checkpoint-every", "2"]

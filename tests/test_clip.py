@@ -11,7 +11,7 @@ from torch import nn
 
 from pcmecl_fast import PersonalizedPrompts, load_clip
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.train.tiny_face import zero_shot_accuracy
+from pcmecl_fast.synthetic.tiny_face import zero_shot_accuracy
 
 SMALL = "ViT-S-32-alt"  # open_clip's quickest to build, and without published weights
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from pcmecl_fast import PCMECLCriterion, PromptBank, load_clip, ops
 from pcmecl_fast.data.features import unit_features
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.prompts.bank import Tower
+from pcmecl_fast.synthetic import SyntheticFaces
 
 N, E = 4, 5
 

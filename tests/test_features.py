@@ -14,7 +14,7 @@ from PIL import Image
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.features import FeatureStore, LiveFeatures, individual_conditions, unit_features
 from pcmecl_fast.data.folder import FolderFaces
-from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic import SyntheticFaces
 
 EVERY = torch.arange
 
@@ -111,7 +111,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(clip, tmp_path):
         "import sys, torch\n"
         "from pcmecl_fast import load_clip\n"
         "from pcmecl_fast.data.features import FeatureStore\n"
-        "from pcmecl_fast.data.synthetic import SyntheticFaces\n"
+        "from pcmecl_fast.synthetic import SyntheticFaces\n"
         "faces = SyntheticFaces(40, clips=1, frames_per_clip=4, size=64)\n"
         "FeatureStore(sys.argv[1], load_clip(), shard_frames=16)(faces, batch_size=16)\n"
     )
@@ -167,7 +167,7 @@ def test_two_processes_read_while_one_fills(clip, tmp_path):
         "import sys, torch\n"
         "from pcmecl_fast import load_clip\n"
         "from pcmecl_fast.data.features import FeatureStore, unit_features\n"
-        "from pcmecl_fast.data.synthetic import SyntheticFaces\n"
+        "from pcmecl_fast.synthetic import SyntheticFaces\n"
         "torch.set_num_threads(1)\n"
         "clip, many = load_clip(), sys.argv[2] == 'fill'\n"
         "faces = SyntheticFaces(12, clips=1, frames_per_clip=4, size=64)\n"

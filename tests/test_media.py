@@ -10,7 +10,7 @@ from PIL import Image
 
 from pcmecl_fast.data import media
 from pcmecl_fast.data.media import read_frames, write_frames
-from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic import SyntheticFaces
 
 needs_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV is not installed")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from pcmecl_fast.cli import main
 from pcmecl_fast.data.media import read_frames, write_frames
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.models import Generator, WarpFields, WarpFieldsConfig, load_generator, save_generator
 from pcmecl_fast.models.base import BUILT_IN, generator_class, make_generator
 from pcmecl_fast.run import run_edit
+from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import EditConfig
 
 pytestmark = pytest.mark.usefixtures("no_report")

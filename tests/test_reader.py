@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.train import reader as module
-from pcmecl_fast.train.reader import PERSON, FaceReader, ReaderConfig, accuracy, load_reader, reading_losses, train
+from pcmecl_fast.clip import ASSETS
+from pcmecl_fast.synthetic import IDENTITY_LENGTH, SyntheticFaces
+from pcmecl_fast.synthetic.reader import FaceReader, ReaderConfig, accuracy, load_reader, reading_losses, train
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def faces():
 
 
 def test_the_shipped_reader_is_small_frozen_and_in_eval_mode(reader):
-    assert (module.ASSETS / "reader.safetensors").stat().st_size < 500_000
+    assert (ASSETS / "reader.safetensors").stat().st_size < 500_000
     assert not any(part.training for part in reader.modules())
     assert not any(parameter.requires_grad for parameter in reader.parameters())
 
@@ -29,7 +29,7 @@ def test_the_shipped_reader_is_small_frozen_and_in_eval_mode(reader):
 def test_each_of_its_networks_reads_frames_of_any_size(reader, size):
     for seen in reader(torch.rand(3, 3, *size) * 2 - 1):
         assert seen.speech.shape == (3, 2)
-        assert seen.identity.shape == (3, PERSON)
+        assert seen.identity.shape == (3, IDENTITY_LENGTH)
 
 
 def test_it_reads_people_it_has_not_seen(reader):
@@ -60,11 +60,10 @@ def test_another_emotion_costs_less_than_other_words_or_another_person(reader, f
     assert emotional[1] < 0.3 * somebody[1]
 
 
-def test_training_writes_a_reader_that_loads(tmp_path, monkeypatch):
+def test_training_writes_a_reader_that_loads(tmp_path):
     train(ReaderConfig(steps=2, batch=4, individuals=1, out=tmp_path))
     written = load_file(tmp_path / "reader.safetensors")
     assert {value.dtype for value in written.values()} == {torch.float16}
-    monkeypatch.setattr(module, "ASSETS", tmp_path)
-    again = load_reader().state_dict()
+    again = load_reader(path=tmp_path / "reader.safetensors").state_dict()
     assert all(torch.equal(again[name], value.float()) for name, value in written.items())
     assert set(FaceReader().state_dict()) - set(written) == {n for n in again if n.endswith("num_batches_tracked")}

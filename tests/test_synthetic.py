@@ -1,19 +1,23 @@
 """Drawn talking faces: functions of their parameters, so that any frame can be drawn again with another emotion."""
 
+import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from pcmecl_fast.data import synthetic
 from pcmecl_fast.data.base import EMOTIONS, check_trainable, split
-from pcmecl_fast.data.synthetic import (
+from pcmecl_fast.synthetic import (
     ACTION_UNITS,
+    IDENTITY_LENGTH,
+    SPEECH_SPANS,
     SyntheticFaces,
-    emotion_action_units,
-    personal_action_units,
-    speech_track,
+    draw,
+    speech_difference,
 )
+from pcmecl_fast.synthetic import faces as faces_module
+from pcmecl_fast.synthetic.people import VISEMES, emotion_action_units, personal_action_units, speech_track
 
 
 def faces(individuals=3, **kwargs):
@@ -86,6 +90,21 @@ def test_indices_are_read_as_in_every_data_set():
         data.frames([0.5])
 
 
+def test_stamps_change_with_the_parameters_the_size_and_every_file_that_decides_the_pixels(tmp_path, monkeypatch):
+    stamps = faces().stamps()
+    assert faces().stamps() == stamps
+    assert not set(faces(seed=1).stamps() + faces(size=16).stamps()) & set(stamps)
+    sources = faces_module.SOURCES
+    decide = (draw, personal_action_units, SyntheticFaces)
+    assert set(sources) == {Path(inspect.getsourcefile(each)) for each in decide}
+    for source in sources:
+        changed = tmp_path / source.name
+        changed.write_bytes(source.read_bytes() + b"# changed")
+        with monkeypatch.context() as patched:
+            patched.setattr(faces_module, "SOURCES", [changed if path == source else path for path in sources])
+            assert not set(faces().stamps()) & set(stamps), source.name
+
+
 # Labels
 
 
@@ -140,7 +159,7 @@ def test_the_truth_changes_the_expression_and_keeps_person_speech_pose_light_and
     data = faces(frames_per_clip=6)
     drawn = []
     monkeypatch.setattr(
-        synthetic, "draw", lambda who, what, size: drawn.append((who, what)) or torch.zeros(len(what), 3, size, size)
+        faces_module, "draw", lambda who, what, size: drawn.append((who, what)) or torch.zeros(len(what), 3, size, size)
     )
     index = torch.tensor([0, 9, 40])
     data.truth(index, data.emotion_index[index])  # the frames themselves, by a test above
@@ -207,6 +226,7 @@ def test_styles_are_personal_and_without_them_everyone_is_alike():
     assert alike.gain.eq(1).all()
     assert alike.asymmetry.eq(0).all()
     # The people themselves are the same.
+    assert alike.vector().shape == (4, IDENTITY_LENGTH)
     assert torch.equal(alike.vector(), personal.vector())
     every_emotion = torch.arange(7)
     units = [personal_action_units(alike, torch.full((7,), n), every_emotion, torch.full((7,), 0.8)) for n in range(4)]
@@ -231,12 +251,20 @@ def test_speech_is_smooth_and_in_range():
     assert (track[1:] - track[:-1]).abs().max() < 1
 
 
+def test_differences_of_speech_are_parts_of_the_range():
+    speech = torch.tensor(list(VISEMES.values()))
+    least, most = speech.amin(0), speech.amax(0)
+    torch.testing.assert_close(most - least, torch.tensor(SPEECH_SPANS))
+    assert speech_difference(most, least).tolist() == [1, 1]
+    assert speech_difference(speech, speech).eq(0).all()
+
+
 def test_the_mouth_follows_the_speech_and_nothing_else_does():
     data = faces(6, emotions=["neutral"], frames_per_clip=1, size=64)
 
     def saying(viseme):
-        speech = torch.tensor([synthetic.VISEMES[viseme]]).expand(6, 2)
-        return synthetic.draw(data.identities, replace(data.parameters, speech=speech), 64)
+        speech = torch.tensor([VISEMES[viseme]]).expand(6, 2)
+        return draw(data.identities, replace(data.parameters, speech=speech), 64)
 
     silent = saying("m")
     for viseme in ("ah", "oo", "ee"):

@@ -20,10 +20,10 @@ from pcmecl_fast.clip import load_clip
 from pcmecl_fast.data import features
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.features import LiveFeatures, individual_conditions, unit_features
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.models import make_generator
 from pcmecl_fast.prompts import load_prompts
 from pcmecl_fast.run import open_data, run_evaluate, run_train
+from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train import generator as stage_two
 from pcmecl_fast.train import prompts as stage_one
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig

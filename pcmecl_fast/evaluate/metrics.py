@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset
-from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.evaluate.judge import Reading, load_judge
+from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.prompts import PromptBank
+from pcmecl_fast.synthetic import SyntheticFaces, speech_difference
+from pcmecl_fast.synthetic.judge import Reading, emotion_columns, load_judge
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """(source frames (B, 3, S, S), target emotions (B,)) to edited frames."""
@@ -65,8 +65,7 @@ def judge_edits(
 ) -> dict[str, float]:
     """Everything the paired truth can tell about drawn faces; keys are explained in `NOTES`."""
     judge = load_judge(device)
-    columns = torch.tensor([EMOTIONS.index(e) for e in faces.emotions], device=device)
-    spans = torch.tensor([1.0, 2.0], device=device)
+    columns = emotion_columns(faces.emotions).to(device)
     sums: dict[str, float] = {}
 
     def add(name: str, values: Tensor) -> None:
@@ -82,7 +81,7 @@ def judge_edits(
         for name, seen in read.items():
             add(f"emotion_accuracy{name}", seen.emotion[:, columns].argmax(1) == target.to(device))
             add(f"expression_error{name}", (seen.action_units - units).abs().mean((1, 2)))
-            add(f"mouth_error{name}", ((seen.speech - speech).abs() / spans).mean(1))
+            add(f"mouth_error{name}", speech_difference(seen.speech, speech).mean(1))
             add(f"identity_similarity{name}", F.cosine_similarity(seen.identity, read["_source"].identity))
         for name in ("", "_source"):
             each = peak_signal_noise_ratio(

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.criterion import PCMECLCriterion
 from pcmecl_fast.data.base import FrameDataset
-from pcmecl_fast.data.synthetic import SyntheticFaces
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.models import Edit, Generator, PatchDiscriminator, make_generator
 from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.options import plain_options
 from pcmecl_fast.prompts import PromptBank
+from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic.reader import FaceReader, load_reader, reading_losses
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop, Stateful
 from pcmecl_fast.train.prompts import frame_features
-from pcmecl_fast.train.reader import FaceReader, load_reader, reading_losses
 
 log = logging.getLogger("pcmecl_fast")
 

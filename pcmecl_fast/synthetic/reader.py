@@ -10,8 +10,8 @@ teaches no expression, and it shares no people, weights, seed or layers with the
 Many of the faces it was first trained on show mixtures of expressions that no emotion has, as unfinished edits do; then
 it learned to be exact on the emotions themselves. It ships with the package; train it with
 
-    python -m pcmecl_fast.train.reader --out first
-    python -m pcmecl_fast.train.reader --start first/reader.safetensors --steps 2500 --mixed 0.1 --lr 0.0015 \
+    python -m pcmecl_fast.synthetic.reader --out first
+    python -m pcmecl_fast.synthetic.reader --start first/reader.safetensors --steps 2500 --mixed 0.1 --lr 0.0015 \
         --people 40320 --seed 32
 """
 
@@ -19,28 +19,31 @@ from __future__ import annotations
 
 import itertools
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from pcmecl_fast.data.augment import augmented, to_bytes
-from pcmecl_fast.data.synthetic import SHAPE, FrameParameters, SyntheticFaces, draw
-from pcmecl_fast.files import write_atomically
+from pcmecl_fast.clip import ASSETS
+from pcmecl_fast.synthetic.augment import SIDE, at_side, augmented, drawn_by
+from pcmecl_fast.synthetic.faces import SyntheticFaces
+from pcmecl_fast.synthetic.painter import draw
+from pcmecl_fast.synthetic.people import IDENTITY_LENGTH, FrameParameters, speech_difference
+from pcmecl_fast.synthetic.training import (
+    TrainingConfig,
+    load_weights,
+    main,
+    one_cycle,
+    optimise,
+    reading_errors,
+    save_weights,
+    who,
+)
 
 log = logging.getLogger("pcmecl_fast")
-
-ASSETS = Path(__file__).parents[1] / "assets"
-SIDE = 64
-SPANS = (1.0, 2.0)
-"""The ranges of openness and spread."""
-PERSON = len(SHAPE) + 10
-"""K, the length of an identity vector."""
 
 
 class Seen(NamedTuple):
@@ -79,9 +82,8 @@ class FaceReader(nn.Module):
         )  # fmt: skip
 
     def forward(self, frames: Tensor) -> list[Seen]:
-        if frames.shape[-2:] != (SIDE, SIDE):
-            frames = F.interpolate(frames, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
-        return [Seen(*network(frames).split((2, PERSON), dim=1)) for network in (self.fine, self.coarse)]
+        frames = at_side(frames)
+        return [Seen(*network(frames).split((2, IDENTITY_LENGTH), dim=1)) for network in (self.fine, self.coarse)]
 
 
 def _head(channels: int, hidden: int) -> list[nn.Module]:
@@ -89,20 +91,15 @@ def _head(channels: int, hidden: int) -> list[nn.Module]:
         nn.Flatten(),
         nn.Linear(channels * (SIDE // 16) ** 2, hidden),
         nn.SiLU(),
-        nn.Linear(hidden, 2 + PERSON),
+        nn.Linear(hidden, 2 + IDENTITY_LENGTH),
     ]
 
 
-def load_reader(device: torch.device | str | None = None) -> FaceReader:
-    """The shipped reader, frozen and in eval mode."""
-    return _load(ASSETS / "reader.safetensors").eval().requires_grad_(False).to(device)
-
-
-def _load(path: Path) -> FaceReader:
+def load_reader(device: torch.device | str | None = None, *, path: Path = ASSETS / "reader.safetensors") -> FaceReader:
+    """The shipped reader, or another, frozen and in eval mode."""
     reader = FaceReader()
-    # Stored without the batch counters, which only training reads.
-    reader.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
-    return reader
+    load_weights(path, reader)
+    return reader.eval().requires_grad_(False).to(device)
 
 
 def reading_losses(
@@ -119,100 +116,69 @@ def reading_losses(
     with torch.no_grad():
         before = reader(source)
     after = reader(edited)
-    spans = source.new_tensor(SPANS)
     pairs = list(zip(before, after, strict=True))
-    speech = [((y.speech - x.speech).abs() / spans).mean() for x, y in pairs]
+    speech = [speech_difference(y.speech, x.speech).mean() for x, y in pairs]
     person = [1 - F.cosine_similarity(x.identity, y.identity).mean() for x, y in pairs]
     return torch.stack(speech).mean(), torch.stack(person).mean()
 
 
 @dataclass
-class ReaderConfig:
+class ReaderConfig(TrainingConfig):
     """How the reader is trained."""
 
-    steps: int = 4000
-    """Optimiser steps."""
     batch: int = 96
-    """Frames a step."""
     individuals: int = 1500
-    """People drawn for training."""
-    lr: float = 2e-3
-    """Peak learning rate (AdamW, one cycle)."""
+    seed: int = 31
     mixed: float = 0.5
     """The part of the faces that show mixtures of expressions."""
-    start: Path | None = None
-    """Weights to go on from."""
     people: int = 40_000
     """Seed of the people: even, as those of data sets to train on are odd, and far from the held-out people's."""
-    seed: int = 31
-    """Seed of weights and batches."""
-    out: Path = ASSETS
-    """Folder that `reader.safetensors` is written to."""
 
 
 def train(config: ReaderConfig) -> dict[str, float]:
     """Train and save the reader; returns its errors on people it has not seen."""
     torch.manual_seed(config.seed)
     faces = SyntheticFaces(config.individuals, clips=1, frames_per_clip=2, seed=config.people, intensity=(0.0, 1))
-    pixels, parameters = _draw_all(faces, config.mixed)
-    identity = faces.identities.vector()[faces.individual_index]
-    reader = FaceReader() if config.start is None else _load(config.start)
+    parameters, identity = _partly_mixed(faces.parameters, config.mixed), who(faces)
+    pixels = drawn_by(lambda rows: draw(faces.identities, parameters[rows], SIDE), len(parameters))
+    reader = FaceReader()
+    if config.start is not None:
+        load_weights(config.start, reader)
     reader = reader.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=config.lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps)
 
-    progress = tqdm(range(config.steps), desc="reader")
-    for step in progress:
+    def loss(_: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = torch.randint(len(pixels), (config.batch,))
         read = reader(augmented(pixels[index], zoom=0.07, shift=0.07, blurred=0.4, noise=0.08, mirrored=True))
         speech = torch.stack([F.mse_loss(x.speech, parameters.speech[index]) for x in read])
         person = torch.stack([F.mse_loss(x.identity, identity[index]) for x in read])
-        loss = (10 * speech + 3 * person).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix(speech=f"{speech.mean():.3f}", person=f"{person.mean():.3f}")
-    state = {k: v.half().contiguous() for k, v in reader.state_dict().items() if v.is_floating_point()}
-    write_atomically(config.out / "reader.safetensors", save(state))
+        return (10 * speech + 3 * person).sum(), {"speech": speech.mean(), "person": person.mean()}
+
+    optimise("reader", config.steps, *one_cycle(reader, config), loss)
+    save_weights(config.out / "reader.safetensors", reader)
     errors = accuracy(reader.eval())
     log.info("on unseen people: %s", errors)
     return errors
 
 
+def _partly_mixed(parameters: FrameParameters, part: float) -> FrameParameters:
+    """The same frames, a part of them with a mixture of two frames' expressions that belongs to no emotion."""
+    units = parameters.action_units
+    count = len(units)
+    mixed = units * torch.rand(units.shape[:2])[..., None] + units[torch.randperm(count)] * torch.rand(count, 1, 1)
+    odd = (torch.rand(count) < part)[:, None, None]
+    return replace(parameters, action_units=torch.where(odd, mixed, units))
+
+
 @torch.no_grad()
 def accuracy(reader: FaceReader, *, individuals: int = 24, seed: int = 40_002) -> dict[str, float]:
-    """How well the reader reads people it has not seen."""
+    """How well each of the reader's networks reads people it has not seen."""
     faces = SyntheticFaces(individuals, clips=1, frames_per_clip=4, seed=seed)
-    read = reader(faces.frames(range(len(faces))))
-    identity = faces.identities.vector()[faces.individual_index]
     return {
-        f"{measure} {name}": value.mean().item()
-        for name, seen in zip(("fine", "coarse"), read, strict=True)
-        for measure, value in (
-            ("mouth_error", (seen.speech - faces.parameters.speech).abs() / torch.tensor(SPANS)),
-            ("identity_similarity", F.cosine_similarity(seen.identity, identity)),
-        )
+        f"{measure} {name}": value
+        for name, seen in zip(("fine", "coarse"), reader(faces.frames(range(len(faces)))), strict=True)
+        for measure, value in reading_errors(seen.speech, seen.identity, faces).items()
     }
 
 
-def _draw_all(faces: SyntheticFaces, part: float) -> tuple[Tensor, FrameParameters]:
-    """Every frame in bytes; a part of them with a mixture of expressions that belongs to no emotion."""
-    parameters = faces.parameters
-    units = parameters.action_units
-    mixed = units * torch.rand(units.shape[:2])[..., None] + units[torch.randperm(len(units))] * torch.rand(
-        len(units), 1, 1
-    )
-    odd = (torch.rand(len(units)) < part)[:, None, None]
-    values = {f.name: getattr(parameters, f.name) for f in fields(FrameParameters)}
-    parameters = FrameParameters(**values | {"action_units": torch.where(odd, mixed, units)})
-    chunks = tqdm(torch.arange(len(parameters)).split(128), desc="drawing faces")
-    return torch.cat([to_bytes(draw(faces.identities, parameters[c], SIDE)) for c in chunks]), parameters
-
-
 if __name__ == "__main__":
-    import tyro
-
-    logging.basicConfig(level=logging.INFO)
-    train(tyro.cli(ReaderConfig))
+    main(train, ReaderConfig)

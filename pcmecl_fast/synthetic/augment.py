@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pcmecl_fast.data.synthetic import SyntheticFaces
+from pcmecl_fast.synthetic.faces import SyntheticFaces
+
+SIDE = 64
+"""The side of a frame, in pixels, that the judge and the reader look at."""
+
+
+def at_side(
+    frames: Tensor,  # (B, 3, H, W)
+) -> Tensor:  # (B, 3, SIDE, SIDE)
+    if frames.shape[-2:] == (SIDE, SIDE):
+        return frames
+    return F.interpolate(frames, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
 
 
 def drawn(faces: SyntheticFaces) -> Tensor:
     """Every frame in bytes, (L, 3, S, S) uint8: drawn once, a quarter of the memory."""
-    chunks = tqdm(torch.arange(len(faces)).split(512), desc="drawing faces")
-    return torch.cat([to_bytes(faces.frames(chunk)) for chunk in chunks])
+    return drawn_by(faces.frames, len(faces))
+
+
+def drawn_by(
+    draw: Callable[[Tensor], Tensor],  # rows (B,) to frames (B, 3, S, S) in [-1, 1]
+    count: int,
+) -> Tensor:  # (count, 3, S, S) uint8
+    chunks = tqdm(torch.arange(count).split(128), desc="drawing faces")
+    return torch.cat([to_bytes(draw(chunk)) for chunk in chunks])
 
 
 def to_bytes(

@@ -1,6 +1,6 @@
 """The last part of the training of `tiny-face`: its text tower alone, on image features that stay as they are (ours).
 
-    python -m pcmecl_fast.train.tiny_face_text --start second/tiny-face.safetensors
+    python -m pcmecl_fast.synthetic.tiny_face_text --start second/tiny-face.safetensors
 
 A text tower that has learned to look past every word but the emotion's cannot be steered by a learned context either.
 Here what can be seen (how far each brow is raised, on which side the smile is) stands in front of the emotion's word
@@ -10,37 +10,37 @@ frame among many of the same emotion. Emotions come in composed sentences, so th
 
 from __future__ import annotations
 
-import logging
 import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.data.augment import augmented, drawn
 from pcmecl_fast.data.base import EMOTIONS
-from pcmecl_fast.data.synthetic import SyntheticFaces
-from pcmecl_fast.files import write_atomically
-from pcmecl_fast.train.tiny_face import (
+from pcmecl_fast.synthetic.augment import augmented, drawn
+from pcmecl_fast.synthetic.captions import (
     EMOTION_WORDS,
     LOOKS,
     TEMPLATES,
     UNIT_PHRASES,
-    FactoredTower,
     any_words,
     looks_of,
     unit_phrases,
-    warmup_cosine,
-    zero_shot_accuracy,
 )
-
-log = logging.getLogger("pcmecl_fast")
+from pcmecl_fast.synthetic.faces import SyntheticFaces
+from pcmecl_fast.synthetic.tiny_face import (
+    WORDINGS,
+    Checkpoints,
+    FactoredTower,
+    contrastive_loss,
+    emotion_loss,
+    warmup_cosine,
+)
+from pcmecl_fast.synthetic.training import TrainingConfig, load_half, main, optimise
 
 _OPENINGS = (
     "", "", "", "a photo of", "a picture of", "an image of", "a video of", "a shot of", "a drawing of", "this is",
@@ -57,27 +57,19 @@ _ENDINGS = ("", "", "", "", "while speaking", "in a video", "today", "outdoors",
 
 
 @dataclass
-class TextConfig:
+class TextConfig(TrainingConfig):
     """How the text tower of `tiny-face` is trained."""
 
     start: Path = ASSETS / "tiny-face.safetensors"
-    """Both towers, as `pcmecl_fast.train.tiny_face` left them."""
+    """Both towers, as `pcmecl_fast.synthetic.tiny_face` left them."""
     steps: int = 3000
-    """Optimiser steps."""
     batch: int = 96
-    """Frames and captions a step."""
-    individuals: int = 1000
-    """People drawn for training."""
+    lr: float = 1e-3
+    seed: int = 33
     views: int = 3
     """Features of each frame, each of another random view."""
-    lr: float = 1e-3
-    """Peak learning rate (AdamW, cosine)."""
     strange: float = 0.4
     """Part of the captions that strange words are strewn into."""
-    seed: int = 33
-    """Seed of people, views and captions."""
-    out: Path = ASSETS
-    """Folder that `tiny-face.safetensors` is written to."""
 
 
 def train(config: TextConfig) -> float:
@@ -86,42 +78,26 @@ def train(config: TextConfig) -> float:
     words = random.Random(config.seed)
     faces = SyntheticFaces(config.individuals, clips=1, frames_per_clip=3, seed=config.seed + 1000, intensity=(0.35, 1))
     model = FactoredTower()
-    model.load_stored(load_file(config.start))
+    model.load_stored(load_half(config.start))
     features = _features(model, drawn(faces), config.views)  # (V, L, D)
     model.clip.visual.requires_grad_(False)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, config.steps))
-    progress = tqdm(range(config.steps), desc="tiny-face's text tower")
-    for step in progress:
+
+    def loss(_: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = torch.randint(len(faces), (config.batch,))
         image = features[torch.randint(config.views, index.shape), index]
         captions = [strewn(describe(faces, i, words), words, config.strange / 2) for i in index.tolist()]
-        prompts = [strewn(emotion_sentence(e, words), words, config.strange) for _ in range(3) for e in EMOTIONS]
+        prompts = [strewn(emotion_sentence(e, words), words, config.strange) for _ in range(WORDINGS) for e in EMOTIONS]
         text = model.text(captions + prompts)
-        scale = model.clip.logit_scale.exp().clamp(max=100)
-        logits = scale * image @ text[: config.batch].T
-        frame = torch.arange(config.batch)
-        contrastive = (F.cross_entropy(logits, frame) + F.cross_entropy(logits.T, frame)) / 2
-        by_wording = text[config.batch :].unflatten(0, (3, len(EMOTIONS)))
-        zero_shot = scale * torch.einsum("bd,wed->bwe", image, by_wording)
-        labels = faces.emotion_index[index][:, None].expand(-1, 3)
-        emotion = F.cross_entropy(zero_shot.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        (contrastive + emotion).backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            progress.set_postfix(clip=f"{contrastive.item():.2f}", emotion=f"{emotion.item():.2f}")
-        if (step + 1) % 500 == 0 or step + 1 == config.steps:
-            write_atomically(config.out / "tiny-face.safetensors", save(model.stored()))
-            accuracy = zero_shot_accuracy(model.shipped())
-            log.info(
-                "step %d: contrastive %.3f, emotion %.3f, zero-shot accuracy on unseen people and wordings %.3f",
-                step + 1, contrastive.item(), emotion.item(), accuracy,
-            )  # fmt: skip
-    return accuracy
+        contrastive = contrastive_loss(image, text[: config.batch], model.scale())
+        emotion = emotion_loss(image, text[config.batch :], faces.emotion_index[index], model.scale())
+        return contrastive + emotion, {"contrastive": contrastive, "emotion": emotion}
+
+    save = Checkpoints(model, config)
+    schedule = warmup_cosine(optimizer, config.steps)
+    optimise("tiny-face's text tower", config.steps, optimizer, schedule, loss, clipped=model, after=save)
+    return save.accuracy
 
 
 def describe(faces: SyntheticFaces, index: int, words: random.Random) -> str:
@@ -176,7 +152,4 @@ def _features(model: FactoredTower, pixels: Tensor, views: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    logging.basicConfig(level=logging.INFO)
-    train(tyro.cli(TextConfig))
+    main(train, TextConfig)
