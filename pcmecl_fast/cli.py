@@ -1,200 +1,24 @@
-"""The command line: `pcmecl-fast <command>`, every option a field of a dataclass in `train.config`."""
+"""The entry point `pcmecl-fast`: the commands themselves, or one line where their libraries are not installed."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
 
-import tyro
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.table import Table
-from tqdm import tqdm
-
-from pcmecl_fast.options import read_config
-from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
-
-
-@dataclass
-class BackendsConfig:
-    """Show which implementations of the operators can run here, and what the others lack."""
-
-    json: bool = False
-    """Print JSON instead of a table."""
-
-
-@dataclass
-class _ConfigFile:
-    config: Path | None = None
+from pcmecl_fast.libraries import missing_library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; bad input ends with one line on the error stream and exit status 1."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name, config = "", None
+    """Run a command; its exit status."""
     try:
-        name, config = _parse(arguments)
-        logging.basicConfig(
-            level=logging.INFO,
-            format="%(message)s",
-            datefmt="[%X]",
-            handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
-        )
-        COMMANDS[name][1](config)
-    except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        if os.environ.get("PCMECL_TRACEBACK"):
+        from pcmecl_fast.commands import run_command
+    except ModuleNotFoundError as error:
+        message = missing_library(error)
+        if message is None:
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        command = f"pcmecl-fast {name}".strip()
-        # One line of its own: libraries write pages, and a progress bar may be standing there.
-        line = f"{command}: {' '.join(str(message).split())}  (PCMECL_TRACEBACK=1 shows where)"
-        tqdm.write(line, file=sys.stderr)
+        print(f"pcmecl-fast: {message}", file=sys.stderr)
         return 1
-    return 0
-
-
-def _parse(arguments: list[str]) -> tuple[str, Any]:
-    """The command's name and its config: defaults, then the file given as --config, then the other options."""
-    file, rest = tyro.cli(_ConfigFile, args=arguments, return_unknown_args=True, add_help=False)
-    stored: Any = None
-    if file.config and rest[:1] and rest[0] in COMMANDS:
-        stored = read_config(COMMANDS[rest[0]][0], file.config)
-    app = tyro.extras.SubcommandApp()
-    for name, (config_class, _) in COMMANDS.items():
-        default = _without_mappings(stored) if rest[:1] == [name] else None
-        app.command(name=name)(_returning(name, config_class, default))
-    name, config = app.cli(
-        args=rest,
-        prog="pcmecl-fast",
-        description="Train talking-face expression editing under PCMECL. Every command also takes --config FILE, a "
-        "YAML or JSON file with any of its options.",
-        sort_subcommands=False,
-        registry=_mappings(),
-    )
-    return name, _with_mappings(config, stored)
-
-
-def _without_mappings(stored: Any) -> Any:
-    """A mapping given on the command line would replace the file's: so the file's is added afterwards."""
-    return replace(stored, generator_options={}) if isinstance(stored, TrainConfig) else stored
-
-
-def _with_mappings(config: Any, stored: Any) -> Any:
-    """The options of a generator are of no use to another one."""
-    if isinstance(stored, TrainConfig) and config.generator == stored.generator:
-        config.generator_options = stored.generator_options | config.generator_options
-    return config
-
-
-def _mappings() -> tyro.constructors.ConstructorRegistry:
-    """How a mapping is written on the command line: NAME=VALUE, the value as in JSON or else as text."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        if info.type != dict[str, Any]:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[NAME=VALUE ...]",
-            instance_from_str=lambda words: dict(map(_pair, words)),
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda options: [f"{name}={json.dumps(value)}" for name, value in options.items()],
-        )
-
-    return registry
-
-
-def _pair(word: str) -> tuple[str, Any]:
-    name, equals, value = word.partition("=")
-    if not (name and equals):
-        raise ValueError(f"takes NAME=VALUE, got {word!r}")
-    try:
-        return name.replace("-", "_"), json.loads(value)
-    except json.JSONDecodeError:
-        return name.replace("-", "_"), value
-
-
-def _returning(name: str, config_class: type, default: Any) -> Callable[..., tuple[str, Any]]:
-    def command(config: Any) -> tuple[str, Any]:
-        return name, config
-
-    # What tyro builds the options from: the dataclass is the one parameter, and its name is left out of them.
-    command.__annotations__["config"] = Annotated[config_class, tyro.conf.arg(name="")]
-    command.__defaults__ = None if default is None else (default,)
-    command.__doc__ = config_class.__doc__
-    return command
-
-
-def _show(work: Callable[[Any], dict[str, Any]]) -> Callable[[Any], None]:
-    def command(config: Any) -> None:
-        summary = work(config)
-        table = Table(title=str(getattr(config, "out", "")), show_header=False)
-        for key, value in summary.items():
-            table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
-        Console().print(table)
-
-    return command
-
-
-def _prompts(config: PromptsConfig) -> None:
-    from pcmecl_fast.run import run_prompts
-
-    _show(run_prompts)(config)
-
-
-def _train(config: TrainConfig) -> None:
-    from pcmecl_fast.run import run_train
-
-    _show(run_train)(config)
-
-
-def _evaluate(config: EvaluateConfig) -> None:
-    from pcmecl_fast.run import run_evaluate
-
-    _show(run_evaluate)(config)
-
-
-def _edit(config: EditConfig) -> None:
-    from pcmecl_fast.run import run_edit
-
-    _show(run_edit)(config)
-
-
-def _ablate(config: AblateConfig) -> None:
-    from pcmecl_fast.ablation import run_ablate
-
-    run_ablate(config)
-
-
-def _backends(config: BackendsConfig) -> None:
-    from pcmecl_fast.ops import backend_status
-
-    rows = [asdict(status) for status in backend_status()]
-    if config.json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table("backend", "runs here", "why not, and how to get it")
-    for row in rows:
-        table.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
-    Console().print(table)
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
-    "demo": (DemoConfig, _train),
-    "prompts": (PromptsConfig, _prompts),
-    "train": (TrainConfig, _train),
-    "edit": (EditConfig, _edit),
-    "evaluate": (EvaluateConfig, _evaluate),
-    "ablate": (AblateConfig, _ablate),
-    "backends": (BackendsConfig, _backends),
-}
+    return run_command(sys.argv[1:] if arguments is None else arguments)
 
 
 if __name__ == "__main__":

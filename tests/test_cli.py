@@ -16,7 +16,8 @@ from one_line import wrong
 from PIL import Image
 from safetensors.torch import load_file
 
-from pcmecl_fast.cli import COMMANDS, main
+from pcmecl_fast.cli import main
+from pcmecl_fast.commands import COMMANDS
 from pcmecl_fast.data.media import read_frames, write_frames
 from pcmecl_fast.synthetic import SyntheticFaces
 

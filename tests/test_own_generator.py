@@ -133,11 +133,11 @@ def test_the_emotion_that_it_says_is_shown_is_taught(tmp_path):
 def test_operators_that_it_calls_follow_the_backend_of_edit(here, tmp_path):
     (here / "asks.py").write_text(
         "from pcmecl_fast.models import Edit, Generator\n"
-        "from pcmecl_fast.ops.backend import choose\n"
+        "from pcmecl_fast.ops.operator import requested_backend\n"
         "seen = []\n"
         "class Asks(Generator):\n"
         "    def edit(self, frames, target):\n"
-        "        seen.append(choose(None))\n"
+        "        seen.append(requested_backend(None))\n"
         "        return Edit(frames, {})\n"
     )
     save_generator(tmp_path / "generator.safetensors", make_generator("asks:Asks", EMOTIONS, 32))
