@@ -49,13 +49,13 @@ def _leave_deterministic_algorithms_as_they_were():
 def whole_tiles(monkeypatch):
     """The interpreter's time goes by the operation, so there it takes fewer and larger ones; a GPU keeps its own."""
     if INTERPRETED:
-        from pcmecl_fast.kernels import correlation
+        from pcmecl_fast.kernels import correlation, products
         from pcmecl_fast.kernels.common import Config
 
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
         monkeypatch.setattr(correlation, "PAIR_CONFIGS", [Config(blocks={"PART": 64})])
         monkeypatch.setattr(correlation, "FOLD_CONFIG", Config(blocks={"PART": 64}))
-        monkeypatch.setattr(correlation, "PRODUCT_CONFIGS", [Config(blocks=tiles)])
+        monkeypatch.setattr(products, "PRODUCT_CONFIGS", [Config(blocks=tiles)])
 
 
 @dtypes
