@@ -21,16 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import pcmecl_fast.kernels.correlation as correlation
+import pcmecl_fast.kernels.correlation_kernels as correlation_kernels
+import pcmecl_fast.kernels.direction as direction
+import pcmecl_fast.kernels.direction_kernels as direction_kernels
+import pcmecl_fast.kernels.frames as frames
+import pcmecl_fast.kernels.products as products
+import pcmecl_fast.kernels.tree_attention as tree_attention
 from bench.cuda_resources import cuobjdump
-from pcmecl_fast.kernels import (
-    correlation,
-    correlation_kernels,
-    direction,
-    direction_kernels,
-    frames,
-    products,
-    tree_attention,
-)
 from pcmecl_fast.kernels.common import Config, power_of_2
 
 CAPABILITIES = (80, 90)
