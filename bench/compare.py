@@ -258,7 +258,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
         before = _resident("VmRSS")
         run()
         return (_resident("VmHWM") - before) / 1e6

@@ -10,18 +10,16 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.cases import CASES, PEERS_SCALE, SHARED, SOURCES, D, E, differentiated
 from bench.compare import Comparison, Side, comparison
-from pcmecl_fast import ops
 from pcmecl_fast.ops import PromptTree, reference
-
-E, D, SCALE = 7, 512, 20.0
-PAIRS = E * (E - 1)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Contrastive loss of unit rows (n, D) against unit rows (n, D)."""
@@ -30,48 +28,35 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 @comparison(
     "peers_contrastive",
     "every change of the face against every change of the text, 64 (CPU) or 512 (GPU) individuals, with backward",
-    sources=("pcmecl_fast/ops/*.py", "csrc/**/*", "kernels/*.py"),
+    sources=SOURCES,
 )
 def peers_contrastive(device: torch.device, dtype: torch.dtype) -> Comparison:
-    individuals = 64 if device.type == "cpu" else 512
-    generator = torch.Generator().manual_seed(0)
-    visual, text = (
-        F.normalize(torch.randn(individuals, E, D, generator=generator), dim=-1).to(device, dtype).requires_grad_()
-        for _ in range(2)
-    )
+    case = CASES["correlation_loss_peers"].on(device, dtype)
     before, after = reference.ordered_pairs(E, device)
 
     def differences(x: Tensor) -> Tensor:
         return F.normalize(x[:, after] - x[:, before], dim=-1).flatten(0, 1)
 
     def plain(loss: Loss) -> Callable[[], list[Tensor]]:
-        return lambda: _with_gradients(loss(differences(visual), differences(text)), visual, text)
-
-    def ours() -> list[Tensor]:
-        return _with_gradients(ops.correlation_loss(visual, text, scale=SCALE), visual, text)
-
-    def compiled() -> list[Tensor]:
-        return _with_gradients(compiled_reference(visual, text), visual, text)
-
-    @torch.compile(dynamic=False)
-    def compiled_reference(visual: Tensor, text: Tensor) -> Tensor:
-        return ops.correlation_loss(visual, text, scale=SCALE, backend="reference")
+        return lambda: differentiated(
+            lambda visual, text: loss(differences(visual), differences(text)), case.inputs, None
+        )
 
     candidates: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
         "F.cross_entropy, both ways": lambda: plain(_cross_entropy),
         "open_clip ClipLoss": lambda: plain(_open_clip()),
-        "torch.compile of the reference": lambda: compiled,
+        "torch.compile of the reference": lambda: partial(case.compiled().run, "reference"),
         "inf-cl": lambda: plain(_inf_cl(device)),
         "memeff": lambda: plain(_memeff(device)),
         "liger-kernel": lambda: plain(_liger(device)),
     }
     sides, skipped = _those_that_run(candidates)
-    count, width = individuals * PAIRS, dtype.itemsize
+    individuals = len(case.inputs[0])
     # S = V Tᵀ once forward and twice backward; features and gradients once.
     return Comparison(
-        [*sides, Side("pcmecl_fast", ours)],
+        [*sides, Side("pcmecl_fast", partial(case.run, "auto"))],
         operations=3 * 2 * (individuals * E) ** 2 * D,
-        moved=4 * count / PAIRS * E * D * width,
+        moved=4 * individuals * E * D * dtype.itemsize,
         skipped=skipped,
     )
 
@@ -79,36 +64,23 @@ def peers_contrastive(device: torch.device, dtype: torch.dtype) -> Comparison:
 @comparison(
     "tree_attention",
     "attention of 64 prompt trees of 30 tokens, 8 heads of 64, with backward",
-    sources=("pcmecl_fast/ops/*.py", "csrc/**/*", "kernels/*.py"),
+    sources=SOURCES,
     targets={"cpu": {"SDPA with the mask": 1.0}, "cuda": {"SDPA with the mask": 1.5}},
 )
 def tree_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
-    tree = PromptTree(9, (3,) * 7)
-    generator = torch.Generator().manual_seed(0)
-    shape = (64 if device.type == "cpu" else 512, tree.length, 3, 8, 64)
-    qkv = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-    weight = torch.randn(shape[0], tree.length, 8, 64, generator=generator).to(device, dtype)
+    case = CASES["tree_attention"].on(device, dtype)
 
     def side(attend: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            out = attend(qkv)
-            return [out, *torch.autograd.grad((out * weight).sum(), qkv)]
-
-        return run
+        return lambda: differentiated(attend, case.inputs, case.weight)
 
     candidates = {
-        "SDPA with the mask": lambda: side(lambda x: _sdpa(x, tree.mask(device))),
-        "FlexAttention": lambda: side(_flex(tree, device)),
-        "xformers": lambda: side(_xformers(tree, device, dtype)),
+        "SDPA with the mask": lambda: side(lambda x: _sdpa(x, SHARED.mask(device))),
+        "FlexAttention": lambda: side(_flex(SHARED, device)),
+        "xformers": lambda: side(_xformers(SHARED, device, dtype)),
     }
     sides, skipped = _those_that_run(candidates)
-    pairs = int(tree.mask().sum())
-    return Comparison(
-        [*sides, Side("pcmecl_fast", side(lambda x: ops.tree_attention(x, tree)))],
-        operations=7 * 2 * shape[0] * 8 * pairs * 64,
-        moved=(3 + 1 + 3 + 1 + 3) * qkv.numel() / 3 * dtype.itemsize,
-        skipped=skipped,
-    )
+    ours = Side("pcmecl_fast", partial(case.run, "auto"))
+    return Comparison([*sides, ours], operations=case.operations, moved=case.moved, skipped=skipped)
 
 
 def _those_that_run(
@@ -133,23 +105,25 @@ class _Missing(Exception):
 
 
 def _cross_entropy(a: Tensor, b: Tensor) -> Tensor:
-    logits, own = SCALE * (a @ b.T).float(), torch.arange(len(a), device=a.device)
+    logits, own = PEERS_SCALE * (a @ b.T).float(), torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
 def _open_clip() -> Loss:
     loss = importlib.import_module("open_clip.loss").ClipLoss()
-    return lambda a, b: loss(a, b, SCALE)
+    return lambda a, b: loss(a, b, PEERS_SCALE)
 
 
 def _inf_cl(device: torch.device) -> Loss:
     peer = _import("inf_cl", device)
-    return lambda a, b: (peer.cal_flash_loss(a, b, scale=SCALE) + peer.cal_flash_loss(b, a, scale=SCALE)).mean() / 2
+    return lambda a, b: (
+        (peer.cal_flash_loss(a, b, scale=PEERS_SCALE) + peer.cal_flash_loss(b, a, scale=PEERS_SCALE)).mean() / 2
+    )
 
 
 def _memeff(device: torch.device) -> Loss:
     peer = _import("memeff", device)
-    return peer.MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return peer.MemoryEfficientCLIPLoss(temperature=1 / PEERS_SCALE, normalized_inputs=True, stable=False)
 
 
 def _liger(device: torch.device) -> Loss:
@@ -159,7 +133,7 @@ def _liger(device: torch.device) -> Loss:
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         own = torch.arange(len(a), device=a.device)
-        return (fused(b, SCALE * a, own) + fused(a, SCALE * b, own)) / 2
+        return (fused(b, PEERS_SCALE * a, own) + fused(a, PEERS_SCALE * b, own)) / 2
 
     return loss
 
@@ -209,7 +183,3 @@ def _import(name: str, device: torch.device) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise _Missing(f"not installed ({error})") from error
-
-
-def _with_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return [loss, *torch.autograd.grad(loss, leaves)]

@@ -1,4 +1,4 @@
-"""Comparisons of the towers' work: padded prompts against prompt trees, frames encoded anew against the feature store.
+"""Comparisons of the towers' work: padded prompts against prompt trees, frames re-encoded against the feature store.
 
 The plain sides are written as a good user would: batched, without gradients where none are needed, no needless copies.
 """
@@ -24,7 +24,7 @@ from pcmecl_fast.train.prompts import matching_loss
 EMOTIONS = ["neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised"]
 TOWER = "ViT-B-32"
 PROMPTS = ("pcmecl_fast/prompts/*.py", "pcmecl_fast/towers/*.py", "pcmecl_fast/ops/*tree*.py")
-CRITERION = (*PROMPTS, "pcmecl_fast/criterion.py", "pcmecl_fast/ops/*.py", "pcmecl_fast/clip.py")
+CRITERION = (*PROMPTS, "pcmecl_fast/criterion.py", "pcmecl_fast/ops/**/*.py", "pcmecl_fast/clip.py")
 
 
 @comparison(

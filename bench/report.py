@@ -163,11 +163,21 @@ def scaling_section(results: dict[str, Any], exponents: dict[str, str], picture:
     lines += ["Exponents are fitted to the larger half of each curve.\n", "| work | side | time grows as | memory as |"]
     lines.append("|---|---|---|---|")
     lines += [f"| {key} | {value} |" for key, value in exponents.items()]
-    return [*lines, "", f"`{results['command']}`: {_machine(results)}\n"]
+    return [*lines, "", f"`{results['command']}`: {_machine(results)}\n", *_measured_apart(results["points"])]
+
+
+def _measured_apart(points: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each curve with points that come from another run than the file's."""
+    apart = [point for point in points if "measured" in point]
+    lines = []
+    for (name, grows, when), group in groupby(apart, lambda p: (p["name"], p["grows"], p["measured"])):
+        sizes = ", ".join(f"{point['size']:,}" for point in group)
+        lines.append(f"{name} with {sizes} {grows} was measured on {when}.\n")
+    return lines
 
 
 def filled(page: Path, lines: Sequence[str]) -> str:
-    """The page with what stands between its markers made anew."""
+    """The page with what stands between its markers replaced."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page.name}: lacks the markers {BEGIN} and {END}")

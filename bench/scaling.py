@@ -2,7 +2,8 @@
 
     python -m bench.scaling --json FILE [--seconds 2]
 
-Each series varies one size and keeps the others; `bench.report` draws them with the exponents of their last half.
+Each series varies one size and keeps the others; individuals go up to 4,096, which have 3e10 logits. `bench.report`
+draws them with the exponents of their last half.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 from rich.console import Console
-from torch import Tensor
 
+from bench.cases import Case, correlation, direction
 from bench.compare import alternate, environment, files_digest, peak_memory
 from bench.steps import SOURCES
-from pcmecl_fast import PersonalizedPrompts, load_clip, ops
+from pcmecl_fast import PersonalizedPrompts, load_clip
+from pcmecl_fast.files import write_atomically
 
-D = 512
+SIDES = {"reference": "reference", "pcmecl_fast": "auto"}
 LARGEST_LOGITS = {"cpu": 4e7, "cuda": 4e9}
 """How many logits the reference may hold at a time: it keeps several copies of them."""
 
@@ -78,29 +80,29 @@ def main() -> None:
         result = {"points": points, "sources": files_digest(SOURCES, device.type)} | environment(device)
         result["command"] = "python -m bench.scaling " + " ".join(sys.argv[1:])
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def all_series(device: torch.device) -> Iterator[Series]:
     cpu = device.type == "cpu"
-    sides = {"reference": "reference", "pcmecl_fast": "auto"}
-    for side, backend in sides.items():
-        rest: dict[str, Any] = {"backend": backend, "device": device}
-        people = (8, 16, 32, 64, 128, 256, 512) if cpu else (32, 64, 128, 256, 512, 1024, 2048)
+    fixed: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    for side, backend in SIDES.items():
+        people = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if cpu else (32, 64, 128, 256, 512, 1024, 2048, 4096)
         fits = _that_fit(people, lambda n: (42 * n) ** 2, side, device)
-        yield Series("correlation_loss", "individuals", side, fits, partial(_correlation, emotions=7, **rest))
+        yield Series("correlation_loss", "individuals", side, fits, _runs(partial(correlation, **fixed), backend))
         emotions = (2, 4, 8, 16, 32)
         fits = _that_fit(emotions, lambda e: (32 * e * (e - 1)) ** 2, side, device)
-        yield Series("correlation_loss", "emotions", side, fits, partial(_correlation, 32, **rest))
+        by_emotions = _runs(lambda count: correlation(32, emotions=count, **fixed), backend)
+        yield Series("correlation_loss", "emotions", side, fits, by_emotions)
         samples = (16, 64, 256, 1024, 4096) if cpu else (256, 1024, 4096, 16384, 65536)
-        yield Series("direction_loss", "samples", side, samples, partial(_direction, **rest))
+        yield Series("direction_loss", "samples", side, samples, _runs(partial(direction, **fixed), backend))
         classes = ((8, 16, 32) if side == "reference" else (8, 16, 32, 64, 128, 256)) if cpu else (32, 128, 512)
-        yield Series("text features", "classes", side, classes, partial(_classes, **rest))
+        yield Series("text features", "classes", side, classes, partial(_classes, backend=backend, device=device))
     if cpu:
         threads = tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= (os.cpu_count() or 1))
-        for side, backend in sides.items():
-            rest = {"backend": backend, "device": device}
-            yield Series("correlation_loss", "threads", side, threads, partial(_threads, **rest))
+        for side, backend in SIDES.items():
+            work = partial(_threads, backend=backend, device=device)
+            yield Series("correlation_loss", "threads", side, threads, work)
 
 
 _THREADS = torch.get_num_threads()
@@ -112,44 +114,27 @@ def _that_fit(sizes: tuple[int, ...], logits: Callable[[int], int], side: str, d
     return tuple(n for n in sizes if logits(n) <= LARGEST_LOGITS[device.type])
 
 
-def _correlation(individuals: int, emotions: int, backend: str, device: torch.device) -> Callable[[], Any]:
-    visual, text = (_unit(individuals, emotions, D, device=device, seed=seed) for seed in (0, 1))
-    return lambda: torch.autograd.grad(ops.correlation_loss(visual, text, backend=backend), (visual, text))
-
-
-def _direction(samples: int, backend: str, device: torch.device) -> Callable[[], Any]:
-    source, edited, bank = (
-        _unit(*shape, device=device, seed=seed) for seed, shape in enumerate(((samples, D), (samples, D), (48, 7, D)))
-    )
-    individual = torch.arange(samples, device=device) % 48
-    shown = individual % 7
-    asked = (shown + 1) % 7
-    return lambda: torch.autograd.grad(
-        ops.direction_loss(source, edited, bank, individual, shown, asked, backend=backend), (source, edited, bank)
-    )
+def _runs(build: Callable[[int], Case], backend: str) -> Callable[[int], Callable[[], Any]]:
+    return lambda size: partial(build(size).run, backend)
 
 
 def _classes(count: int, backend: str, device: torch.device) -> Callable[[], Any]:
     clip = load_clip("ViT-B-32", device=device)
     names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))[:count]
     prompts = PersonalizedPrompts(clip, names, n_ctx=4).to(device)
-    condition = _unit(1, clip.embed_dim, device=device, seed=0).detach()
+    drawn = torch.randn(1, clip.embed_dim, generator=torch.Generator().manual_seed(0))
+    condition = F.normalize(drawn, dim=-1).to(device)
     return lambda: prompts(condition, backend=backend).sum().backward()
 
 
 def _threads(count: int, backend: str, device: torch.device) -> Callable[[], Any]:
-    run = _correlation(64, 7, backend, device)
+    case = correlation(64, device, torch.float32)
 
     def with_threads() -> None:
         torch.set_num_threads(count)
-        run()
+        case.run(backend)
 
     return with_threads
-
-
-def _unit(*shape: int, device: torch.device, seed: int) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(drawn, dim=-1).to(device).requires_grad_()
 
 
 if __name__ == "__main__":

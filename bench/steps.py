@@ -34,7 +34,7 @@ from pcmecl_fast.files import write_atomically
 from pcmecl_fast.train.prompts import matching_loss
 
 PARTS = ("image tower", "text tower", "operators", "optimiser", "data")
-SOURCES = ("pcmecl_fast/prompts/*.py", "pcmecl_fast/ops/*.py", "pcmecl_fast/clip.py", "csrc/**/*", "kernels/*.py")
+SOURCES = ("pcmecl_fast/prompts/*.py", "pcmecl_fast/ops/**/*.py", "pcmecl_fast/clip.py", "csrc/**/*", "kernels/*.py")
 
 
 @dataclass

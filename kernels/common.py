@@ -15,7 +15,7 @@ from torch import Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-SHORT = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py`
+EPSILON_SQUARED = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py`
 
 logger = logging.getLogger("pcmecl_fast")
 
@@ -107,10 +107,10 @@ def _announce(device: torch.device) -> None:
 
 
 @triton.jit
-def inverse_length(square):
+def inverse_norm(square):
     """1 / |x| from |x|²; 0 where |x| ≤ ε, which makes the unit vector and the gradient through it 0. NaN stays NaN."""
-    short = square <= SHORT
-    return tl.where(short, 0.0, tl.rsqrt(tl.where(short, 1.0, square)))
+    too_short = square <= EPSILON_SQUARED
+    return tl.where(too_short, 0.0, tl.rsqrt(tl.where(too_short, 1.0, square)))
 
 
 @triton.jit

@@ -53,9 +53,9 @@ def clip_frames_backward(
         return (None,)
     _, _, height, width = frames.shape
     rows, columns = (_bands(old, size, True, frames.device) for old in (height, width))
-    g_frames = torch.empty_like(frames)
-    _resample(grad, g_frames, rows, columns, [0.5 / s for s in std], [0.0] * 3)
-    return (g_frames,)
+    grad_frames = torch.empty_like(frames)
+    _resample(grad, grad_frames, rows, columns, [0.5 / s for s in std], [0.0] * 3)
+    return (grad_frames,)
 
 
 class _Bands:
@@ -82,7 +82,7 @@ def _resample(x: Tensor, out: Tensor, rows: _Bands, columns: _Bands, gain: list[
         (x.shape[2:], out.shape[2:], x.dtype),
         CONFIGS,
         x,
-        lambda config: _resample_kernel[(len(rows.spans) * len(columns.spans), x.shape[0] * 3)](
+        lambda config: resample_kernel[(len(rows.spans) * len(columns.spans), x.shape[0] * 3)](
             x,
             out,
             rows.weights,
@@ -130,32 +130,28 @@ def resize_weights(old: int, new: int) -> Tensor:  # (new, old) float64
 
 
 @triton.jit
-def _of_colour(colour, red, green, blue):
-    return tl.where(colour == 0, red, tl.where(colour == 1, green, blue))
-
-
-@triton.jit
-def _resample_kernel(
-    x,
-    out,
-    row_weights,
-    column_weights,
-    row_spans,
-    column_spans,
-    old_height,
-    old_width,
-    new_height,
-    new_width,
-    gain_red,
-    gain_green,
-    gain_blue,
-    offset_red,
-    offset_green,
-    offset_blue,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def resample_kernel(
+    x,  # (planes, old_height, old_width), read
+    out,  # (planes, new_height, new_width), written
+    row_weights,  # (new_height, old_height) float32, read
+    column_weights,  # (new_width, old_width) float32, read
+    row_spans,  # (tiles down, 2) int32: first old row and end of each tile's weights, read
+    column_spans,  # (tiles across, 2) int32: the same of columns, read
+    old_height,  # rows of x
+    old_width,  # columns of x
+    new_height,  # rows of out
+    new_width,  # columns of out
+    gain_red,  # float32: factor of the resized red
+    gain_green,  # float32: the same of green
+    gain_blue,  # float32: the same of blue
+    offset_red,  # float32: what is added to red after that
+    offset_green,  # float32: the same of green
+    offset_blue,  # float32: the same of blue
+    TILE: tl.constexpr,  # new pixels on a side of a program's tile
+    BLOCK: tl.constexpr,  # old pixels on a side of what is multiplied at a time
+    PRECISION: tl.constexpr,  # of the products: "tf32x3" for float32 frames, "tf32" for half types
 ):
+    """A program owns a tile of new pixels of one plane; the module's docstring says what it costs."""
     across = tl.cdiv(new_width, TILE)
     tile_row, tile_column = tl.program_id(0) // across, tl.program_id(0) % across
     picture = tl.program_id(1)
@@ -171,14 +167,19 @@ def _resample_kernel(
             inside = (row[:, None] < old_height) & (column[None, :] < old_width)
             old = tl.load(x + row[:, None] * old_width + column[None, :], inside, other=0.0).to(tl.float32)
             inside = (new_column[:, None] < new_width) & (column[None, :] < old_width)
-            by = tl.load(column_weights + new_column[:, None] * old_width + column[None, :], inside, other=0.0)
-            narrowed = tl.dot(old, tl.trans(by), acc=narrowed, input_precision=PRECISION)
+            weights = tl.load(column_weights + new_column[:, None] * old_width + column[None, :], inside, other=0.0)
+            narrowed = tl.dot(old, tl.trans(weights), acc=narrowed, input_precision=PRECISION)
         inside = (new_row[:, None] < new_height) & (row[None, :] < old_height)
-        by = tl.load(row_weights + new_row[:, None] * old_height + row[None, :], inside, other=0.0)
-        total = tl.dot(by, narrowed, acc=total, input_precision=PRECISION)
+        weights = tl.load(row_weights + new_row[:, None] * old_height + row[None, :], inside, other=0.0)
+        total = tl.dot(weights, narrowed, acc=total, input_precision=PRECISION)
     colour = picture % 3
     total = total * _of_colour(colour, gain_red, gain_green, gain_blue)
     total += _of_colour(colour, offset_red, offset_green, offset_blue)
     inside = (new_row[:, None] < new_height) & (new_column[None, :] < new_width)
     to = out + tl.cast(picture, tl.int64) * new_height * new_width + new_row[:, None] * new_width + new_column[None, :]
     tl.store(to, total, inside)
+
+
+@triton.jit
+def _of_colour(colour, red, green, blue):
+    return tl.where(colour == 0, red, tl.where(colour == 1, green, blue))

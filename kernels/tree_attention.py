@@ -1,8 +1,8 @@
 """tree_attention: a prompt tree's attention straight from the packed qkv, without a mask tensor or a transposed copy.
 
 A program owns one individual, one head and a block of tokens: the whole tree up to 64 tokens (32 in float32). The mask
-is one number for each token, where its segment begins: token q sees key k if k ≤ q and (k < prefix or k ≥ begin[q]).
-Blocks of keys that no query of the block sees are passed by. A streaming softmax goes over the rest.
+is one number for each token, where its segment starts: token q sees key k if k ≤ q and (k < prefix or k ≥ start[q]).
+Blocks of keys that no query of the block sees are skipped. A streaming softmax goes over the rest.
 
 The backward recomputes the logits from qkv and the saved log-sum-exp: one launch for one block, else one for the
 queries' gradient and one for the keys' and values'.
@@ -38,15 +38,15 @@ def tree_attention_forward(
     lse = qkv.new_empty(people, heads, tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse.zero_()
-    begins = _begins(prefix, tuple(segment_lengths), qkv.device)
-    constants = _constants(qkv)
+    segment_starts = _segment_starts(prefix, tuple(segment_lengths), qkv.device)
+    sizes = _tile_sizes(qkv)
     run_tuned(
         "tree_attention",
         (tokens, width, heads, qkv.dtype),
         CONFIGS,
         qkv,
-        lambda config: _forward_kernel[(people * heads, triton.cdiv(tokens, constants["BLOCK"]))](
-            qkv, begins, out, lse, prefix, tokens, heads, width**-0.5, **constants, **config.options()
+        lambda config: forward_kernel[(people * heads, triton.cdiv(tokens, sizes["BLOCK"]))](
+            qkv, segment_starts, out, lse, prefix, tokens, heads, width**-0.5, **sizes, **config.options()
         ),
     )
     return out, lse
@@ -64,14 +64,14 @@ def tree_attention_backward(
     if not needs[0]:
         return (None,)
     people, tokens, _, heads, width = qkv.shape
-    g_qkv = torch.empty_like(qkv)
-    if g_qkv.numel() == 0:
-        return (g_qkv,)
-    begins = _begins(prefix, tuple(segment_lengths), qkv.device)
-    constants = _constants(qkv)
-    blocks = triton.cdiv(tokens, constants["BLOCK"])
+    grad_qkv = torch.empty_like(qkv)
+    if grad_qkv.numel() == 0:
+        return (grad_qkv,)
+    segment_starts = _segment_starts(prefix, tuple(segment_lengths), qkv.device)
+    sizes = _tile_sizes(qkv)
+    blocks = triton.cdiv(tokens, sizes["BLOCK"])
     deltas = torch.empty_like(lse)
-    for kernel in (_backward_kernel,) if blocks == 1 else (_queries_kernel, _keys_kernel):
+    for kernel in (backward_kernel,) if blocks == 1 else (queries_kernel, keys_kernel):
         run_tuned(
             kernel.__name__,
             (tokens, width, heads, qkv.dtype),
@@ -80,19 +80,19 @@ def tree_attention_backward(
             lambda config, kernel=kernel: kernel[(people * heads, blocks)](  # type: ignore[misc]
                 grad,
                 qkv,
-                begins,
+                segment_starts,
                 lse,
                 deltas,
-                g_qkv,
+                grad_qkv,
                 prefix,
                 tokens,
                 heads,
                 width**-0.5,
-                **constants,
+                **sizes,
                 **config.options(),
             ),
         )
-    return (g_qkv,)
+    return (grad_qkv,)
 
 
 def block_of(tokens: int, *, half: bool) -> int:
@@ -101,7 +101,7 @@ def block_of(tokens: int, *, half: bool) -> int:
     return power_of_2(tokens, least=16) if tokens <= whole else whole // 2
 
 
-def _constants(qkv: Tensor) -> dict[str, Any]:
+def _tile_sizes(qkv: Tensor) -> dict[str, Any]:
     _, tokens, _, _, width = qkv.shape
     # The interpreter multiplies bfloat16 wrongly, so there the factors are widened.
     wide = qkv.dtype == torch.float32 or INTERPRETED
@@ -114,13 +114,67 @@ def _constants(qkv: Tensor) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _begins(prefix: int, segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def _segment_starts(prefix: int, segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each token's segment begins, 0 for the prefix."""
-    begins = [0] * prefix
+    segment_starts = [0] * prefix
     for length in segment_lengths:
-        begins += [len(begins)] * length
+        segment_starts += [len(segment_starts)] * length
     with torch.inference_mode(False):  # a tensor made in inference mode could not serve a later backward
-        return torch.tensor(begins, dtype=torch.int32).to(device)
+        return torch.tensor(segment_starts, dtype=torch.int32).to(device)
+
+
+@triton.jit
+def forward_kernel(
+    qkv,  # (N, S, 3, H, d), read
+    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    out,  # (N, S, H, d), written
+    lse,  # (N, H, S) float32: log-sum-exp of each query, written
+    prefix,  # tokens that all others see
+    tokens,  # S
+    heads,  # H
+    softmax_scale,  # float32: d^−½
+    WIDTH: tl.constexpr,  # d
+    BLOCK: tl.constexpr,  # tokens that a program owns, or visits at a time
+    BLOCK_D: tl.constexpr,  # d rounded up to a power of two
+    WIDE: tl.constexpr,  # whether products are of float32 numbers
+):
+    """A program owns a block of queries of one individual and head, and visits the blocks of keys that they see."""
+    stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
+    q_at = qkv + _head_offset(tokens, heads, stride, WIDTH)
+    k_at, v_at = q_at + out_stride, q_at + 2 * out_stride
+    first_query = tl.program_id(1) * BLOCK
+    query = first_query + tl.arange(0, BLOCK)
+    segment_start = tl.load(segment_starts + query, query < tokens, other=0)
+    q = _load(q_at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)
+
+    row_max = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for first_key in range(0, first_query + BLOCK, BLOCK):
+        if _any_visible(first_query, first_key + BLOCK - 1, first_key, segment_starts, prefix, BLOCK):
+            key = first_key + tl.arange(0, BLOCK)
+            k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
+            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
+            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (softmax_scale * LOG2E)
+            # Tokens beyond the last see the first, so that no row is without a key; they are not stored.
+            logits = tl.where(_visible(query, key, segment_start, prefix, tokens), logits, -float("inf"))
+            new_row_max = tl.maximum(row_max, tl.max(logits, axis=1))
+            # A block may hold no key of a row that has seen none yet only after the prefix's first, which all see.
+            rescale = tl.exp2(row_max - new_row_max)
+            weights = tl.exp2(logits - new_row_max[:, None])
+            total = total * rescale + tl.sum(weights, axis=1)
+            result = result * rescale[:, None] + _dot(weights, v)
+            row_max = new_row_max
+    out_at = out + _head_offset(tokens, heads, out_stride, WIDTH)
+    _store(out_at, query, out_stride, tokens, result / total[:, None], WIDTH, BLOCK_D)
+    tl.store(lse + tl.program_id(0) * tokens + query, (row_max + tl.log2(total)) * LN2, query < tokens)
+
+
+@triton.jit
+def _head_offset(tokens, heads, stride, WIDTH: tl.constexpr):
+    """Where the program's individual and head begin in a tensor whose tokens are `stride` apart."""
+    person, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    return tl.cast(person, tl.int64) * tokens * stride + head * WIDTH
 
 
 @triton.jit
@@ -140,16 +194,16 @@ def _store(x, token, stride, tokens, block, WIDTH: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def _sees(query, key, begin, prefix, tokens):
-    """The mask, queries down and keys across."""
-    past = (key[None, :] <= query[:, None]) & (key[None, :] < tokens)
-    return past & ((key[None, :] < prefix) | (key[None, :] >= begin[:, None]))
+def _any_visible(first_query, last_key, first_key, segment_starts, prefix, BLOCK: tl.constexpr):
+    """Whether a block of keys up to the diagonal holds any that the block of queries may see."""
+    return (first_key < prefix) | (last_key >= tl.load(segment_starts + first_query)) | (first_key == first_query)
 
 
 @triton.jit
-def _any_seen(first_query, last_key, first_key, begins, prefix, BLOCK: tl.constexpr):
-    """Whether a block of keys up to the diagonal holds any that the block of queries may see."""
-    return (first_key < prefix) | (last_key >= tl.load(begins + first_query)) | (first_key == first_query)
+def _visible(query, key, segment_start, prefix, tokens):
+    """The mask, queries down and keys across."""
+    past = (key[None, :] <= query[:, None]) & (key[None, :] < tokens)
+    return past & ((key[None, :] < prefix) | (key[None, :] >= segment_start[:, None]))
 
 
 @triton.jit
@@ -163,197 +217,143 @@ def _dot(x, y):
 
 
 @triton.jit
-def _forward_kernel(
-    qkv,
-    begins,
-    out,
-    lse,
-    prefix,
-    tokens,
-    heads,
-    by_width,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+def backward_kernel(
+    grad,  # (N, S, H, d), read
+    qkv,  # (N, S, 3, H, d), read
+    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    lse,  # (N, H, S) float32: log-sum-exp of each query, read
+    deltas,  # (N, H, S) float32, not used: both ways take the same arguments
+    grad_qkv,  # (N, S, 3, H, d): all of it is written
+    prefix,  # tokens that all others see
+    tokens,  # S
+    heads,  # H
+    softmax_scale,  # float32: d^−½
+    WIDTH: tl.constexpr,  # d
+    BLOCK: tl.constexpr,  # tokens that a program owns: all
+    BLOCK_D: tl.constexpr,  # d rounded up to a power of two
+    WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
-    person, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    stride = 3 * heads * WIDTH
-    q_at = qkv + tl.cast(person, tl.int64) * tokens * stride + head * WIDTH
-    k_at, v_at = q_at + heads * WIDTH, q_at + 2 * heads * WIDTH
-    first_query = tl.program_id(1) * BLOCK
-    query = first_query + tl.arange(0, BLOCK)
-    begin = tl.load(begins + query, query < tokens, other=0)
-    q = _load(q_at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)
-
-    highest = tl.full([BLOCK], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for first_key in range(0, first_query + BLOCK, BLOCK):
-        if _any_seen(first_query, first_key + BLOCK - 1, first_key, begins, prefix, BLOCK):
-            key = first_key + tl.arange(0, BLOCK)
-            k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (by_width * LOG2E)
-            # Tokens beyond the last see the first, so that no row is without a key; they are not stored.
-            logits = tl.where(_sees(query, key, begin, prefix, tokens), logits, -float("inf"))
-            new_highest = tl.maximum(highest, tl.max(logits, axis=1))
-            # A block may hold no key of a row that has seen none yet only after the prefix's first, which all see.
-            shrink = tl.exp2(highest - new_highest)
-            weights = tl.exp2(logits - new_highest[:, None])
-            total = total * shrink + tl.sum(weights, axis=1)
-            result = result * shrink[:, None] + _dot(weights, v)
-            highest = new_highest
-    _store(
-        out + tl.cast(person, tl.int64) * tokens * heads * WIDTH + head * WIDTH,
-        query,
-        heads * WIDTH,
-        tokens,
-        result / total[:, None],
-        WIDTH,
-        BLOCK_D,
-    )
-    tl.store(lse + tl.program_id(0) * tokens + query, (highest + tl.log2(total)) * LN2, query < tokens)
-
-
-@triton.jit
-def _weights(q, k, lse, query, key, begin, prefix, tokens, by_width):
-    """The attention weights again, queries down and keys across."""
-    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (by_width * LOG2E)
-    seen = _sees(query, key, begin, prefix, tokens)
-    return tl.where(seen, tl.exp2(logits - lse[:, None] * LOG2E), 0.0)
-
-
-@triton.jit
-def _backward_kernel(
-    grad,
-    qkv,
-    begins,
-    lse,
-    deltas,
-    g_qkv,
-    prefix,
-    tokens,
-    heads,
-    by_width,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The whole tree in one block."""
-    person, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    """A program owns one individual and head, the whole tree in one block."""
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
-    at = tl.cast(person, tl.int64) * tokens * stride + head * WIDTH
+    at = _head_offset(tokens, heads, stride, WIDTH)
+    out_at = _head_offset(tokens, heads, out_stride, WIDTH)
     token = tl.arange(0, BLOCK)
-    begin = tl.load(begins + token, token < tokens, other=0)
-    of_token = tl.load(lse + tl.program_id(0) * tokens + token, token < tokens, other=0.0)
+    segment_start = tl.load(segment_starts + token, token < tokens, other=0)
+    token_lse = tl.load(lse + tl.program_id(0) * tokens + token, token < tokens, other=0.0)
     q = _load(qkv + at, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
     k = _load(qkv + at + out_stride, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
     v = _load(qkv + at + 2 * out_stride, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
-    out_at = tl.cast(person, tl.int64) * tokens * out_stride + head * WIDTH
-    g = _load(grad + out_at, token, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
+    grad_out = _load(grad + out_at, token, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
 
-    weights = _weights(q, k, of_token, token, token, begin, prefix, tokens, by_width)
-    _store(g_qkv + at + 2 * out_stride, token, stride, tokens, _dot(tl.trans(weights), g), WIDTH, BLOCK_D)
-    g_weights = tl.dot(g, tl.trans(v), input_precision="tf32x3")
-    delta = tl.sum(weights * g_weights, axis=1)
-    g_logits = weights * (g_weights - delta[:, None]) * by_width
-    _store(g_qkv + at, token, stride, tokens, _dot(g_logits, k), WIDTH, BLOCK_D)
-    _store(g_qkv + at + out_stride, token, stride, tokens, _dot(tl.trans(g_logits), q), WIDTH, BLOCK_D)
+    weights = _weights(q, k, token_lse, token, token, segment_start, prefix, tokens, softmax_scale)
+    _store(grad_qkv + at + 2 * out_stride, token, stride, tokens, _dot(tl.trans(weights), grad_out), WIDTH, BLOCK_D)
+    grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="tf32x3")
+    delta = tl.sum(weights * grad_weights, axis=1)
+    grad_logits = weights * (grad_weights - delta[:, None]) * softmax_scale
+    _store(grad_qkv + at, token, stride, tokens, _dot(grad_logits, k), WIDTH, BLOCK_D)
+    _store(grad_qkv + at + out_stride, token, stride, tokens, _dot(tl.trans(grad_logits), q), WIDTH, BLOCK_D)
 
 
 @triton.jit
-def _queries_kernel(
-    grad,
-    qkv,
-    begins,
-    lse,
-    deltas,
-    g_qkv,
-    prefix,
-    tokens,
-    heads,
-    by_width,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+def _weights(q, k, lse, query, key, segment_start, prefix, tokens, softmax_scale):
+    """The attention weights, recomputed; queries down and keys across."""
+    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (softmax_scale * LOG2E)
+    visible = _visible(query, key, segment_start, prefix, tokens)
+    return tl.where(visible, tl.exp2(logits - lse[:, None] * LOG2E), 0.0)
+
+
+@triton.jit
+def queries_kernel(
+    grad,  # (N, S, H, d), read
+    qkv,  # (N, S, 3, H, d), read
+    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    lse,  # (N, H, S) float32: log-sum-exp of each query, read
+    deltas,  # (N, H, S) float32: δ of each query, written
+    grad_qkv,  # (N, S, 3, H, d): the queries' part is written
+    prefix,  # tokens that all others see
+    tokens,  # S
+    heads,  # H
+    softmax_scale,  # float32: d^−½
+    WIDTH: tl.constexpr,  # d
+    BLOCK: tl.constexpr,  # tokens that a program owns, or visits at a time
+    BLOCK_D: tl.constexpr,  # d rounded up to a power of two
+    WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
-    """A block of queries: δ = Σ over keys of weight · its gradient, then dq. The rounded output gives less."""
-    person, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    """A program owns a block of queries: δ = Σ over keys of weight · its gradient, then dq.
+
+    δ from the rounded output would be less exact.
+    """
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
-    at = tl.cast(person, tl.int64) * tokens * stride + head * WIDTH
-    out_at = tl.cast(person, tl.int64) * tokens * out_stride + head * WIDTH
+    at = _head_offset(tokens, heads, stride, WIDTH)
+    out_at = _head_offset(tokens, heads, out_stride, WIDTH)
     k_at, v_at = qkv + at + out_stride, qkv + at + 2 * out_stride
     first = tl.program_id(1) * BLOCK
     query = first + tl.arange(0, BLOCK)
-    begin = tl.load(begins + query, query < tokens, other=0)
-    of_query = tl.load(lse + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
+    segment_start = tl.load(segment_starts + query, query < tokens, other=0)
+    query_lse = tl.load(lse + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
     q = _load(qkv + at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)
-    g = _load(grad + out_at, query, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
+    grad_out = _load(grad + out_at, query, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
 
     delta = tl.zeros([BLOCK], tl.float32)
     for first_key in range(0, first + BLOCK, BLOCK):
-        if _any_seen(first, first_key + BLOCK - 1, first_key, begins, prefix, BLOCK):
+        if _any_visible(first, first_key + BLOCK - 1, first_key, segment_starts, prefix, BLOCK):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            weights = _weights(q, k, of_query, query, key, begin, prefix, tokens, by_width)
-            delta += tl.sum(weights * tl.dot(g, tl.trans(v), input_precision="tf32x3"), axis=1)
+            weights = _weights(q, k, query_lse, query, key, segment_start, prefix, tokens, softmax_scale)
+            delta += tl.sum(weights * tl.dot(grad_out, tl.trans(v), input_precision="tf32x3"), axis=1)
     tl.store(deltas + tl.program_id(0) * tokens + query, delta, query < tokens)
 
-    g_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first_key in range(0, first + BLOCK, BLOCK):
-        if _any_seen(first, first_key + BLOCK - 1, first_key, begins, prefix, BLOCK):
+        if _any_visible(first, first_key + BLOCK - 1, first_key, segment_starts, prefix, BLOCK):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            weights = _weights(q, k, of_query, query, key, begin, prefix, tokens, by_width)
-            g_weights = tl.dot(g, tl.trans(v), input_precision="tf32x3")
-            g_q += _dot(weights * (g_weights - delta[:, None]) * by_width, k)
-    _store(g_qkv + at, query, stride, tokens, g_q, WIDTH, BLOCK_D)
+            weights = _weights(q, k, query_lse, query, key, segment_start, prefix, tokens, softmax_scale)
+            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="tf32x3")
+            grad_q += _dot(weights * (grad_weights - delta[:, None]) * softmax_scale, k)
+    _store(grad_qkv + at, query, stride, tokens, grad_q, WIDTH, BLOCK_D)
 
 
 @triton.jit
-def _keys_kernel(
-    grad,
-    qkv,
-    begins,
-    lse,
-    deltas,
-    g_qkv,
-    prefix,
-    tokens,
-    heads,
-    by_width,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+def keys_kernel(
+    grad,  # (N, S, H, d), read
+    qkv,  # (N, S, 3, H, d), read
+    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    lse,  # (N, H, S) float32: log-sum-exp of each query, read
+    deltas,  # (N, H, S) float32: δ of each query, read
+    grad_qkv,  # (N, S, 3, H, d): the keys' and values' part is written
+    prefix,  # tokens that all others see
+    tokens,  # S
+    heads,  # H
+    softmax_scale,  # float32: d^−½
+    WIDTH: tl.constexpr,  # d
+    BLOCK: tl.constexpr,  # tokens that a program owns, or visits at a time
+    BLOCK_D: tl.constexpr,  # d rounded up to a power of two
+    WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
-    """A block of keys: dk and dv over the queries that see it."""
-    person, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    """A program owns a block of keys: dk and dv, summed over the queries that see it."""
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
-    at = tl.cast(person, tl.int64) * tokens * stride + head * WIDTH
-    out_at = tl.cast(person, tl.int64) * tokens * out_stride + head * WIDTH
+    at = _head_offset(tokens, heads, stride, WIDTH)
+    out_at = _head_offset(tokens, heads, out_stride, WIDTH)
     first = tl.program_id(1) * BLOCK
     key = first + tl.arange(0, BLOCK)
     k = _load(qkv + at + out_stride, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
     v = _load(qkv + at + 2 * out_stride, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-    g_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    g_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first_query in range(first, tokens, BLOCK):
-        if _any_seen(first_query, first + BLOCK - 1, first, begins, prefix, BLOCK):
+        if _any_visible(first_query, first + BLOCK - 1, first, segment_starts, prefix, BLOCK):
             query = first_query + tl.arange(0, BLOCK)
-            begin = tl.load(begins + query, query < tokens, other=0)
-            of_query = tl.load(lse + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
+            segment_start = tl.load(segment_starts + query, query < tokens, other=0)
+            query_lse = tl.load(lse + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
             delta = tl.load(deltas + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
             q = _load(qkv + at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            g = _load(grad + out_at, query, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
-            weights = _weights(q, k, of_query, query, key, begin, prefix, tokens, by_width)
-            g_v += _dot(tl.trans(weights), g)
-            g_weights = tl.dot(g, tl.trans(v), input_precision="tf32x3")
-            g_k += _dot(tl.trans(weights * (g_weights - delta[:, None]) * by_width), q)
-    _store(g_qkv + at + out_stride, key, stride, tokens, g_k, WIDTH, BLOCK_D)
-    _store(g_qkv + at + 2 * out_stride, key, stride, tokens, g_v, WIDTH, BLOCK_D)
+            grad_out = _load(grad + out_at, query, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
+            weights = _weights(q, k, query_lse, query, key, segment_start, prefix, tokens, softmax_scale)
+            grad_v += _dot(tl.trans(weights), grad_out)
+            grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="tf32x3")
+            grad_k += _dot(tl.trans(weights * (grad_weights - delta[:, None]) * softmax_scale), q)
+    _store(grad_qkv + at + out_stride, key, stride, tokens, grad_k, WIDTH, BLOCK_D)
+    _store(grad_qkv + at + 2 * out_stride, key, stride, tokens, grad_v, WIDTH, BLOCK_D)

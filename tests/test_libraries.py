@@ -39,7 +39,9 @@ def test_learning_prompts_and_the_loss_need_none_of_the_commands_libraries():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("command", "library"), [("backends", "tyro"), ("backends", "dacite"), ("demo", "tensorboard")])
+@pytest.mark.parametrize(
+    ("command", "library"), [("backends", "tyro"), ("backends", "dacite"), ("demo", "tensorboard")]
+)
 def test_a_command_without_its_libraries_says_so_in_one_line(command, library, tmp_path):
     script = WITHOUT.format(library) + f"from pcmecl_fast.cli import main; sys.exit(main({[command]!r} + sys.argv[1:]))"
     done = run("-c", script, *(["--out", str(tmp_path)] if command == "demo" else []))

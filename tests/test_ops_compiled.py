@@ -8,62 +8,67 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from operators import OPERATORS, make, value_and_gradients
 from tolerances import assert_close_for
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank
 from pcmecl_fast.models import WarpFields
-from pcmecl_fast.ops import PromptTree, clip_frames, correlation_loss, direction_logits, direction_loss, tree_attention
+from pcmecl_fast.ops import correlation_loss, direction_loss
 
 pytestmark = pytest.mark.usefixtures("compiled_backend")
 
-TREE = PromptTree(4, (2, 3, 1))
-INDICES = torch.tensor([[0, 1, 2, 2, 0] * 8, [3, 1, 0, 6, 5] * 8, [3, 2, 6, 0, 1] * 8])  # individual, source, target
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-OPERATORS = ["direction_logits", "direction_loss", "correlation_loss", "tree_attention", "clip_frames"]
 operators = pytest.mark.parametrize("operator", OPERATORS)
+# What an operator's batch is called, and how much of it a size of one is.
+BATCH = {
+    "direction_logits": ("batch", 10),
+    "direction_loss": ("batch", 10),
+    "correlation_loss": ("people", 9),
+    "tree_attention": ("people", 2),
+    "clip_frames": ("batch", 2),
+}
+
+
+def sized(operator, size=4):
+    """An operator's call, the batch growing with `size`."""
+    name, count = BATCH[operator]
+    options = {"negatives": "distinct"} if operator == "correlation_loss" else {}
+    return make(operator, **{name: count * size}, **options)
 
 
 @pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "tree_attention"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_opcheck(operator, dtype, compiled_backend):
-    inputs = make(operator, dtype)
-    rest = {
-        "direction_logits": (*INDICES[:2], True),
-        "direction_loss": (*INDICES, *inputs[3:], 0.0, 0.5, True, "mean"),
-        "correlation_loss": (*inputs[2:], 0.0, None, "all"),
-        "clip_frames": (5, MEAN, STD),
-    }[operator]
-    floats = [x for x in inputs if x.dim()]
+    call = make(operator, dtype=dtype, batch=40) if "direction" in operator else make(operator, dtype=dtype)
     operation = getattr(torch.ops.pcmecl_fast, operator).default
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.bfloat16 else {}
-    torch.library.opcheck(operation, (*floats, *rest, compiled_backend), **tolerance)
+    torch.library.opcheck(operation, (*call.schema_arguments, compiled_backend), **tolerance)
 
 
 @operators
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_it_compiles_into_one_graph(operator, dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(sized(operator).function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in (1, 2) if dynamic else (1,):
-        floats, same = make(operator, size=size), make(operator, size=size)
-        assert_same(compiled(operator, floats), call(operator, same), floats, same)
+        call, same = sized(operator, size), sized(operator, size)
+        assert_same(compiled(*call.floats, *call.rest), same(), call.floats, same.floats)
 
 
 @operators
 def test_checkpointing_changes_nothing(operator):
-    floats, same = make(operator), make(operator)
-    out = checkpoint(lambda *x: call(operator, x), *floats, use_reentrant=False)
-    assert_same(out, call(operator, same), floats, same, exactly=True)
+    call, same = sized(operator), sized(operator)
+    out = checkpoint(call, *call.floats, use_reentrant=False)
+    assert_same(out, same(), call.floats, same.floats, exactly=True)
 
 
 @operators
 def test_two_runs_in_deterministic_mode_are_equal_to_the_bit(operator):
     torch.use_deterministic_algorithms(True)
     try:
-        floats, same = make(operator, size=3), make(operator, size=3)
-        assert_same(call(operator, floats), call(operator, same), floats, same, exactly=True)
+        call, same = sized(operator, 3), sized(operator, 3)
+        assert_same(call(), same(), call.floats, same.floats, exactly=True)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -75,10 +80,9 @@ def test_one_thread_and_two_agree_to_rounding(operator):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            floats = make(operator, size=3)
-            out = call(operator, floats)
-            out.sum().backward()
-            results.append((out, *(x.grad for x in floats)))
+            call = sized(operator, 3)
+            out, gradients = value_and_gradients(call, call.floats)
+            results.append((out, *gradients))
     finally:
         torch.set_num_threads(threads)
     for x, y in zip(*results, strict=True):
@@ -87,14 +91,14 @@ def test_one_thread_and_two_agree_to_rounding(operator):
 
 @operators
 def test_strided_inputs_and_gradients_are_taken(operator):
-    floats, same = make(operator), make(operator)
-    strided = [x.mT.contiguous().mT if x.dim() > 1 else x for x in same]
-    out, expected = call(operator, floats), call(operator, strided)
+    call, same = sized(operator), sized(operator)
+    strided = [x.mT.contiguous().mT if x.dim() > 1 else x for x in same.floats]
+    out, expected = call(), same(*strided)
     assert_close_for(torch.float32)(out, expected)
     weight = torch.rand(out.shape, generator=torch.Generator().manual_seed(1))
     out.backward(weight)
     expected.backward(weight.mT.contiguous().mT if weight.dim() > 1 else weight)
-    for x, y in zip(floats, same, strict=True):
+    for x, y in zip(call.floats, same.floats, strict=True):
         assert_close_for(torch.float32)(x.grad, y.grad)
 
 
@@ -126,7 +130,7 @@ def test_no_scale_overflows_or_underflows(kind, scale, negatives):
 
 
 def test_a_scale_that_float64_cannot_hold_says_so():
-    visual, text, _ = make("correlation_loss")
+    visual, text, _ = make("correlation_loss").floats
     with pytest.raises(RuntimeError, match="scale: got 2000; supports at most 1000"):
         correlation_loss(visual, text, scale=2000)
     with pytest.raises(ValueError, match="scale: got 2000; the cpu backend takes at most 1000"):
@@ -202,7 +206,8 @@ def _train_in_parallel(rank: int, backend: str, store: str) -> None:
     whole = nn.Linear(16, 33)
     whole.load_state_dict(model.state_dict())
     source, change, bank = torch.randn(8, 33), torch.randn(8, 16), torch.randn(3, 7, 33)
-    individual, a, b = INDICES[:, :8]
+    individual = torch.arange(8) % 3
+    a = torch.arange(8) % 7
     b = (a + 1) % 7
 
     def loss(module, part):
@@ -215,32 +220,6 @@ def _train_in_parallel(rank: int, backend: str, store: str) -> None:
     loss(whole, slice(0, 8)).backward()
     assert_close_for(torch.float32)(model.weight.grad, whole.weight.grad)
     dist.destroy_process_group()
-
-
-def call(operator: str, floats) -> Tensor:
-    batch = floats[0].shape[0]
-    return {
-        "direction_logits": lambda: direction_logits(*floats, *INDICES[:2, :batch]),
-        "direction_loss": lambda: direction_loss(*floats[:3], *INDICES[:, :batch], scale=floats[3], contrast=0.5),
-        "correlation_loss": lambda: correlation_loss(*floats[:2], scale=floats[2], negatives="distinct"),
-        "tree_attention": lambda: tree_attention(*floats, TREE),
-        "clip_frames": lambda: clip_frames(*floats, 16, MEAN, STD),
-    }[operator]()
-
-
-def make(operator: str, dtype: torch.dtype = torch.float32, size: int = 4) -> list[Tensor]:
-    """The operator's float inputs, the batch growing with `size`."""
-    features = [(10 * size, 33), (10 * size, 33), (3, 7, 33)]
-    shapes = {
-        "direction_logits": features,
-        "direction_loss": [*features, ()],
-        "correlation_loss": [(9 * size, 7, 33), (9 * size, 7, 33), ()],
-        "tree_attention": [(2 * size, TREE.length, 3, 2, 16)],
-        "clip_frames": [(2 * size, 3, 45, 31)],
-    }[operator]
-    generator = torch.Generator().manual_seed(5)
-    floats = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    return [(x if x.dim() else x.abs() + 5).to(dtype).requires_grad_() for x in floats]
 
 
 def assert_same(out, expected, floats, same, *, exactly=False) -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from operators import correlation_inputs, seed
 from tolerances import DTYPES, assert_close_for
 from torch import Tensor
 
@@ -21,7 +22,7 @@ SIZES = [(1, 2, 3), (1, 7, 33), (3, 5, 17), (7, 3, 127)]  # N, E, D
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loss_and_its_gradients_follow_the_formula(dtype, size, missing, negatives):
-    visual, text, mask = make(*size, dtype=dtype)
+    visual, text, mask = correlation_inputs(*size, dtype=dtype)
     mask = mask if missing else None
     scale = torch.tensor(20.0, requires_grad=True)
     loss = correlation_loss(visual, text, scale=scale, mask=mask, negatives=negatives)
@@ -38,7 +39,7 @@ def test_loss_and_its_gradients_follow_the_formula(dtype, size, missing, negativ
 
 
 def test_the_default_is_all_negatives_everyone_present_and_clips_scale():
-    visual, text, _ = make(3, 4, 17, dtype=torch.float64)
+    visual, text, _ = correlation_inputs(3, 4, 17, dtype=torch.float64)
     everyone = torch.ones(3, 4, dtype=torch.bool)
     expected = correlation_loss(visual, text, scale=100.0, mask=everyone, negatives="all")
     assert torch.equal(correlation_loss(visual, text), expected)
@@ -46,7 +47,7 @@ def test_the_default_is_all_negatives_everyone_present_and_clips_scale():
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_an_offset_of_one_individuals_features_changes_nothing(negatives):
-    visual, text, mask = make(3, 5, 17, dtype=torch.float64)
+    visual, text, mask = correlation_inputs(3, 5, 17, dtype=torch.float64)
     expected = correlation_loss(visual, text, mask=mask, negatives=negatives)
     offset = 1e3 * torch.randn(3, 1, 17, generator=seed(3), dtype=torch.float64)
     assert_close_for(torch.float32)(correlation_loss(visual + offset, text, mask=mask, negatives=negatives), expected)
@@ -54,7 +55,7 @@ def test_an_offset_of_one_individuals_features_changes_nothing(negatives):
 
 def test_features_that_are_mostly_offset_keep_their_low_bits():
     # Real image features of one face differ in the third digit; float32 has to give what float64 gives.
-    visual, text, _ = make(4, 7, 64, dtype=torch.float64)
+    visual, text, _ = correlation_inputs(4, 7, 64, dtype=torch.float64)
     offset = torch.nn.functional.normalize(torch.randn(4, 1, 64, generator=seed(4), dtype=torch.float64), dim=-1)
     visual = (offset + 1e-2 * visual.detach()).float()
     text = (offset + 1e-2 * text.detach()).float()
@@ -64,13 +65,13 @@ def test_features_that_are_mostly_offset_keep_their_low_bits():
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_matching_changes_cost_next_to_nothing_and_opposite_ones_the_most(negatives):
-    _, text, _ = make(2, 5, 64, dtype=torch.float64)
+    _, text, _ = correlation_inputs(2, 5, 64, dtype=torch.float64)
     assert correlation_loss(text * 3, text, negatives=negatives) < 1e-3
     assert correlation_loss(-text, text, negatives=negatives) > 100
 
 
 def test_within_is_the_mean_of_the_individuals_own_losses_weighed_by_their_directions():
-    visual, text, mask = make(4, 5, 17, dtype=torch.float64)
+    visual, text, mask = correlation_inputs(4, 5, 17, dtype=torch.float64)
     whole = correlation_loss(visual, text, mask=mask, negatives="within")
     directions = mask.sum(dim=1) * (mask.sum(dim=1) - 1)
     alone = [correlation_loss(visual[n : n + 1], text[n : n + 1], mask=mask[n : n + 1]) for n in range(4)]
@@ -78,13 +79,13 @@ def test_within_is_the_mean_of_the_individuals_own_losses_weighed_by_their_direc
 
 
 def test_for_one_individual_the_three_kinds_of_negatives_agree():
-    visual, text, _ = make(1, 5, 17, dtype=torch.float64)
+    visual, text, _ = correlation_inputs(1, 5, 17, dtype=torch.float64)
     assert len({correlation_loss(visual, text, negatives=negatives).item() for negatives in NEGATIVES}) == 1
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_a_missing_emotion_is_as_good_as_not_there(negatives):
-    visual, text, _ = make(3, 5, 17, dtype=torch.float64)
+    visual, text, _ = correlation_inputs(3, 5, 17, dtype=torch.float64)
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[:, 1] = False
     kept = [0, 2, 3, 4]
@@ -95,7 +96,7 @@ def test_a_missing_emotion_is_as_good_as_not_there(negatives):
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
 def test_a_missing_emotions_features_are_not_read(garbage, negatives):
-    visual, text, mask = make(3, 5, 17, dtype=torch.float32)
+    visual, text, mask = correlation_inputs(3, 5, 17, dtype=torch.float32)
     expected = correlation_loss(visual, text, mask=mask, negatives=negatives)
     visual.data[~mask], text.data[~mask] = garbage, garbage
     loss = correlation_loss(visual, text, mask=mask, negatives=negatives)
@@ -108,7 +109,7 @@ def test_a_missing_emotions_features_are_not_read(garbage, negatives):
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_an_individual_with_one_emotion_or_none_adds_nothing(negatives):
-    visual, text, _ = make(4, 3, 17, dtype=torch.float64)
+    visual, text, _ = correlation_inputs(4, 3, 17, dtype=torch.float64)
     mask = torch.ones(4, 3, dtype=torch.bool)
     mask[1], mask[2] = False, torch.tensor([False, True, False])
     loss = correlation_loss(visual, text, mask=mask, negatives=negatives)
@@ -126,7 +127,7 @@ def test_an_individual_with_one_emotion_or_none_adds_nothing(negatives):
     ids=["no individual", "no emotion", "one emotion", "nobody present"],
 )
 def test_without_two_directions_the_loss_is_zero_with_a_graph(size, present, negatives):
-    visual, text, _ = make(*size, dtype=torch.float32)
+    visual, text, _ = correlation_inputs(*size, dtype=torch.float32)
     scale = torch.tensor(10.0, requires_grad=True)
     mask = torch.full(size[:2], present)
     loss = correlation_loss(visual, text, scale=scale, mask=mask, negatives=negatives)
@@ -138,7 +139,7 @@ def test_without_two_directions_the_loss_is_zero_with_a_graph(size, present, neg
 
 
 def test_people_with_one_emotion_each_make_no_direction():
-    visual, text, _ = make(3, 4, 17, dtype=torch.float32)
+    visual, text, _ = correlation_inputs(3, 4, 17, dtype=torch.float32)
     mask = torch.eye(4, dtype=torch.bool)[:3]
     loss = correlation_loss(visual, text, mask=mask)
     loss.backward()
@@ -149,7 +150,7 @@ def test_people_with_one_emotion_each_make_no_direction():
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("side", ["visual", "text"])
 def test_identical_emotions_are_finite_with_no_gradient_through_their_norm(side, negatives):
-    visual, text, _ = make(2, 4, 17, dtype=torch.float32)
+    visual, text, _ = correlation_inputs(2, 4, 17, dtype=torch.float32)
     same = visual if side == "visual" else text
     same.data[0, 2] = same.data[0, 1]
     loss = correlation_loss(visual, text, negatives=negatives)
@@ -162,7 +163,7 @@ def test_identical_emotions_are_finite_with_no_gradient_through_their_norm(side,
 
 
 def test_features_without_any_change_cost_what_guessing_costs_and_have_no_gradient():
-    visual, text, _ = make(2, 3, 17, dtype=torch.float32)
+    visual, text, _ = correlation_inputs(2, 3, 17, dtype=torch.float32)
     still = visual.detach()[:, :1].repeat(1, 3, 1).requires_grad_()
     loss = correlation_loss(still, text)
     assert_close_for(torch.float32)(loss, torch.tensor(math.log(2 * 3 * 2)))
@@ -174,7 +175,7 @@ def test_features_without_any_change_cost_what_guessing_costs_and_have_no_gradie
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("missing", [False, True])
 def test_gradcheck(missing, negatives):
-    visual, text, mask = make(3, 4, 6, dtype=torch.float64)
+    visual, text, mask = correlation_inputs(3, 4, 6, dtype=torch.float64)
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
 
     def loss(visual, text, scale):
@@ -184,28 +185,28 @@ def test_gradcheck(missing, negatives):
 
 
 def test_nan_features_are_not_hidden():
-    visual, text, _ = make(2, 3, 5, dtype=torch.float32)
+    visual, text, _ = correlation_inputs(2, 3, 5, dtype=torch.float32)
     visual.data[1, 2, 0] = torch.nan
     assert correlation_loss(visual, text).isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(dtype):
-    visual, text, mask = make(3, 5, 65, dtype=dtype)
+    visual, text, mask = correlation_inputs(3, 5, 65, dtype=dtype)
     plain = correlation_loss(visual, text, mask=mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(correlation_loss(visual, text, mask=mask), plain)
 
 
 def test_strided_inputs_are_taken():
-    visual, text, mask = make(3, 5, 8, dtype=torch.float32)
+    visual, text, mask = correlation_inputs(3, 5, 8, dtype=torch.float32)
     strided = (x.transpose(0, 2).contiguous().transpose(0, 2) for x in (visual, text))
     loss = correlation_loss(*strided, mask=mask.mT.contiguous().mT)
     assert_close_for(torch.float32)(loss, correlation_loss(visual, text, mask=mask))
 
 
 def test_compiles_into_one_graph():
-    visual, text, mask = make(3, 5, 17, dtype=torch.float32)
+    visual, text, mask = correlation_inputs(3, 5, 17, dtype=torch.float32)
     compiled = torch.compile(correlation_loss, fullgraph=True, backend="aot_eager")
     loss = compiled(visual, text, mask=mask, negatives="distinct")
     assert_close_for(torch.float32)(loss, correlation_loss(visual, text, mask=mask, negatives="distinct"))
@@ -234,7 +235,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "error", "says"), WRONG, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_a_wrong_argument_is_named(wrong, error, says):
-    visual, text, mask = make(3, 4, 5, dtype=torch.float32)
+    visual, text, mask = correlation_inputs(3, 4, 5, dtype=torch.float32)
     with pytest.raises(error, match=says):
         correlation_loss(**{"visual": visual, "text": text, "mask": mask} | wrong)
 
@@ -268,17 +269,3 @@ def oracle(visual, text, scale, mask, negatives) -> Tensor:
 def change(before: Tensor, after: Tensor) -> Tensor:
     difference = after - before
     return difference / difference.norm() if difference.norm() > EPS else 0 * difference
-
-
-def make(people: int, emotions: int, width: int, *, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit features that require gradients, and a mask that lacks about a third, never of the first individual."""
-    generator = seed(people * 1000 + width)
-    features = torch.randn(2, people, emotions, width, generator=generator, dtype=torch.float64)
-    visual, text = (x.to(dtype).requires_grad_() for x in torch.nn.functional.normalize(features, dim=-1))
-    mask = torch.rand(people, emotions, generator=generator) > 0.35
-    mask[:1] = True
-    return visual, text, mask
-
-
-def seed(number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(number)

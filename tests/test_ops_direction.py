@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operators import direction_inputs, seed
 from tolerances import DTYPES, assert_close_for
 from torch import Tensor
 
@@ -17,7 +18,7 @@ SIZES = [(1, 1, 2, 3), (5, 3, 7, 33), (13, 4, 8, 127), (31, 2, 3, 512)]  # B, N,
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_and_their_gradients_follow_the_formula(dtype, size, normalize):
-    source, edited, bank, individual, a, _ = make(*size, dtype=dtype)
+    source, edited, bank, individual, a, _ = direction_inputs(*size, dtype=dtype)
     logits = direction_logits(source, edited, bank, individual, a, normalize=normalize)
     assert logits.dtype == dtype
 
@@ -36,7 +37,7 @@ def test_logits_and_their_gradients_follow_the_formula(dtype, size, normalize):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_loss_and_its_gradients_follow_the_formula(dtype, size, contrast, reduction):
-    inputs = make(*size, dtype=dtype)
+    inputs = direction_inputs(*size, dtype=dtype)
     scale = torch.tensor(30.0, requires_grad=True)
     loss = direction_loss(*inputs, scale=scale, contrast=contrast, reduction=reduction)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -53,7 +54,7 @@ def test_loss_and_its_gradients_follow_the_formula(dtype, size, contrast, reduct
 
 
 def test_the_bank_learns_from_individuals_with_many_samples_one_and_none():
-    inputs = make(300, 5, 4, 33, dtype=torch.float64)
+    inputs = direction_inputs(300, 5, 4, 33, dtype=torch.float64)
     individual = inputs[3]
     individual %= 3
     individual[150] = 3
@@ -65,14 +66,14 @@ def test_the_bank_learns_from_individuals_with_many_samples_one_and_none():
 
 
 def test_logits_are_cosines_with_zero_at_the_source_emotion():
-    source, edited, bank, individual, a, _ = make(64, 5, 7, 16, dtype=torch.float32)
+    source, edited, bank, individual, a, _ = direction_inputs(64, 5, 7, 16, dtype=torch.float32)
     logits = direction_logits(source, edited, bank, individual, a)
     assert (logits.abs() <= 1 + 1e-6).all()
     assert (logits[torch.arange(64), a] == 0).all()
 
 
 def test_moving_exactly_along_the_change_asked_for_costs_nothing():
-    _, _, bank, individual, a, b = make(9, 3, 5, 32, dtype=torch.float64)
+    _, _, bank, individual, a, b = direction_inputs(9, 3, 5, 32, dtype=torch.float64)
     source = torch.randn(9, 32, generator=seed(2), dtype=torch.float64)
     edited = source + 0.7 * (bank[individual, b] - bank[individual, a])
     loss = direction_loss(source, edited, bank, individual, a, b, normalize=False, reduction="none")
@@ -80,20 +81,20 @@ def test_moving_exactly_along_the_change_asked_for_costs_nothing():
 
 
 def test_normalize_makes_the_features_lengths_irrelevant():
-    source, edited, *rest = make(6, 3, 5, 32, dtype=torch.float64)
+    source, edited, *rest = direction_inputs(6, 3, 5, 32, dtype=torch.float64)
     loss = direction_loss(source, edited, *rest)
     assert_close_for(torch.float64)(direction_loss(source * 7, edited * 0.1, *rest), loss)
 
 
 def test_a_number_and_a_tensor_give_the_same_scale():
-    inputs = make(6, 3, 5, 32, dtype=torch.float32)
+    inputs = direction_inputs(6, 3, 5, 32, dtype=torch.float32)
     number = direction_loss(*inputs, scale=12.5, contrast=1.0)
     for dtype in DTYPES:
         assert torch.equal(direction_loss(*inputs, scale=torch.tensor(12.5, dtype=dtype), contrast=1.0), number)
 
 
 def test_an_edit_that_changes_nothing_is_finite_with_gradient_zero():
-    source, _, bank, individual, a, b = make(6, 3, 5, 32, dtype=torch.float32)
+    source, _, bank, individual, a, b = direction_inputs(6, 3, 5, 32, dtype=torch.float32)
     b = (a + 1) % 5
     edited = source.detach().clone().requires_grad_()
     scale = torch.tensor(50.0, requires_grad=True)
@@ -105,7 +106,7 @@ def test_an_edit_that_changes_nothing_is_finite_with_gradient_zero():
 
 
 def test_a_change_counts_from_the_length_epsilon_on():
-    source, _, bank, individual, a, _ = make(2, 3, 5, 32, dtype=torch.float64)
+    source, _, bank, individual, a, _ = direction_inputs(2, 3, 5, 32, dtype=torch.float64)
     b, source = (a + 1) % 5, source * 0  # from zero, so that a change this small is not rounded away
     change = torch.nn.functional.normalize((bank[individual, b] - bank[individual, a]).detach(), dim=1)
     edited = (change * torch.tensor([[0.9e-8], [1.1e-8]])).requires_grad_()
@@ -118,7 +119,7 @@ def test_a_change_counts_from_the_length_epsilon_on():
 
 @pytest.mark.parametrize("zero", ["source", "edited", "both"])
 def test_zero_features_are_finite(zero):
-    source, edited, *rest = make(4, 3, 5, 32, dtype=torch.float32)
+    source, edited, *rest = direction_inputs(4, 3, 5, 32, dtype=torch.float32)
     for x, name in ((source, "source"), (edited, "edited")):
         if zero in (name, "both"):
             x.data[1] = 0
@@ -133,7 +134,7 @@ def test_zero_features_are_finite(zero):
 
 
 def test_two_emotions_with_the_same_text_are_no_direction():
-    source, edited, bank, *_ = make(2, 1, 4, 16, dtype=torch.float32)
+    source, edited, bank, *_ = direction_inputs(2, 1, 4, 16, dtype=torch.float32)
     bank.data[0, 2] = bank.data[0, 1]
     individual, a, b = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 2])
     logits = direction_logits(source, edited, bank, individual, a)
@@ -146,7 +147,7 @@ def test_two_emotions_with_the_same_text_are_no_direction():
 
 
 def test_asking_for_no_change_adds_nothing_and_is_left_out_of_the_mean():
-    source, edited, bank, individual, a, b = make(8, 3, 5, 32, dtype=torch.float64)
+    source, edited, bank, individual, a, b = direction_inputs(8, 3, 5, 32, dtype=torch.float64)
     same, other = torch.tensor([1, 4, 5]), torch.tensor([0, 2, 3, 6, 7])
     b[same] = a[same]
     b[other] = (a[other] + 2) % 5
@@ -169,7 +170,7 @@ def test_without_a_valid_sample_the_loss_is_zero_with_a_graph(case, reduction):
         "one emotion": (4, 3, 1),
         "empty batch and bank": (0, 0, 5),
     }[case]
-    source, edited, bank, individual, a, _ = make(batch, people, emotions, 16, dtype=torch.float32)
+    source, edited, bank, individual, a, _ = direction_inputs(batch, people, emotions, 16, dtype=torch.float32)
     scale = torch.tensor(10.0, requires_grad=True)
     loss = direction_loss(source, edited, bank, individual, a, a, scale=scale, contrast=1.0, reduction=reduction)
     assert loss.shape == ((batch,) if reduction == "none" else ())
@@ -182,7 +183,7 @@ def test_without_a_valid_sample_the_loss_is_zero_with_a_graph(case, reduction):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("contrast", [0.0, 0.3])
 def test_gradcheck(contrast, normalize):
-    source, edited, bank, individual, a, b = make(5, 3, 4, 7, dtype=torch.float64)
+    source, edited, bank, individual, a, b = direction_inputs(5, 3, 4, 7, dtype=torch.float64)
     b[0] = a[0]
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
 
@@ -201,7 +202,7 @@ def test_gradcheck(contrast, normalize):
 def test_gradcheck_beside_a_sample_without_change():
     # The cosine jumps at δ = 0: a numerical derivative there measures the jump. So row 2, whose δ is 0, is spliced in
     # as a constant, and the derivatives are those of everything else; that its own are 0 is a test above.
-    source, edited, bank, individual, a, _ = make(5, 3, 4, 7, dtype=torch.float64)
+    source, edited, bank, individual, a, _ = direction_inputs(5, 3, 4, 7, dtype=torch.float64)
     b = (a + 1) % 4
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
     still = source.detach()[2:3]
@@ -215,14 +216,14 @@ def test_gradcheck_beside_a_sample_without_change():
 
 
 def test_only_what_requires_a_gradient_gets_one():
-    source, edited, bank, *rest = make(5, 3, 4, 7, dtype=torch.float32)
+    source, edited, bank, *rest = direction_inputs(5, 3, 4, 7, dtype=torch.float32)
     direction_loss(source.detach(), edited, bank.detach(), *rest).backward()
     assert edited.grad is not None
     assert not direction_loss(source.detach(), edited.detach(), bank.detach(), *rest).requires_grad
 
 
 def test_nan_features_are_not_hidden():
-    source, edited, bank, individual, a, _ = make(3, 2, 4, 7, dtype=torch.float32)
+    source, edited, bank, individual, a, _ = direction_inputs(3, 2, 4, 7, dtype=torch.float32)
     edited.data[1, 2] = torch.nan
     loss = direction_loss(source, edited, bank, individual, a, (a + 1) % 4, reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
@@ -230,7 +231,7 @@ def test_nan_features_are_not_hidden():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(dtype):
-    *inputs, individual, a, b = make(5, 3, 4, 65, dtype=dtype)
+    *inputs, individual, a, b = direction_inputs(5, 3, 4, 65, dtype=dtype)
     plain = direction_loss(*inputs, individual, a, b, contrast=0.5)
     plain_logits = direction_logits(*inputs, individual, a)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -239,7 +240,7 @@ def test_autocast_changes_nothing(dtype):
 
 
 def test_under_autocast_dtypes_may_differ_and_the_widest_counts():
-    source, edited, bank, individual, a, b = make(5, 3, 4, 65, dtype=torch.float32)
+    source, edited, bank, individual, a, b = direction_inputs(5, 3, 4, 65, dtype=torch.float32)
     half = edited.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = direction_loss(source, half, bank, individual, a, b)
@@ -250,20 +251,20 @@ def test_under_autocast_dtypes_may_differ_and_the_widest_counts():
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_any_integer_dtype_indexes(dtype):
-    *inputs, individual, a, b = make(5, 3, 4, 7, dtype=torch.float32)
+    *inputs, individual, a, b = direction_inputs(5, 3, 4, 7, dtype=torch.float32)
     expected = direction_loss(*inputs, individual, a, b)
     assert torch.equal(direction_loss(*inputs, individual.to(dtype), a.to(dtype), b.to(dtype)), expected)
 
 
 def test_strided_inputs_are_taken():
-    source, edited, bank, *rest = make(5, 3, 4, 8, dtype=torch.float32)
+    source, edited, bank, *rest = direction_inputs(5, 3, 4, 8, dtype=torch.float32)
     expected = direction_loss(source, edited, bank, *rest)
     strided = (x.mT.contiguous().mT for x in (source, edited, bank))
     assert_close_for(torch.float32)(direction_loss(*strided, *rest), expected)
 
 
 def test_compiles_into_one_graph():
-    *inputs, individual, a, b = make(5, 3, 4, 7, dtype=torch.float32)
+    *inputs, individual, a, b = direction_inputs(5, 3, 4, 7, dtype=torch.float32)
     compiled = torch.compile(direction_loss, fullgraph=True, backend="aot_eager")
     loss = compiled(*inputs, individual, a, b, contrast=0.5)
     assert_close_for(torch.float32)(loss, direction_loss(*inputs, individual, a, b, contrast=0.5))
@@ -325,7 +326,7 @@ WRONG = [
 @pytest.mark.parametrize(("wrong", "error", "says"), WRONG, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_a_wrong_argument_is_named(wrong, error, says):
     names = ("source", "edited", "bank", "individual", "source_emotion", "target_emotion")
-    arguments = dict(zip(names, make(5, 3, 4, 7, dtype=torch.float32), strict=True)) | wrong
+    arguments = dict(zip(names, direction_inputs(5, 3, 4, 7, dtype=torch.float32), strict=True)) | wrong
     with pytest.raises(error, match=says):
         direction_loss(**arguments)
     if not wrong.keys() & {"target_emotion", "scale", "contrast", "reduction"}:
@@ -365,20 +366,6 @@ def oracle_cosines(source, edited, bank, individual, a, normalize) -> list[Tenso
             row.append(dot / (delta.norm() * d.norm()) if min(delta.norm(), d.norm()) > EPS else 0 * dot)
         rows.append(torch.stack(row))
     return rows
-
-
-def make(batch: int, people: int, emotions: int, width: int, *, dtype: torch.dtype) -> list[Tensor]:
-    """Random features and a unit bank that require gradients, and indices among which some b equal their a."""
-    generator = seed(batch * 1000 + width)
-    features = [torch.randn(batch, width, generator=generator, dtype=torch.float64) for _ in range(2)]
-    bank = torch.randn(people, emotions, width, generator=generator, dtype=torch.float64)
-    floats = [x.to(dtype).requires_grad_() for x in (*features, torch.nn.functional.normalize(bank, dim=-1))]
-    sizes = (people, emotions, emotions)
-    return floats + [torch.randint(max(size, 1), (batch,), generator=generator) for size in sizes]
-
-
-def seed(number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(number)
 
 
 def doubles(*tensors: Tensor) -> list[Tensor]:

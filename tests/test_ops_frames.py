@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from operators import CLIP_MEAN, CLIP_STD, frames_input, seed
 from tolerances import DTYPES, assert_close_for
 from torch import Tensor
 
@@ -11,7 +12,6 @@ from pcmecl_fast.ops import clip_frames
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # OpenAI's CLIP
 SIZES = [(1, 32, 32, 32), (2, 61, 47, 33), (1, 20, 27, 41), (3, 7, 90, 16), (1, 1, 1, 5)]  # B, H, W, size
 
 
@@ -19,8 +19,8 @@ SIZES = [(1, 32, 32, 32), (2, 61, 47, 33), (1, 20, 27, 41), (3, 7, 90, 16), (1, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_frames_and_their_gradient_follow_the_formula(dtype, size):
     batch, height, width, side = size
-    frames = make(batch, height, width, dtype=dtype)
-    out = clip_frames(frames, side, MEAN, STD)
+    frames = frames_input(batch, height, width, dtype=dtype)
+    out = clip_frames(frames, side, CLIP_MEAN, CLIP_STD)
     assert out.dtype == dtype
     assert out.shape == (batch, 3, side, side)
 
@@ -35,20 +35,20 @@ def test_frames_and_their_gradient_follow_the_formula(dtype, size):
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 def test_a_flat_frame_stays_flat(value):
-    out = clip_frames(torch.full((1, 3, 45, 31), value, dtype=torch.float64), 32, MEAN, STD)
+    out = clip_frames(torch.full((1, 3, 45, 31), value, dtype=torch.float64), 32, CLIP_MEAN, CLIP_STD)
     for channel in range(3):
-        expected = torch.full((32, 32), ((value + 1) / 2 - MEAN[channel]) / STD[channel], dtype=torch.float64)
+        expected = torch.full((32, 32), ((value + 1) / 2 - CLIP_MEAN[channel]) / CLIP_STD[channel], dtype=torch.float64)
         assert_close_for(torch.float64)(out[0, channel], expected)
 
 
 def test_frames_of_clips_own_size_are_only_normalised():
-    frames = make(2, 32, 32, dtype=torch.float64)
-    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (MEAN, STD))
-    assert_close_for(torch.float64)(clip_frames(frames, 32, MEAN, STD), ((frames + 1) / 2 - mean) / std)
+    frames = frames_input(2, 32, 32, dtype=torch.float64)
+    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+    assert_close_for(torch.float64)(clip_frames(frames, 32, CLIP_MEAN, CLIP_STD), ((frames + 1) / 2 - mean) / std)
 
 
 def test_nothing_is_clamped_so_every_pixel_has_a_gradient():
-    frames = (3 * make(1, 45, 31, dtype=torch.float32)).detach().requires_grad_()  # far out of range
+    frames = (3 * frames_input(1, 45, 31, dtype=torch.float32)).detach().requires_grad_()  # far out of range
     out = clip_frames(frames, 16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     assert out.min() < 0
     assert out.max() > 1
@@ -57,45 +57,45 @@ def test_nothing_is_clamped_so_every_pixel_has_a_gradient():
 
 
 def test_gradcheck():
-    frames = make(2, 7, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: clip_frames(x, 4, MEAN, STD), (frames,))
-    assert torch.autograd.gradcheck(lambda x: clip_frames(x, 9, MEAN, STD), (frames,))
+    frames = frames_input(2, 7, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: clip_frames(x, 4, CLIP_MEAN, CLIP_STD), (frames,))
+    assert torch.autograd.gradcheck(lambda x: clip_frames(x, 9, CLIP_MEAN, CLIP_STD), (frames,))
 
 
 def test_an_empty_batch_is_empty_with_a_graph():
-    frames = make(0, 20, 20, dtype=torch.float32)
-    out = clip_frames(frames, 16, MEAN, STD)
+    frames = frames_input(0, 20, 20, dtype=torch.float32)
+    out = clip_frames(frames, 16, CLIP_MEAN, CLIP_STD)
     assert out.shape == (0, 3, 16, 16)
     out.sum().backward()
     assert frames.grad.shape == frames.shape
 
 
 def test_lists_and_integers_describe_colours_too():
-    frames = make(1, 9, 9, dtype=torch.float32)
+    frames = frames_input(1, 9, 9, dtype=torch.float32)
     expected = clip_frames(frames, 4, (0.0, 0.5, 1.0), (1.0, 1.0, 2.0))
     assert torch.equal(clip_frames(frames, 4, [0, 0.5, 1], [1, 1, 2]), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(dtype):
-    frames = make(1, 45, 31, dtype=dtype)
-    plain = clip_frames(frames, 16, MEAN, STD)
+    frames = frames_input(1, 45, 31, dtype=dtype)
+    plain = clip_frames(frames, 16, CLIP_MEAN, CLIP_STD)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(clip_frames(frames, 16, MEAN, STD), plain)
+        assert torch.equal(clip_frames(frames, 16, CLIP_MEAN, CLIP_STD), plain)
 
 
 def test_strided_frames_are_taken():
-    frames = make(2, 45, 31, dtype=torch.float32)
-    expected = clip_frames(frames, 16, MEAN, STD)
+    frames = frames_input(2, 45, 31, dtype=torch.float32)
+    expected = clip_frames(frames, 16, CLIP_MEAN, CLIP_STD)
     channels_last = frames.to(memory_format=torch.channels_last)
-    assert_close_for(torch.float32)(clip_frames(channels_last, 16, MEAN, STD), expected)
+    assert_close_for(torch.float32)(clip_frames(channels_last, 16, CLIP_MEAN, CLIP_STD), expected)
 
 
 def test_compiles_into_one_graph():
-    frames = make(2, 45, 31, dtype=torch.float32)
-    compiled = torch.compile(lambda x: clip_frames(x, 16, MEAN, STD), fullgraph=True, backend="aot_eager")
+    frames = frames_input(2, 45, 31, dtype=torch.float32)
+    compiled = torch.compile(lambda x: clip_frames(x, 16, CLIP_MEAN, CLIP_STD), fullgraph=True, backend="aot_eager")
     out = compiled(frames)
-    assert_close_for(torch.float32)(out, clip_frames(frames, 16, MEAN, STD))
+    assert_close_for(torch.float32)(out, clip_frames(frames, 16, CLIP_MEAN, CLIP_STD))
     out.sum().backward()
     assert frames.grad.isfinite().all()
 
@@ -120,7 +120,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "error", "says"), WRONG, ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_a_wrong_argument_is_named(wrong, error, says):
-    right = {"frames": torch.zeros(1, 3, 8, 8), "size": 4, "mean": MEAN, "std": STD}
+    right = {"frames": torch.zeros(1, 3, 8, 8), "size": 4, "mean": CLIP_MEAN, "std": CLIP_STD}
     with pytest.raises(error, match=says):
         clip_frames(**right | wrong)
 
@@ -128,7 +128,7 @@ def test_a_wrong_argument_is_named(wrong, error, says):
 def oracle(frames: Tensor, side: int) -> Tensor:
     rows, columns = (torch.tensor(resize_weights(n, side), dtype=torch.float64) for n in frames.shape[2:])
     resized = rows @ ((frames + 1) / 2) @ columns.mT
-    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (MEAN, STD))
+    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
     return (resized - mean) / std
 
 
@@ -151,12 +151,3 @@ def cubic(x: float) -> float:
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
     return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
-
-
-def make(batch: int, height: int, width: int, *, dtype: torch.dtype) -> Tensor:
-    frames = torch.rand(batch, 3, height, width, generator=seed(height), dtype=torch.float64) * 2 - 1
-    return frames.to(dtype).requires_grad_()
-
-
-def seed(number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(number)

@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from operators import Call, make, value_and_gradients
 
-from pcmecl_fast.ops import (
-    PromptTree,
-    clip_frames,
-    correlation_loss,
-    direction_logits,
-    direction_loss,
-    tree_attention,
-    use_backend,
-)
+from pcmecl_fast.ops import PromptTree
 
 pytestmark = pytest.mark.usefixtures("compiled_backend")
 
@@ -37,76 +28,53 @@ widths = st.one_of(st.integers(4, 40), st.sampled_from([127, 512, 513]))
 @given(
     dtypes, seeds, st.integers(1, 40), st.integers(1, 6), emotions, widths, st.sampled_from([0.0, 0.3]), st.booleans()
 )
-def test_direction_loss(dtype, seed, batch, people, count, width, contrast, normalize):
-    random = torch.Generator().manual_seed(seed)
-    source, edited = (torch.randn(batch, width, generator=random) for _ in range(2))
-    edited[::5] = source[::5]  # δ = 0
-    bank = F.normalize(torch.randn(people, count, width, generator=random), dim=-1)
-    individual = torch.randint(people, (batch,), generator=random)
-    a, b = (torch.randint(count, (batch,), generator=random) for _ in range(2))  # b = a among them
-    scale = torch.rand((), generator=random) * 30 + 1
-
-    def loss(source, edited, bank, scale):
-        return direction_loss(
-            source, edited, bank, individual, a, b, scale=scale, contrast=contrast, normalize=normalize
-        )
-
-    def logits(source, edited, bank):
-        return direction_logits(source, edited, bank, individual, a, normalize=normalize)
-
-    assert_as_promised(loss, dtype, (source, edited, bank, scale))
-    assert_as_promised(logits, dtype, (source, edited, bank))
+def test_direction(dtype, number, batch, people, count, width, contrast, normalize):
+    sizes = {"batch": batch, "people": people, "emotions": count, "width": width}
+    options = {"normalize": normalize, "dtype": dtype, "number": number, "degenerate": True}
+    assert_as_promised(make("direction_loss", **sizes, contrast=contrast, scale=some_scale(number), **options))
+    assert_as_promised(make("direction_logits", **sizes, **options))
 
 
 @drawn
 @given(
     dtypes, seeds, st.integers(1, 18), emotions, widths, st.sampled_from(["all", "within", "distinct"]), st.booleans()
 )
-def test_correlation_loss(dtype, seed, people, count, width, negatives, missing):
+def test_correlation_loss(dtype, number, people, count, width, negatives, missing):
     people = min(people, 2) if count == 32 else people
-    random = torch.Generator().manual_seed(seed)
-    visual, text = (F.normalize(torch.randn(people, count, width, generator=random), dim=-1) for _ in range(2))
-    visual[::3, 1] = visual[::3, 0]  # two emotions with the same features
-    visual[1:2], text[1:2] = visual[:1], text[:1]  # the same individual twice
-    mask = torch.rand(people, count, generator=random) > 0.4 if missing else None
-    scale = torch.rand((), generator=random) * 30 + 1
-
-    def loss(visual, text, scale):
-        return correlation_loss(visual, text, scale=scale, mask=mask, negatives=negatives)
-
-    assert_as_promised(loss, dtype, (visual, text, scale))
+    sizes = {"people": people, "emotions": count, "width": width, "negatives": negatives, "missing": missing}
+    scale = some_scale(number)
+    assert_as_promised(make("correlation_loss", **sizes, scale=scale, dtype=dtype, number=number, degenerate=True))
 
 
 @drawn
 @given(dtypes, seeds, st.integers(1, 3), *[st.integers(1, 70)] * 3)
-def test_clip_frames(dtype, seed, batch, height, width, side):
-    frames = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def test_clip_frames(dtype, number, batch, height, width, side):
+    sizes = {"batch": batch, "height": height, "width": width, "size": side}
     # A bias of 0 in the result, so that the relative error is that of the resize.
-    assert_as_promised(lambda x: clip_frames(x, side, (0.5,) * 3, (0.2, 0.3, 0.4)), dtype, (frames,), at_least=1e-4)
+    call = make("clip_frames", **sizes, mean=(0.5,) * 3, dtype=dtype, number=number)
+    assert_as_promised(call, at_least=1e-4)
 
 
 @drawn
 @given(dtypes, seeds, st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 6), min_size=1, max_size=5))
-def test_tree_attention(dtype, seed, people, prefix, lengths):
+def test_tree_attention(dtype, number, people, prefix, lengths):
     layout = PromptTree(prefix, tuple(lengths))
-    qkv = torch.randn(people, layout.length, 3, 2, 5, generator=torch.Generator().manual_seed(seed))
-    assert_as_promised(lambda qkv: tree_attention(qkv, layout), dtype, (qkv,))
+    assert_as_promised(make("tree_attention", people=people, layout=layout, width=5, dtype=dtype, number=number))
 
 
-def assert_as_promised(call, dtype: torch.dtype, inputs: tuple[Tensor, ...], at_least: float = 0.0) -> None:
+def some_scale(number: int) -> float:
+    return 1 + number % 30
+
+
+def assert_as_promised(call: Call, at_least: float = 0.0) -> None:
     """The result and the gradients of its weighted sum, against float64 from the same, rounded inputs.
 
     `at_least` widens float32's promise where the reference itself computes its constants in float32.
     """
-    ours = [x.to(dtype if x.dim() else torch.float64).requires_grad_() for x in inputs]
-    exact = [x.detach().double().requires_grad_() for x in ours]
+    dtype = call.floats[0].dtype
     promised = max(PROMISED[dtype], at_least if dtype == torch.float32 else 0.0)
-    result = call(*ours)
-    with use_backend("reference"):
-        expected = call(*exact)
-    weight = torch.linspace(0.5, 1.5, expected.numel(), dtype=torch.float64).view(expected.shape)
-    found = (result, *torch.autograd.grad((result * weight).sum(), ours))
-    wanted = (expected, *torch.autograd.grad((expected * weight).sum(), exact))
-    for x, x_exact in zip(found, wanted, strict=True):
+    result, gradients = value_and_gradients(call, call.floats)
+    expected, exact_gradients = value_and_gradients(call, call.widened(), backend="reference")
+    for x, x_exact in zip((result, *gradients), (expected, *exact_gradients), strict=True):
         error = (x.double() - x_exact).norm()
         assert error <= promised * x_exact.norm() + 1e-3 * promised, f"{error / x_exact.norm():.1e}"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operators import attention_input, seed
 from tolerances import DTYPES, assert_close_for
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def test_a_mask_is_made_once_per_device():
 
 def test_a_mask_first_made_in_inference_mode_serves_training():
     tree = PromptTree(2, (3, 1, 4, 1, 5, 9, 2, 6))  # a layout no other test makes a mask of
-    qkv = make(1, tree.length, 1, 4, dtype=torch.float32)
+    qkv = attention_input(1, tree.length, 1, 4, dtype=torch.float32)
     with torch.inference_mode():
         tree_attention(qkv.detach(), tree)
     tree_attention(qkv, tree).sum().backward()
@@ -60,7 +61,7 @@ def test_a_mask_first_made_in_inference_mode_serves_training():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_and_its_gradient_are_those_of_each_prompt_on_its_own(dtype, heads, layout):
     people, count, width = heads
-    qkv = make(people, layout.length, count, width, dtype=dtype)
+    qkv = attention_input(people, layout.length, count, width, dtype=dtype)
     out = tree_attention(qkv, layout)
     assert out.dtype == dtype
     assert out.shape == (people, layout.length, count, width)
@@ -77,18 +78,20 @@ def test_attention_and_its_gradient_are_those_of_each_prompt_on_its_own(dtype, h
 
 @layouts
 def test_gradcheck(layout):
-    qkv = make(2, layout.length, 2, 3, dtype=torch.float64)
+    qkv = attention_input(2, layout.length, 2, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda qkv: tree_attention(qkv, layout), (qkv,), fast_mode=True)
 
 
 def test_gradcheck_of_every_element():
     layout = PromptTree(2, (1, 2))
-    assert torch.autograd.gradcheck(lambda x: tree_attention(x, layout), (make(1, 5, 2, 3, dtype=torch.float64),))
+    assert torch.autograd.gradcheck(
+        lambda x: tree_attention(x, layout), (attention_input(1, 5, 2, 3, dtype=torch.float64),)
+    )
 
 
 @layouts
 def test_no_token_hears_of_another_segment_or_of_its_future(layout):
-    qkv = make(1, layout.length, 1, 4, dtype=torch.float32)
+    qkv = attention_input(1, layout.length, 1, 4, dtype=torch.float32)
     mask = layout.mask()
     for token in range(layout.length):
         (heard,) = torch.autograd.grad(tree_attention(qkv, layout)[0, token].sum(), qkv)
@@ -97,7 +100,7 @@ def test_no_token_hears_of_another_segment_or_of_its_future(layout):
 
 def test_large_logits_do_not_overflow():
     layout = LAYOUTS[0]
-    qkv = (1e4 * make(1, layout.length, 2, 8, dtype=torch.float32)).detach().requires_grad_()
+    qkv = (1e4 * attention_input(1, layout.length, 2, 8, dtype=torch.float32)).detach().requires_grad_()
     out = tree_attention(qkv, layout)
     out.sum().backward()
     assert out.isfinite().all()
@@ -105,7 +108,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_an_empty_batch_is_empty_with_a_graph():
-    qkv = make(0, LAYOUTS[0].length, 2, 8, dtype=torch.float32)
+    qkv = attention_input(0, LAYOUTS[0].length, 2, 8, dtype=torch.float32)
     out = tree_attention(qkv, LAYOUTS[0])
     assert out.shape == (0, LAYOUTS[0].length, 2, 8)
     out.sum().backward()
@@ -114,21 +117,21 @@ def test_an_empty_batch_is_empty_with_a_graph():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_autocast_changes_nothing(dtype):
-    qkv = make(2, LAYOUTS[0].length, 2, 8, dtype=dtype)
+    qkv = attention_input(2, LAYOUTS[0].length, 2, 8, dtype=dtype)
     plain = tree_attention(qkv, LAYOUTS[0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tree_attention(qkv, LAYOUTS[0]), plain)
 
 
 def test_strided_inputs_are_taken():
-    qkv = make(2, LAYOUTS[0].length, 2, 8, dtype=torch.float32)
+    qkv = attention_input(2, LAYOUTS[0].length, 2, 8, dtype=torch.float32)
     strided = qkv.transpose(0, 3).contiguous().transpose(0, 3)
     assert_close_for(torch.float32)(tree_attention(strided, LAYOUTS[0]), tree_attention(qkv, LAYOUTS[0]))
 
 
 def test_compiles_into_one_graph_and_leaves_no_stand_in_behind():
     layout = PromptTree(4, (2, 7, 1, 8))  # a layout no other test makes a mask of
-    qkv = make(2, layout.length, 2, 8, dtype=torch.float32)
+    qkv = attention_input(2, layout.length, 2, 8, dtype=torch.float32)
     out = torch.compile(lambda x: tree_attention(x, layout), fullgraph=True, backend="aot_eager")(qkv)
     assert_close_for(torch.float32)(out, tree_attention(qkv, layout))
     out.sum().backward()
@@ -190,12 +193,3 @@ def causal_attention(qkv: Tensor) -> Tensor:
         weights = logits.softmax(dim=1)
         out.append((weights[..., None] * value[:, : token + 1]).sum(dim=1))
     return torch.stack(out, dim=1)
-
-
-def make(people: int, length: int, heads: int, width: int, *, dtype: torch.dtype) -> Tensor:
-    shape = (people, length, 3, heads, width)
-    return torch.randn(shape, generator=seed(length), dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def seed(number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(number)

@@ -1,12 +1,14 @@
-"""Compiles every kernel ahead of time, without a GPU, and reads what the machine code needs.
+"""Registers, shared memory, spills and instructions of every Triton kernel, compiled ahead of time.
 
-`python -m pcmecl_fast.kernels.aot` prints the table of docs/kernels.md; a test asserts that nothing is spilled.
+    python -m bench.triton_resources          print the table of docs/kernels.md: what is launched first
+    python -m bench.triton_resources all      every configuration that is ever tried
+
+It needs Triton and cuobjdump, which is in the CUDA toolkit and in Triton's wheel; no GPU.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pcmecl_fast.kernels import correlation, direction, frames, tree_attention
+import pcmecl_fast.kernels.correlation as correlation
+import pcmecl_fast.kernels.correlation_kernels as correlation_kernels
+import pcmecl_fast.kernels.direction as direction
+import pcmecl_fast.kernels.direction_kernels as direction_kernels
+import pcmecl_fast.kernels.frames as frames
+import pcmecl_fast.kernels.products as products
+import pcmecl_fast.kernels.tree_attention as tree_attention
+from bench.cuda_resources import cuobjdump
 from pcmecl_fast.kernels.common import Config, power_of_2
 
 CAPABILITIES = (80, 90)
@@ -39,7 +48,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one program (block) of a compiled kernel takes."""
+    """What one program (block) of a compiled kernel needs."""
 
     registers: int  # a thread
     spilled: int  # bytes a thread
@@ -79,7 +88,7 @@ def needs(variant: Variant, capability: int) -> Needs:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage, code = (_cuobjdump(way, cubin) for way in ("--dump-resource-usage", "--dump-sass"))
+        usage, code = (_cuobjdump(what, cubin) for what in ("--dump-resource-usage", "--dump-sass"))
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Needs(
         registers=found["REG"],
@@ -91,8 +100,10 @@ def needs(variant: Variant, capability: int) -> Needs:
 
 def _direction_variants(dtype: str) -> Iterator[Variant]:
     types = {
-        **dict.fromkeys(("grad", "divisor", "loss", "partial", "coefficients", "g_bank", "scale", "g_scale"), "*fp32"),
-        **dict.fromkeys(("source", "edited", "bank", "cosines", "g_source", "g_edited"), f"*{dtype}"),
+        **dict.fromkeys(
+            ("grad", "divisor", "loss", "partial", "coefficients", "grad_bank", "scale", "grad_scale"), "*fp32"
+        ),
+        **dict.fromkeys(("source", "edited", "bank", "cosines", "grad_source", "grad_edited"), f"*{dtype}"),
         **dict.fromkeys(("individual", "source_emotion", "target_emotion", "order", "starts"), "*i64"),
         **{"counter": "*i32", "batch": "i32", "contrast": "fp32", "scale_number": "fp32"},
     }
@@ -100,33 +111,40 @@ def _direction_variants(dtype: str) -> Iterator[Variant]:
         rows = power_of_2(emotions) if whole else 1
         shape = {"E": emotions, "D": 512, "BLOCK_E": rows, "BLOCK_D": min(512, direction.TILE // rows)}
         constants = {"NORMALIZE": True, "ALL": whole, "REDUCTION": "mean", **shape}
-        says = f"E={emotions}, {'all rows' if whole else 'two rows'}, {dtype}"
+        label = f"E={emotions}, {'all rows' if whole else 'two rows'}, {dtype}"
         for config in direction.CONFIGS:
             main = emotions == 7 and config is direction.CONFIGS[0] and (dtype == "fp32" or not whole)
             if whole:
-                yield _variant(f"direction logits {says}", direction._logits_kernel, types, constants, config, main)
-            yield _variant(f"direction loss {says}", direction._loss_kernel, types, constants, config, main)
-            for bank, gone in (("NO_BANK", ["g_bank", "coefficients"]), ("ATOMICS", ["coefficients"])):
-                way = {**constants, **dict.fromkeys(gone), "BANK": getattr(direction, bank).value}
-                says_bank = f"direction backward {says}{'' if 'g_bank' in gone else ', bank'}"
-                yield _variant(says_bank, direction._backward_kernel, types, way, config, main)
-        every = power_of_2(emotions)
-        tile = {"EVERY": every, "BLOCK_D": direction.bank_tile(512, every)}
+                yield _variant(
+                    f"direction logits {label}", direction_kernels.logits_kernel, types, constants, config, main
+                )
+            yield _variant(f"direction loss {label}", direction_kernels.loss_kernel, types, constants, config, main)
+            for bank, gone in (("NO_BANK", ["grad_bank", "coefficients"]), ("ATOMICS", ["coefficients"])):
+                own = {**constants, **dict.fromkeys(gone), "BANK": getattr(direction_kernels, bank).value}
+                bank_label = f"direction backward {label}{'' if 'grad_bank' in gone else ', bank'}"
+                yield _variant(bank_label, direction_kernels.backward_kernel, types, own, config, main)
+        all_rows = power_of_2(emotions)
+        tile = {"ALL_E": all_rows, "BLOCK_D": direction.bank_tile(512, all_rows)}
         gone_target = {} if rows == 1 else {"target_emotion": None}
-        way = constants | tile | gone_target
+        own = constants | tile | gone_target
         yield _variant(
-            f"direction bank {says}", direction._bank_kernel, types, way, Config(), dtype == "fp32" and emotions == 7
+            f"direction bank {label}",
+            direction_kernels.bank_kernel,
+            types,
+            own,
+            Config(),
+            dtype == "fp32" and emotions == 7,
         )
 
 
 def _correlation_variants() -> Iterator[Variant]:
     names = (
-        "left right out products by_visual by_text scale row_sums column_sums positives grad count row_lse column_lse "
-        "row_pulls column_pulls loss partial"
+        "left right out products inv_norm_visual inv_norm_text scale row_sums column_sums positives grad count row_lse "
+        "column_lse row_grad_dots column_grad_dots loss partial"
     )
     numbers = (
-        "M N K left_batch left_m left_k right_batch right_k right_n out_batch out_m first here columns groups people "
-        "rows_per_strip columns_per_strip column_strips row_strips"
+        "M N K left_batch left_m left_k right_batch right_k right_n out_batch out_m chunk_start chunk_groups columns "
+        "groups people rows_per_strip columns_per_strip column_strips row_strips"
     )
     types = {
         **dict.fromkeys(names.split(), "*fp32"),
@@ -139,32 +157,32 @@ def _correlation_variants() -> Iterator[Variant]:
         ("dS T", ("left_k", "right_n")),
         ("dSᵀV", ("left_m", "right_n")),
     ):
-        for config in correlation.PRODUCT_CONFIGS:
+        for config in products.PRODUCT_CONFIGS:
             constants = {**dict.fromkeys(inner, 1), "ADD": inner[0] == "left_m"}
-            main = config is correlation.PRODUCT_CONFIGS[0]
-            yield _variant(
-                f"correlation product {product}", correlation._product_kernel, types, constants, config, main
-            )
+            main = config is products.PRODUCT_CONFIGS[0]
+            yield _variant(f"correlation product {product}", products.product_kernel, types, constants, config, main)
     for emotions, kind in ((7, "all"), (7, "within"), (7, "distinct"), (11, "distinct")):
         plan = correlation.Plan(512, emotions, 512, kind)
         rows = power_of_2(plan.rows, least=16)
         constants = {**plan.constants, "KIND": correlation.KINDS[kind].value, "ADD": kind != "within", "ROWS": rows}
-        says = f"E={emotions}, {kind}"
+        label = f"E={emotions}, {kind}"
         for config in correlation.PAIR_CONFIGS:
             main = config is correlation.PAIR_CONFIGS[0]
-            yield _variant(f"correlation sums {says}", correlation._sums_kernel, types, constants, config, main)
-        yield _variant(f"correlation fold {says}", correlation._fold_kernel, types, constants, correlation.FOLD_CONFIG)
+            yield _variant(f"correlation sums {label}", correlation_kernels.sums_kernel, types, constants, config, main)
+        yield _variant(
+            f"correlation fold {label}", correlation_kernels.fold_kernel, types, constants, correlation.FOLD_CONFIG
+        )
         if kind == "distinct":
             yield _variant(
-                f"correlation loss E={emotions}", correlation._loss_kernel, types, constants, Config(warps=2)
+                f"correlation loss E={emotions}", correlation_kernels.loss_kernel, types, constants, Config(warps=2)
             )
 
 
 def _prepare_variants(dtype: str) -> Iterator[Variant]:
-    half = dict.fromkeys(("visual", "text", "g_visual", "g_text"), f"*{dtype}")
+    half = dict.fromkeys(("visual", "text", "grad_visual", "grad_text"), f"*{dtype}")
     single = (
-        "visual_centred text_centred by_visual by_text count partial visual_sum text_sum row_pulls column_pulls scale "
-        "g_scale"
+        "visual_centred text_centred inv_norm_visual inv_norm_text count partial visual_sum text_sum row_grad_dots "
+        "column_grad_dots scale grad_scale"
     )
     types = {
         **half,
@@ -175,8 +193,8 @@ def _prepare_variants(dtype: str) -> Iterator[Variant]:
     for emotions in (7, 11):
         plan = correlation.Plan(512, emotions, 512, "all")
         for name, kernel, tile in (
-            ("prepare", correlation._prepare_kernel, 64),
-            ("gradient", correlation._gradient_kernel, 512),
+            ("prepare", correlation_kernels.prepare_kernel, 64),
+            ("gradient", correlation_kernels.gradient_kernel, 512),
         ):
             blocks = {"BLOCK_E": power_of_2(emotions), "BLOCK_Q": power_of_2(plan.pairs), "BLOCK_D": tile}
             constants = {**plan.constants, **blocks, "D": 512}
@@ -185,14 +203,14 @@ def _prepare_variants(dtype: str) -> Iterator[Variant]:
 
 def _attention_variants(dtype: str) -> Iterator[Variant]:
     types = {
-        **dict.fromkeys(("grad", "qkv", "out", "g_qkv"), f"*{dtype}"),
+        **dict.fromkeys(("grad", "qkv", "out", "grad_qkv"), f"*{dtype}"),
         **dict.fromkeys(("lse", "deltas"), "*fp32"),
         **dict.fromkeys(("prefix", "tokens", "heads"), "i32"),
-        **{"begins": "*i32", "by_width": "fp32"},
+        **{"segment_starts": "*i32", "softmax_scale": "fp32"},
     }
-    forward = ("forward", tree_attention._forward_kernel)
-    one_block = [forward, ("backward", tree_attention._backward_kernel)]
-    blocks = [forward, ("queries", tree_attention._queries_kernel), ("keys", tree_attention._keys_kernel)]
+    forward = ("forward", tree_attention.forward_kernel)
+    one_block = [forward, ("backward", tree_attention.backward_kernel)]
+    blocks = [forward, ("queries", tree_attention.queries_kernel), ("keys", tree_attention.keys_kernel)]
     half = dtype != "fp32"
     widths = ((30, 64), (192, 64)) + (((64, 128), (256, 128)) if half else ())
     for tokens, width in widths:
@@ -201,8 +219,8 @@ def _attention_variants(dtype: str) -> Iterator[Variant]:
         for name, kernel in one_block if tokens <= block else blocks:
             for config in tree_attention.CONFIGS:
                 main = width == 64 and config is tree_attention.CONFIGS[0]
-                says = f"attention {name} S={tokens}, d={width}, {dtype}"
-                yield _variant(says, kernel, types, constants, config, main)
+                label = f"attention {name} S={tokens}, d={width}, {dtype}"
+                yield _variant(label, kernel, types, constants, config, main)
 
 
 def _frames_variants(dtype: str) -> Iterator[Variant]:
@@ -218,9 +236,7 @@ def _frames_variants(dtype: str) -> Iterator[Variant]:
         constants = {"TILE": frames.TILE, "BLOCK": block, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
         for config in frames.CONFIGS:
             main = config is frames.CONFIGS[0]
-            yield _variant(
-                f"frames blocks of {block}, {dtype}", frames._resample_kernel, types, constants, config, main
-            )
+            yield _variant(f"frames blocks of {block}, {dtype}", frames.resample_kernel, types, constants, config, main)
 
 
 def _variant(
@@ -234,12 +250,11 @@ def _variant(
     )
 
 
-def _cuobjdump(way: str, cubin: Path) -> str:
-    beside_ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    program = str(beside_ptxas) if beside_ptxas.exists() else shutil.which("cuobjdump")
-    if program is None:
-        raise FileNotFoundError(f"cuobjdump: not in {beside_ptxas.parent}, where Triton has it, nor on the path")
-    return subprocess.run([program, way, str(cubin)], check=True, capture_output=True, text=True).stdout
+def _cuobjdump(what: str, cubin: Path) -> str:
+    tool = cuobjdump()
+    if tool is None:
+        raise FileNotFoundError("cuobjdump: neither on the path nor in Triton's wheel")
+    return subprocess.run([tool, what, str(cubin)], check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:

@@ -10,16 +10,22 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 
-from pcmecl_fast.kernels import aot
+from bench import triton_resources
 
 
-@pytest.mark.parametrize("variant", aot.variants(), ids=lambda variant: variant.name)
-@pytest.mark.parametrize("capability", aot.CAPABILITIES, ids="sm_{}".format)
+@pytest.mark.parametrize("variant", triton_resources.variants(), ids=lambda variant: variant.name)
+@pytest.mark.parametrize("capability", triton_resources.CAPABILITIES, ids="sm_{}".format)
 def test_nothing_is_spilled(variant, capability):
-    assert aot.needs(variant, capability).spilled == 0
+    assert triton_resources.needs(variant, capability).spilled == 0
 
 
 def test_every_kernel_has_a_variant():
-    compiled = {variant.kernel for variant in aot.variants()}
-    for module in (aot.correlation, aot.direction, aot.frames, aot.tree_attention):
+    compiled = {variant.kernel for variant in triton_resources.variants()}
+    for module in (
+        triton_resources.products,
+        triton_resources.correlation_kernels,
+        triton_resources.direction_kernels,
+        triton_resources.frames,
+        triton_resources.tree_attention,
+    ):
         assert {kernel for name, kernel in vars(module).items() if name.endswith("_kernel")} <= compiled

@@ -1,0 +1,332 @@
+"""The Triton kernels of direction_logits and direction_loss; `direction` says how they work together."""
+
+import triton
+import triton.language as tl
+
+from pcmecl_fast.kernels.common import inverse_norm, load_scale, sum_over_grid
+
+NO_BANK, ATOMICS, COEFFICIENTS = (tl.constexpr(i) for i in range(3))  # what the backward does for the bank's gradient
+
+
+@triton.jit
+def logits_kernel(
+    source,  # (B, D), read
+    edited,  # (B, D), read
+    bank,  # (N, E, D), read
+    individual,  # (B,) int64, read
+    source_emotion,  # (B,) int64, read
+    cosines,  # (B, E) of the features' type, written
+    batch,  # B
+    NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
+    E: tl.constexpr,  # emotions
+    D: tl.constexpr,  # features
+    BLOCK_E: tl.constexpr,  # rows of the bank held at a time: E rounded up to a power of two, or 1
+    BLOCK_D: tl.constexpr,  # features that are worked on at a time
+    ALL: tl.constexpr,  # always True
+):
+    """A program walks over samples: for each it reads two features and E rows of the bank, and writes E cosines."""
+    e = tl.arange(0, BLOCK_E)
+    for sample in range(tl.program_id(0), batch, tl.num_programs(0)):
+        row = tl.cast(sample, tl.int64) * D
+        person, a = tl.load(individual + sample), tl.load(source_emotion + sample)
+        inv_norm_source, inv_norm_edited = _inverse_norms(source, edited, row, D, BLOCK_D, NORMALIZE)
+        c, _, _ = _cosines(
+            source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited, E, D, BLOCK_E, BLOCK_D
+        )
+        tl.store(cosines + sample * E + e, c, e < E)
+
+
+@triton.jit
+def loss_kernel(
+    source,  # (B, D), read
+    edited,  # (B, D), read
+    bank,  # (N, E, D), read
+    individual,  # (B,) int64, read
+    source_emotion,  # (B,) int64, read
+    target_emotion,  # (B,) int64, read
+    scale,  # () of any float type, or None: then scale_number counts
+    scale_number,  # float32: the logit scale
+    contrast,  # float32: weight of the contrast
+    loss,  # () float32, or (B,) where REDUCTION is "none"; written
+    divisor,  # () float32: what the sum is divided by, written
+    partial,  # (2, programs) float32: workspace of sum_over_grid
+    counter,  # () int32: 0 before and after, for sum_over_grid
+    batch,  # B
+    NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
+    REDUCTION: tl.constexpr,  # "mean", "sum" or "none"
+    E: tl.constexpr,  # emotions
+    D: tl.constexpr,  # features
+    BLOCK_E: tl.constexpr,  # rows of the bank held at a time: E rounded up to a power of two, or 1
+    BLOCK_D: tl.constexpr,  # features that are worked on at a time
+    ALL: tl.constexpr,  # whether the contrast needs all rows of an individual, not the target's alone
+):
+    """A program walks over samples and adds their losses up; the last to end reduces all programs' sums."""
+    s = load_scale(scale, scale_number)
+    total = 0.0
+    count = 0.0
+    for sample in range(tl.program_id(0), batch, tl.num_programs(0)):
+        row = tl.cast(sample, tl.int64) * D
+        person, a, b = tl.load(individual + sample), tl.load(source_emotion + sample), tl.load(target_emotion + sample)
+        e = tl.arange(0, BLOCK_E)
+        if not ALL:
+            e += tl.cast(b, tl.int32)
+        inv_norm_source, inv_norm_edited = _inverse_norms(source, edited, row, D, BLOCK_D, NORMALIZE)
+        c, _, _ = _cosines(
+            source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited, E, D, BLOCK_E, BLOCK_D
+        )
+        c_target = tl.sum(tl.where(e == b, c, 0.0))
+        value = 1.0 - c_target
+        if ALL:
+            cross_entropy, _ = _contrast(c, c_target, e, a, s, E)
+            value += contrast * cross_entropy
+        value = tl.where(a != b, value, 0.0)
+        if REDUCTION == "none":
+            tl.store(loss + sample, value)
+        total += value
+        count += tl.where(a != b, 1.0, 0.0)
+    if REDUCTION == "none":
+        tl.store(divisor, 1.0)
+    else:
+        last, total, count = sum_over_grid(partial, counter, total, count, 1024)
+        if last:
+            divide_by = tl.maximum(count, 1.0) if REDUCTION == "mean" else 1.0
+            tl.store(loss, total / divide_by)
+            tl.store(divisor, divide_by)
+
+
+@triton.jit
+def backward_kernel(
+    grad,  # () or (B,) float32, or (B, E) for the logits; read
+    divisor,  # () float32, or None for the logits; read
+    source,  # (B, D), read
+    edited,  # (B, D), read
+    bank,  # (N, E, D), read
+    individual,  # (B,) int64, read
+    source_emotion,  # (B,) int64, read
+    target_emotion,  # (B,) int64, or None for the logits; read
+    scale,  # () of any float type, or None: then scale_number counts
+    scale_number,  # float32: the logit scale
+    contrast,  # float32: weight of the contrast
+    grad_source,  # (B, D) or None, written
+    grad_edited,  # (B, D) or None, written
+    grad_bank,  # (N, E, D) float32 or None: zeros, added to by atomics
+    coefficients,  # (B, 2·BLOCK_E + 2) float32 or None: for bank_kernel, written
+    grad_scale,  # () or None: the scale's gradient, written
+    partial,  # (2, programs) float32: workspace of sum_over_grid
+    counter,  # () int32: 0 before and after, for sum_over_grid
+    batch,  # B
+    NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
+    REDUCTION: tl.constexpr,  # "mean", "sum" or "none"; "logits" for direction_logits
+    BANK: tl.constexpr,  # NO_BANK, ATOMICS or COEFFICIENTS
+    E: tl.constexpr,  # emotions
+    D: tl.constexpr,  # features
+    BLOCK_E: tl.constexpr,  # rows of the bank held at a time: E rounded up to a power of two, or 1
+    BLOCK_D: tl.constexpr,  # features that are worked on at a time
+    ALL: tl.constexpr,  # whether all rows of an individual are needed, not the target's alone
+):
+    """A program walks over samples: for each it recomputes the cosines, and from them its features' gradients.
+
+    The bank's gradient is added up by atomics, or left as coefficients for `bank_kernel`.
+    """
+    s = load_scale(scale, scale_number)
+    scale_gradient = 0.0
+    for sample in range(tl.program_id(0), batch, tl.num_programs(0)):
+        row = tl.cast(sample, tl.int64) * D
+        person, a = tl.load(individual + sample), tl.load(source_emotion + sample)
+        e = tl.arange(0, BLOCK_E)
+        b = a
+        if REDUCTION != "logits":
+            b = tl.load(target_emotion + sample)
+        if not ALL:
+            e += tl.cast(b, tl.int32)
+        inv_norm_source, inv_norm_edited = _inverse_norms(source, edited, row, D, BLOCK_D, NORMALIZE)
+        c, inv_norm_d, inv_norm_delta = _cosines(
+            source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited, E, D, BLOCK_E, BLOCK_D
+        )
+
+        # g[e] = dloss/dc[e]
+        if REDUCTION == "logits":
+            g = tl.load(grad + sample * E + e, e < E, other=0.0).to(tl.float32)
+        else:
+            upstream = tl.load(grad + sample) if REDUCTION == "none" else tl.load(grad) / tl.load(divisor)
+            upstream = tl.where(a != b, upstream, 0.0)
+            g = tl.where(e == b, -upstream, 0.0)
+            if ALL:
+                c_target = tl.sum(tl.where(e == b, c, 0.0))
+                _, softmax = _contrast(c, c_target, e, a, s, E)
+                grad_logit = upstream * contrast * (softmax - tl.where(e == b, 1.0, 0.0))
+                grad_logit = tl.where((e < E) & (e != a), tl.where(a != b, grad_logit, 0.0), 0.0)
+                g += s * grad_logit
+                scale_gradient += tl.sum(grad_logit * c)
+
+        # With unit(x)'s derivative (g − ⟨g, x̂⟩ x̂) / |x|: dloss/dδ = (Σ g[e] d̂[e] − (Σ g[e] c[e]) δ̂) / |δ|. It is
+        # orthogonal to δ = v̂' − v̂, so v̂ and v̂' have one inner product with it, `along`.
+        weight = g * inv_norm_d * inv_norm_delta
+        shrink = tl.sum(g * c) * inv_norm_delta * inv_norm_delta
+        along = 0.0
+        if NORMALIZE:
+            for start in range(0, D, BLOCK_D):
+                column = start + tl.arange(0, BLOCK_D)
+                delta = _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D)
+                d = _directions(bank, person, e, a, column, E, D)
+                grad_delta = tl.sum(d * weight[:, None], axis=0) - shrink * delta
+                v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
+                along += tl.sum(grad_delta * v) * inv_norm_source
+        for start in range(0, D, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            delta = _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D)
+            d = _directions(bank, person, e, a, column, E, D)
+            grad_delta = tl.sum(d * weight[:, None], axis=0) - shrink * delta
+            if grad_source is not None:
+                v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
+                tl.store(
+                    grad_source + row + column, (along * inv_norm_source * v - grad_delta) * inv_norm_source, column < D
+                )
+            if grad_edited is not None:
+                w = tl.load(edited + row + column, column < D, other=0.0).to(tl.float32)
+                tl.store(
+                    grad_edited + row + column, (grad_delta - along * inv_norm_edited * w) * inv_norm_edited, column < D
+                )
+            if BANK == ATOMICS:
+                grad_d = weight[:, None] * delta[None, :] - (g * c * inv_norm_d * inv_norm_d)[:, None] * d
+                source_row = -tl.sum(grad_d, axis=0)
+                bank_rows = grad_bank + (person * E + e[:, None]) * D + column[None, :]
+                inside = (e[:, None] < E) & (column[None, :] < D)
+                if ALL:
+                    grad_d = tl.where(e[:, None] == a, source_row[None, :], grad_d)
+                    tl.atomic_add(bank_rows, grad_d, inside, sem="relaxed")
+                else:
+                    tl.atomic_add(bank_rows, grad_d, inside & (e[:, None] != a), sem="relaxed")
+                    bank_source_row = grad_bank + (person * E + a) * D + column
+                    tl.atomic_add(bank_source_row, source_row, column < tl.where(a != b, D, 0), sem="relaxed")
+        if BANK == COEFFICIENTS:
+            sample_coefficients = coefficients + tl.cast(sample, tl.int64) * (2 * BLOCK_E + 2)
+            slot = tl.arange(0, BLOCK_E)
+            tl.store(sample_coefficients + slot, weight)
+            tl.store(sample_coefficients + BLOCK_E + slot, g * c * inv_norm_d * inv_norm_d)
+            tl.store(sample_coefficients + 2 * BLOCK_E, inv_norm_source)
+            tl.store(sample_coefficients + 2 * BLOCK_E + 1, inv_norm_edited)
+    if grad_scale is not None:
+        last, scale_gradient, _ = sum_over_grid(partial, counter, scale_gradient, 0.0, 1024)
+        if last:
+            tl.store(grad_scale, scale_gradient)
+
+
+@triton.jit
+def bank_kernel(
+    coefficients,  # (B, 2·BLOCK_E + 2) float32, as backward_kernel leaves them; read
+    source,  # (B, D), read
+    edited,  # (B, D), read
+    bank,  # (N, E, D), read
+    source_emotion,  # (B,) int64, read
+    target_emotion,  # (B,) int64, or None where all rows have coefficients; read
+    order,  # (B,) int64: samples sorted by individual, read
+    starts,  # (N + 1,) int64: where in order each individual begins, read
+    grad_bank,  # (N, E, D) float32, written
+    E: tl.constexpr,  # emotions
+    D: tl.constexpr,  # features
+    ALL_E: tl.constexpr,  # E rounded up to a power of two
+    BLOCK_E: tl.constexpr,  # rows that coefficients are kept for: ALL_E, or 1
+    BLOCK_D: tl.constexpr,  # features that are worked on at a time
+):
+    """A program owns one individual and a tile of D, and adds the individual's samples up in their order."""
+    person = tl.cast(tl.program_id(0), tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.arange(0, ALL_E)
+    inside = (e[:, None] < E) & (column[None, :] < D)
+    offset = (person * E + e[:, None]) * D + column[None, :]
+    total = tl.zeros([ALL_E, BLOCK_D], tl.float32)
+    for position in range(tl.load(starts + person), tl.load(starts + person + 1)):
+        sample = tl.load(order + position)
+        a = tl.load(source_emotion + sample)
+        sample_coefficients = coefficients + sample * (2 * BLOCK_E + 2)
+        if target_emotion is None:
+            weight = tl.load(sample_coefficients + e)
+            shrink = tl.load(sample_coefficients + BLOCK_E + e)
+        else:
+            b = tl.load(target_emotion + sample)
+            weight = tl.where(e == b, tl.load(sample_coefficients), 0.0)
+            shrink = tl.where(e == b, tl.load(sample_coefficients + BLOCK_E), 0.0)
+        inv_norm_source = tl.load(sample_coefficients + 2 * BLOCK_E)
+        inv_norm_edited = tl.load(sample_coefficients + 2 * BLOCK_E + 1)
+        delta = _change(source, edited, sample * D, inv_norm_source, inv_norm_edited, column, D)
+        d = _directions(bank, person, e, a, column, E, D)
+        grad_d = weight[:, None] * delta[None, :] - shrink[:, None] * d
+        total += tl.where(e[:, None] == a, -tl.sum(grad_d, axis=0)[None, :], grad_d)
+    tl.store(grad_bank + offset, total, inside)
+
+
+@triton.jit
+def _inverse_norms(source, edited, row, D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr):
+    """1 / |source| and 1 / |edited|, or 1 and 1."""
+    source_square = 0.0
+    edited_square = 0.0
+    if NORMALIZE:
+        for start in range(0, D, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
+            w = tl.load(edited + row + column, column < D, other=0.0).to(tl.float32)
+            source_square += tl.sum(v * v)
+            edited_square += tl.sum(w * w)
+        return inverse_norm(source_square), inverse_norm(edited_square)
+    else:  # noqa: RET505
+        return source_square + 1.0, edited_square + 1.0
+
+
+@triton.jit
+def _cosines(
+    source,  # (B, D)
+    edited,  # (B, D)
+    bank,  # (N, E, D)
+    row,  # where the sample begins: its number · D
+    person,  # the individual
+    e,  # (BLOCK_E,): emotions of the rows held
+    a,  # the source's emotion
+    inv_norm_source,  # 1/|source|, or 1
+    inv_norm_edited,  # 1/|edited|, or 1
+    E: tl.constexpr,  # emotions
+    D: tl.constexpr,  # features
+    BLOCK_E: tl.constexpr,  # rows held at a time
+    BLOCK_D: tl.constexpr,  # features that are worked on at a time
+):
+    """c[e], 1 / |d[e]| and 1 / |δ|. δ and d are formed before they are multiplied: their low bits are the result."""
+    dots = tl.zeros([BLOCK_E], tl.float32)
+    squares = tl.zeros([BLOCK_E], tl.float32)
+    square = 0.0
+    for start in range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        delta = _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D)
+        d = _directions(bank, person, e, a, column, E, D)
+        dots += tl.sum(d * delta[None, :], axis=1)
+        squares += tl.sum(d * d, axis=1)
+        square += tl.sum(delta * delta)
+    inv_norm_delta = inverse_norm(square)
+    inv_norm_d = inverse_norm(squares)
+    return dots * inv_norm_d * inv_norm_delta, inv_norm_d, inv_norm_delta
+
+
+@triton.jit
+def _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D: tl.constexpr):
+    """δ on a tile of columns."""
+    v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
+    w = tl.load(edited + row + column, column < D, other=0.0).to(tl.float32)
+    return w * inv_norm_edited - v * inv_norm_source
+
+
+@triton.jit
+def _directions(bank, person, e, a, column, E: tl.constexpr, D: tl.constexpr):
+    """d[e] = t[e] − t[a] on a tile: emotions e down, columns across."""
+    inside = (e[:, None] < E) & (column[None, :] < D)
+    rows = tl.load(bank + (person * E + e[:, None]) * D + column[None, :], inside, other=0.0).to(tl.float32)
+    before = tl.load(bank + (person * E + a) * D + column, column < D, other=0.0).to(tl.float32)
+    return tl.where(e[:, None] < E, rows - before[None, :], 0.0)
+
+
+@triton.jit
+def _contrast(c, c_target, e, a, scale, E: tl.constexpr):
+    """−log softmax over e ≠ a of scale · c[e] at the target, and the softmax."""
+    logits = tl.where((e < E) & (e != a), scale * c, -float("inf"))
+    highest = tl.max(logits, axis=0)
+    weights = tl.exp(logits - highest)
+    total = tl.sum(weights, axis=0)
+    return highest + tl.log(total) - scale * c_target, weights / total
