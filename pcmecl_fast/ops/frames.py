@@ -1,6 +1,6 @@
 """A generator's frames as CLIP's image tower takes them: resized, in CLIP's range, differentiable.
 
-y = ( resize( (x + 1) / 2 ) − mean ) / std        resize: bicubic, antialiased, to size × size, not clamped
+    y = ( resize( (x + 1) / 2 ) − mean ) / std        resize: bicubic, antialiased, to size × size, not clamped
 """
 
 from __future__ import annotations
