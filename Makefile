@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup build demo test sanitize lint bench bench-check clean
+.PHONY: setup build demo test sanitize lint docs bench bench-check clean
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
@@ -45,6 +45,11 @@ lint: $(READY)
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
+
+# The site of docs/ and the docstrings, in build/site; a broken link is an error.
+docs: $(READY)
+	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	$(RUN)/mkdocs build --strict
 
 bench: $(READY)
 	$(RUN)/python -m pytest bench --benchmark-only
