@@ -8,7 +8,6 @@ It goes through `pcmecl-fast edit`, so the picture shows what that command write
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +54,7 @@ def main() -> int:
     return 0
 
 
-def edited_faces(run: Path, people: int, folder: Path) -> dict[str, Sequence[Image.Image]]:
+def edited_faces(run: Path, people: int, folder: Path) -> dict[str, list[Image.Image]]:
     """A neutral frame of each person and its edits, by the name of the column."""
     drawn_people = SyntheticFaces(people, clips=1, frames_per_clip=1, seed=HELD_OUT_SEED)
     neutral = (drawn_people.emotion_index == drawn_people.emotions.index("neutral")).nonzero()[:, 0]
@@ -71,7 +70,7 @@ def edited_faces(run: Path, people: int, folder: Path) -> dict[str, Sequence[Ima
     return faces
 
 
-def drawn(faces: dict[str, Sequence[Image.Image]]) -> Image.Image:
+def drawn(faces: dict[str, list[Image.Image]]) -> Image.Image:
     """A labelled column for each name, on a transparent ground."""
     rows = len(next(iter(faces.values())))
     pitch = SIDE + GAP

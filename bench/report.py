@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, its pictures, the README's headlines and the tables of docs/ablation.md from bench/results/.
+"""Writes from bench/results/: docs/performance.md, its pictures, the README's headlines and docs/ablation.md's tables.
 
     python -m bench.report [--check]
 
