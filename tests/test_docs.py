@@ -1,8 +1,9 @@
 """The documents: every Python block and every command of README.md, CONTRIBUTING.md and docs/ runs, every name exists.
 
 A page's Python blocks run from top to bottom in one namespace; a comment `<!-- before the block: … -->` holds what a
-reader's program would have done before. Commands run in the page's order with few steps on small pictures. Both start
-in a copy of one folder: pictures in faces/ and portraits/, finished runs in runs/.
+reader's program would have done before. A block that the page goes on from with "Saved as `file`" is that file for the
+page's commands. Commands run in the page's order with few steps on small pictures. Both start in a copy of one folder:
+pictures in faces/, portraits/ and face.png, finished runs in runs/.
 """
 
 import functools
@@ -40,7 +41,9 @@ PUBLIC = [
 ]
 EMOTIONS = ["neutral", "happy", "sad"]
 
-_BLOCK = re.compile(r"(?:^<!-- before the block:(.*?)-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?:^<!-- before the block:(.*?)-->\n)?^```(\w*)\n(.*?)^```$(?:\s+Saved as `([\w.]+)`)?", re.MULTILINE | re.DOTALL
+)
 _COMMAND = re.compile(r"(?:pcmecl-fast|make|python -m|pip install|bench/gpu\.sh)\b")
 
 # What makes a documented command small, appended to it.
@@ -65,13 +68,14 @@ class Block:
     language: str
     before: str
     code: str
+    saved_as: str
 
 
 @functools.cache
 def blocks(page):
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, 1 + text.count("\n", 0, found.start(3)), found[2], found[1] or "", found[3])
+        Block(page, 1 + text.count("\n", 0, found.start(3)), found[2], found[1] or "", found[3], found[4] or "")
         for found in _BLOCK.finditer(text)
     ]
 
@@ -115,7 +119,8 @@ def folder_of_runs(tmp_path_factory, few_frames_judged):
     for i in range(len(faces)):
         person, emotion = faces.individuals[faces.individual_index[i]], faces.emotions[faces.emotion_index[i]]
         write_frames(folder / "faces" / person / emotion / f"{i}.png", faces.frames([i]), None)
-    write_frames(folder / "portraits" / "portrait.png", faces.frames([0]), None)
+    for picture in ("face.png", "portraits/portrait.png"):
+        write_frames(folder / picture, faces.frames([0]), None)
 
     data = ["--data", str(folder / "faces")]
     assert cli.main(["prompts", *data, *SMALL["prompts"], "--out", str(folder / "runs" / "prompts")]) == 0
@@ -163,6 +168,9 @@ def test_python_blocks_run(page, workplace):
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")  # of runpy
 @pytest.mark.parametrize("page", pages_with(lambda page: any(commands(page))))
 def test_commands_run(page, workplace, capsys, monkeypatch):
+    for block in blocks(page):
+        if block.saved_as:
+            Path(block.saved_as).write_text(block.code, encoding="utf-8")
     for number, words in commands(page):
         place = f"{page.relative_to(ROOT)}:{number}: {shlex.join(words)}"
         if words[0] == "pcmecl-fast":

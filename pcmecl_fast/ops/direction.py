@@ -2,8 +2,10 @@
 
     v̂, v̂'  = source and edited over their norms,   δ = v̂' − v̂
     d[e]   = bank[n, e] − bank[n, a]                              n the individual, a the source emotion
-    c[e]   = ⟨unit(δ), unit(d[e])⟩                                 unit(x) = x / |x|, 0 where |x| ≤ 1e-8
+    c[e]   = ⟨unit(δ), unit(d[e])⟩
     loss   = (1 − c[b]) + contrast · ( −log softmax_{e≠a}( scale · c[e] )[b] )    b the target emotion
+
+unit(x) is x / |x|, and 0 where |x| ≤ 1e-8.
 """
 
 from __future__ import annotations
