@@ -187,7 +187,7 @@ def scaling_section(results: dict[str, Any], exponents: dict[str, str], picture:
 
 
 def filled(page: Path, lines: Sequence[str]) -> str:
-    """The page with other lines between its markers."""
+    """The page with what stands between its markers replaced."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page.name}: lacks the markers {BEGIN} and {END}")
