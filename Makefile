@@ -12,7 +12,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN)/python -m pip install --quiet "torch>=2.11" torchvision
 	# Built against the torch that was just installed, not against one that pip would fetch for the build alone.
-	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,video,dev]"
+	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,video,dev,docs]"
 	touch $@
 
 # The compiled extension anew, for instance after another torch was installed.
@@ -48,7 +48,6 @@ lint: $(READY)
 
 # The site of docs/ and the docstrings, in build/site; a broken link is an error.
 docs: $(READY)
-	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
 	$(RUN)/mkdocs build --strict
 
 bench: $(READY)

@@ -203,6 +203,16 @@ def test_commands_in_sentences_exist(page):
             assert (ROOT / words[0]).is_file(), f"{page.name}: {command}"
 
 
+@pytest.mark.parametrize("page", pages_with(lambda page: True))
+def test_files_in_sentences_exist(page):
+    """A path such as tests/test_docs.py or ops/reference.py, from the repository's root or the package's."""
+    prose = _BLOCK.sub("", page.read_text(encoding="utf-8"))
+    words = [word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split()]
+    for word in words:
+        if re.fullmatch(r"(?!runs/)[\w.-]+/[\w./*-]*\.(py|cpp|cu|h|sh|md|toml|json|svg|html)", word):
+            assert any(list(base.glob(word)) for base in (ROOT, ROOT / "pcmecl_fast")), f"{page.name}: {word}"
+
+
 def run_command(words, place):
     name, *options = words
     assert cli.main([name, *options, *SMALL[name]]) == 0, place
