@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup build demo test sanitize lint bench bench-check clean
+.PHONY: setup build demo test sanitize lint docs bench bench-check clean
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
@@ -12,7 +12,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN)/python -m pip install --quiet "torch>=2.11" torchvision
 	# Built against the torch that was just installed, not against one that pip would fetch for the build alone.
-	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[train,video,test,bench,dev]"
+	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[train,video,test,bench,dev,docs]"
 	touch $@
 
 # The compiled extension anew, for instance after another torch was installed.
@@ -45,6 +45,10 @@ lint: $(READY)
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
+
+# The site of docs/ and the docstrings, in build/site; a broken link is an error.
+docs: $(READY)
+	$(RUN)/mkdocs build --strict
 
 bench: $(READY)
 	$(RUN)/python -m pytest bench --benchmark-only

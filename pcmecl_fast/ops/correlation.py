@@ -1,8 +1,11 @@
 """Every change of the image features against every change of the text features.
 
-Δv[i,ab] = unit(v[i,b] − v[i,a]),   Δt[i,ab] = unit(t[i,b] − t[i,a])      a ≠ b, both present for individual i
-L[(i,ab),(j,cd)] = scale · ⟨Δv[i,ab], Δt[j,cd]⟩                            unit(x) = x / |x|, 0 where |x| ≤ 1e-8
-loss = ½ · (mean over rows of CE + mean over columns of CE),               the positive is the same (i,ab)
+    Δv[i,ab] = unit(v[i,b] − v[i,a]),   Δt[i,ab] = unit(t[i,b] − t[i,a])
+    L[(i,ab),(j,cd)] = scale · ⟨Δv[i,ab], Δt[j,cd]⟩
+    loss = ½ · (mean over rows of CE + mean over columns of CE)
+
+with a ≠ b, both present for individual i; the positive of a row is the same (i,ab); unit(x) is x / |x|, and 0 where
+|x| ≤ 1e-8.
 """
 
 from __future__ import annotations

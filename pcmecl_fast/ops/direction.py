@@ -1,9 +1,11 @@
 """How far an edit moves a face's CLIP features along the change of emotion that was asked for.
 
-v̂, v̂'  = source and edited over their norms,   δ = v̂' − v̂
-d[e]   = bank[n, e] − bank[n, a]                              n the individual, a the source emotion
-c[e]   = ⟨unit(δ), unit(d[e])⟩                                 unit(x) = x / |x|, 0 where |x| ≤ 1e-8
-loss   = (1 − c[b]) + contrast · ( −log softmax_{e≠a}( scale · c[e] )[b] )    b the target emotion
+    v̂, v̂'  = source and edited over their norms,   δ = v̂' − v̂
+    d[e]   = bank[n, e] − bank[n, a]
+    c[e]   = ⟨unit(δ), unit(d[e])⟩
+    loss   = (1 − c[b]) + contrast · ( −log softmax_{e≠a}( scale · c[e] )[b] )
+
+of individual n, from the source emotion a to the target emotion b; unit(x) is x / |x|, and 0 where |x| ≤ 1e-8.
 """
 
 from __future__ import annotations

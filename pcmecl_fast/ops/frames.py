@@ -1,6 +1,8 @@
 """A generator's frames as CLIP's image tower takes them: resized, in CLIP's range, differentiable.
 
-y = ( resize( (x + 1) / 2 ) − mean ) / std        resize: bicubic, antialiased, to size × size, not clamped
+    y = ( resize( (x + 1) / 2 ) − mean ) / std
+
+The resize is bicubic and antialiased, to size × size; nothing is clamped.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ class DataConfig:
     """Which frames."""
 
     data: str = "synthetic"
-    """"synthetic" (drawn talking faces) or a folder <individual>/<emotion>/*.jpg|png|webp|mp4 …"""
+    """"synthetic" (drawn talking faces) or a folder `<individual>/<emotion>/*.jpg|png|webp|mp4 …`."""
     size: int = 64
     """Side in pixels that frames are brought to."""
     emotions: list[str] | None = None
