@@ -11,7 +11,7 @@ from pcmecl_fast.libraries import LIBRARIES
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    tomllib = pytest.importorskip("tomli")
+    import tomli as tomllib  # which pytest brings
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({!r}.split()))\n"
