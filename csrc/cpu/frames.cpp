@@ -11,9 +11,9 @@
 namespace pcmecl::cpu {
 namespace {
 
-const FramesKernels<float>& of(float) { return kernels().frames_float; }
-const FramesKernels<double>& of(double) { return kernels().frames_double; }
-const FramesKernels<BFloat16>& of(BFloat16) { return kernels().frames_bfloat16; }
+const FramesKernels<float>& kernels_for(float) { return kernels().frames_float; }
+const FramesKernels<double>& kernels_for(double) { return kernels().frames_double; }
+const FramesKernels<BFloat16>& kernels_for(BFloat16) { return kernels().frames_bfloat16; }
 
 // One side's weights, rows of new pixels over columns of old ones, as the band that is not 0.
 struct Weights {
@@ -87,7 +87,7 @@ void resize(
   const int64_t pixels = args.columns.before * args.rows.taps + args.columns.after * args.columns.taps;
   at::parallel_for(
       0, args.planes * args.rows.after, std::max<int64_t>(1, 65536 / pixels),
-      [&](int64_t begin, int64_t end) { of(T()).resize(args, begin, end); });
+      [&](int64_t begin, int64_t end) { kernels_for(T()).resize(args, begin, end); });
 }
 
 void resize_any(

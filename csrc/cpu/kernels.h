@@ -80,17 +80,17 @@ struct Correlation {
   int64_t offset;  // K: sums are of 2^(l - K)
 
   C* centred;         // (N, E, D): the visual features less each individual's mean
-  C* visual_inverse;  // (N, Q): scale / |change|, 0 where there is none
+  C* inv_norm_visual;  // (N, Q): scale / |change|, 0 where there is none
   bool* valid;        // (N, Q)
   C* positive;        // (N, Q): the positive logits
   C* row_sum;         // (N, Q)
   C* column_sum;      // (N, Q)
 
   // Backward.
-  C* row_rate;     // (N, Q): 1 / row_sum
-  C* column_rate;  // (N, Q)
-  C factor;        // what a logit's gradient is multiplied by: grad / valid directions
-  C* row_moment;   // (N, Q): Σ of gradient times logit over a row
+  C* inv_row_sum;     // (N, Q): 1 / row_sum
+  C* inv_column_sum;  // (N, Q)
+  C grad_per_logit;        // what a logit's gradient is multiplied by: grad / valid directions
+  C* row_grad_dot;   // (N, Q): Σ of gradient times logit over a row
   C* grad_centred;  // (N, E, D) or null
   C* grad_text;     // (N, E, D) or null
 };
@@ -100,9 +100,9 @@ template <typename C>
 struct CorrelationTile {
   int64_t row, rows, column, columns, lanes;
   C* text;           // (E, lanes, D): centred, 0 in the padding
-  C* text_inverse;   // (Q, lanes): 1 / |change|, 0 where there is none
+  C* inv_norm_text;   // (Q, lanes): 1 / |change|, 0 where there is none
   C* text_valid;     // (Q, lanes): 1 or 0
-  C* text_rate;      // (Q, lanes): 1 / column_sum, 0 where not valid
+  C* inv_text_sum;      // (Q, lanes): 1 / column_sum, 0 where not valid
   const C* product;  // (rows·E, E·lanes): centred · text transposed
   C* grad_product;   // the same
   C* grad_text;      // (E, lanes, D)
@@ -114,13 +114,13 @@ struct CorrelationKernels {
   void (*centre)(const Correlation<C>&, int64_t begin, int64_t end);
   void (*pack)(const Correlation<C>&, const CorrelationTile<C>&, int64_t begin, int64_t end);
   void (*forward)(const Correlation<C>&, const CorrelationTile<C>&, C* column_sum, int64_t begin, int64_t end);
-  void (*backward)(const Correlation<C>&, const CorrelationTile<C>&, C* column_moment, int64_t begin, int64_t end);
-  void (*finish)(const Correlation<C>&, const CorrelationTile<C>&, const C* column_moment, int64_t begin, int64_t end);
+  void (*backward)(const Correlation<C>&, const CorrelationTile<C>&, C* column_grad_dot, int64_t begin, int64_t end);
+  void (*finish)(const Correlation<C>&, const CorrelationTile<C>&, const C* column_grad_dot, int64_t begin, int64_t end);
   void (*finish_visual)(const Correlation<C>&, int64_t begin, int64_t end);
   // negatives="within": each individual alone, `blocks` (N, E, E) being centred · text transposed.
   void (*forward_within)(const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, int64_t, int64_t);
   void (*backward_within)(
-      const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, C* grad_blocks, C* column_moment, int64_t,
+      const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, C* grad_blocks, C* column_grad_dot, int64_t,
       int64_t);
 };
 

@@ -69,10 +69,10 @@ struct Changes {
   const T* visual;     // (N, E, D)
   const T* text;       // (N, E, D)
   const bool* mask;    // (N, E) or null
-  float* of_visual;    // (N, E, D), each individual's mean taken off
-  float* of_text;      // (E, N, D)
-  float* row_inverse;  // (N, Q): 1/|change| of the visual features; 0: no direction, -1: a pair that is not valid
-  float* column_inverse;  // (Q, N): of the text features
+  float* centred_visual;    // (N, E, D), each individual's mean taken off
+  float* centred_text;      // (E, N, D)
+  float* inv_norm_visual;  // (N, Q): 1/|change| of the visual features; 0: no direction, -1: a pair that is not valid
+  float* inv_norm_text;  // (Q, N): of the text features
   float* cosine;          // (N, Q): of the positive, 0 where not valid
 };
 
@@ -81,8 +81,8 @@ struct Correlation {
   int emotions;
   bool distinct;
   Scale scale;
-  const float* row_inverse;     // (N, Q)
-  const float* column_inverse;  // (Q, N)
+  const float* inv_norm_visual;     // (N, Q)
+  const float* inv_norm_text;  // (Q, N)
   const float* product;         // S of the chunk: (rows·E, E·N); "within": (N, E, E)
   int64_t row, rows;            // the chunk's individuals
 
@@ -102,7 +102,7 @@ struct CorrelationResult {
   int64_t individuals;
   int emotions;
   Scale scale;
-  const float* row_inverse;  // (N, Q)
+  const float* inv_norm_visual;  // (N, Q)
   const float* cosine;       // (N, Q)
   float* row_sum;            // (N, Q): what is not valid becomes 1
   float* column_sum;         // (N, Q)
@@ -117,9 +117,9 @@ struct CorrelationFinish {
   Scale scale;
   const float* grad;   // ()
   const float* pairs;  // (): how many are valid, at least 1
-  const float *of_visual, *of_text, *row_inverse, *column_inverse, *cosine;  // as in Changes
-  float* row_moment;           // (N, Q): becomes Σ of gradient times logit, positives included
-  const float* column_moment;  // (Q, N)
+  const float *centred_visual, *centred_text, *inv_norm_visual, *inv_norm_text, *cosine;  // as in Changes
+  float* row_grad_dot;           // (N, Q): becomes Σ of gradient times logit, positives included
+  const float* column_grad_dot;  // (Q, N)
   const float* through_visual;  // (N, E, D): dS · text, or null
   const float* through_text;    // (E, N, D): dSᵀ · visual, or null
   T* grad_visual;               // (N, E, D) or null
@@ -132,9 +132,9 @@ CorrelationParts correlation_parts(int64_t individuals, int emotions, int64_t ro
 void correlation_sums(const Correlation& args);
 void correlation_gradients(const Correlation& args);
 void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum);  // both (N, Q)
-void correlation_gradients_within(const Correlation& args, float* row_moment, float* column_moment);  // (N, Q), (Q, N)
+void correlation_gradients_within(const Correlation& args, float* row_grad_dot, float* column_grad_dot);  // (N, Q), (Q, N)
 void correlation_result(const CorrelationResult& args);
-void correlation_count(const float* row_inverse, int64_t pairs, float* valid);
+void correlation_count(const float* inv_norm_visual, int64_t pairs, float* valid);
 template <typename T>
 void correlation_finish(const CorrelationFinish<T>& args);
 

@@ -85,11 +85,11 @@ void for_dtype(const Tensor& x, F&& f) {
 }
 
 // A scale as kernels take it, and the float that it points to.
-struct KeptScale {
+struct ScaleArgument {
   std::optional<Tensor> in_float;
   float number;
 
-  KeptScale(const std::optional<Tensor>& scale, double number) : number(float(number)) {
+  ScaleArgument(const std::optional<Tensor>& scale, double number) : number(float(number)) {
     if (scale) in_float = scale->to(at::kFloat);
   }
   Scale value() const { return {pointer_or_null<float>(in_float), number}; }
