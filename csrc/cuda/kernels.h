@@ -69,7 +69,7 @@ struct Changes {
   const T* visual;     // (N, E, D)
   const T* text;       // (N, E, D)
   const bool* mask;    // (N, E) or null
-  float* centred_visual;    // (N, E, D), each individual's mean taken off
+  float* centred_visual;    // (N, E, D), less each individual's mean
   float* centred_text;      // (E, N, D)
   float* inv_norm_visual;  // (N, Q): 1/|change| of the visual features; 0: no direction, -1: a pair that is not valid
   float* inv_norm_text;  // (Q, N): of the text features
