@@ -133,7 +133,7 @@ def test_a_scale_that_float64_cannot_hold_says_so():
     visual, text, _ = make("correlation_loss").floats
     with pytest.raises(RuntimeError, match="scale: got 2000; supports at most 1000"):
         correlation_loss(visual, text, scale=2000)
-    with pytest.raises(ValueError, match="scale: got 2000; the cpu backend takes at most 1000"):
+    with pytest.raises(ValueError, match="scale: got 2000; the cpu backend .* at most 1000"):
         correlation_loss(visual, text, scale=torch.tensor(2000.0))
     assert correlation_loss(visual, text, scale=2000, backend="auto").isfinite()
 

@@ -11,7 +11,7 @@ namespace pcmecl {
 // One over the length of a vector, from its square; 0 for a vector no longer than 1e-8, which is no direction and has
 // no gradient. NaN stays NaN.
 template <typename C>
-PCMECL_HD C inverse_length(C square) {
+PCMECL_HD C inverse_norm(C square) {
   return square <= C(1e-16) ? C(0) : C(1) / std::sqrt(square);
 }
 

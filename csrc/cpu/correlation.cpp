@@ -1,8 +1,8 @@
 // correlation_loss on tensors: tiles, threads and the matrix products; the rest of the arithmetic is in
 // correlation_kernels.h.
 //
-// A tile of S, its gradient and the tile's text features are all that exists of anything larger than the features: memory
-// grows with the individuals, time with their square.
+// A tile of S, its gradient and the tile's text features are all that exists of anything larger than the features:
+// memory grows with the individuals, time with their square.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -19,14 +19,14 @@ namespace {
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr int64_t kColumns = 512;  // a tile's columns and half its rows: about 4 MB of S and its gradient in float32
 
-const CorrelationKernels<float>& of(float) { return kernels().correlation_float; }
-const CorrelationKernels<double>& of(double) { return kernels().correlation_double; }
+const CorrelationKernels<float>& kernels_for(float) { return kernels().correlation_float; }
+const CorrelationKernels<double>& kernels_for(double) { return kernels().correlation_double; }
 
 // Float32 holds the sums for |logits| up to 128: see `offset`. Beyond, float64 does.
-bool takes_double(const Tensor& x, double scale) { return x.scalar_type() == at::kDouble || !(scale <= 128); }
+bool needs_double(const Tensor& x, double scale) { return x.scalar_type() == at::kDouble || !(scale <= 128); }
 
-// K of the sums of 2^(l - K): the largest term, 2^(scale·log2(e) - K), times 2^27 terms stays finite, and the least that a
-// row can sum to, 2^-K, is 2^40 times the least normal number.
+// K of the sums of 2^(l - K): the largest term, 2^(scale·log2(e) - K), times 2^27 terms stays finite, and the least
+// that a row can sum to, 2^-K, is 2^40 times the least normal number.
 template <typename C>
 int64_t offset(double scale) {
   return std::max<int64_t>(0, int64_t(std::ceil(scale / kLn2)) - (sizeof(C) == 4 ? 100 : 900));
@@ -42,7 +42,7 @@ class Run {
  public:
   Run(const Tensor& visual, const Tensor& text, double scale, const std::optional<Tensor>& mask,
       const std::string& negatives)
-      : kernels_(of(C())), within_(negatives == "within"), scale_(scale),
+      : kernels_(kernels_for(C())), within_(negatives == "within"), scale_(scale),
         options_(visual.options().dtype(c10::CppTypeToScalarType<C>::value)), visual_(visual.to(options_)),
         text_(text.to(options_)) {
     args_.individuals = visual.size(0), args_.emotions = visual.size(1), args_.width = visual.size(2);
@@ -56,12 +56,12 @@ class Run {
 
     const int64_t N = args_.individuals, E = args_.emotions, D = args_.width, Q = args_.pairs;
     args_.centred = take(centred_, {N, E, D});
-    args_.visual_inverse = take(visual_inverse_, {N, Q});
+    args_.inv_norm_visual = take(inv_norm_visual_, {N, Q});
     args_.positive = take(positive_, {N, Q});
     valid_ = at::empty({N, Q}, options_.dtype(at::kBool));
     args_.valid = valid_.data_ptr<bool>();
     tile_.text = take(tile_text_, {E, lanes_, D});
-    tile_.text_inverse = take(text_inverse_, {Q, lanes_});
+    tile_.inv_norm_text = take(inv_norm_text_, {Q, lanes_});
     tile_.text_valid = take(text_valid_, {Q, lanes_});
     if (!within_) tile_.product = take(product_, {std::min(rows_, N) * E * E * lanes_});
     parallel(N, [&](int64_t begin, int64_t end) { kernels_.centre(args_, begin, end); });
@@ -93,43 +93,44 @@ class Run {
   Gradients backward(double grad, const Tensor& row_sum, const Tensor& column_sum, const Needs& needs) {
     const int64_t N = args_.individuals, E = args_.emotions, D = args_.width, Q = args_.pairs;
     const bool visual = needs[0], text = needs[1];
-    Tensor row_rate = row_sum.reciprocal(), column_rate = column_sum.reciprocal(), row_moment = at::zeros({N, Q}, options_);
-    args_.row_rate = pointer<C>(row_rate), args_.column_rate = pointer<C>(column_rate);
-    args_.row_moment = pointer<C>(row_moment);
-    args_.factor = C(grad * kLn2 / (2 * std::max<double>(double(pairs_), 1)));
-    Tensor grad_visual, grad_text, tile_rate, tile_grad_text, grad_product;
+    Tensor inv_row_sum = row_sum.reciprocal(), inv_column_sum = column_sum.reciprocal(),
+           row_grad_dot = at::zeros({N, Q}, options_);
+    args_.inv_row_sum = pointer<C>(inv_row_sum), args_.inv_column_sum = pointer<C>(inv_column_sum);
+    args_.row_grad_dot = pointer<C>(row_grad_dot);
+    args_.grad_per_logit = C(grad * kLn2 / (2 * std::max<double>(double(pairs_), 1)));
+    Tensor grad_visual, grad_text, tile_inv_text_sum, tile_grad_text, grad_product;
     if (visual) grad_visual = at::zeros({N, E, D}, options_), args_.grad_centred = pointer<C>(grad_visual);
     if (text) args_.grad_text = take(grad_text, {N, E, D});
-    tile_.text_rate = take(tile_rate, {Q, lanes_});
+    tile_.inv_text_sum = take(tile_inv_text_sum, {Q, lanes_});
     tile_.grad_text = take(tile_grad_text, {E, lanes_, D});
     if (!within_) tile_.grad_product = take(grad_product, {product_.numel()});
 
     for_tiles([&] {
-      const Tensor of_text = shaped(tile_grad_text, {E * tile_.lanes, D}).zero_();
-      Tensor moment = at::zeros({Q, tile_.lanes}, options_);
+      const Tensor grad_text_tile = shaped(tile_grad_text, {E * tile_.lanes, D}).zero_();
+      Tensor grad_dot = at::zeros({Q, tile_.lanes}, options_);
       if (within_) {
         const Tensor blocks = own_blocks();
-        const Tensor of_blocks = at::empty_like(blocks);
+        const Tensor grad_blocks = at::empty_like(blocks);
         parallel(tile_.columns, [&](int64_t begin, int64_t end) {
           kernels_.backward_within(
-              args_, tile_, blocks_from(blocks), blocks_from(of_blocks), pointer<C>(moment), begin, end);
+              args_, tile_, blocks_from(blocks), blocks_from(grad_blocks), pointer<C>(grad_dot), begin, end);
         });
-        if (visual) own(grad_visual).copy_(at::bmm(of_blocks, own_text(tile_text_)));
-        if (text) own_text(tile_grad_text).copy_(at::bmm(of_blocks.transpose(1, 2), own(centred_)));
+        if (visual) own(grad_visual).copy_(at::bmm(grad_blocks, own_text(tile_text_)));
+        if (text) own_text(tile_grad_text).copy_(at::bmm(grad_blocks.transpose(1, 2), own(centred_)));
       } else {
         for_rows([&] {
           Tensor partial = at::zeros({at::get_num_threads(), Q, tile_.lanes}, options_);
           parallel(tile_.rows, [&](int64_t begin, int64_t end) {
             kernels_.backward(args_, tile_, partial[at::get_thread_num()].template data_ptr<C>(), begin, end);
           });
-          moment += partial.sum(0);
-          const Tensor of_product = shaped(grad_product, {tile_.rows * E, E * tile_.lanes});
-          if (visual) rows_of(grad_visual).addmm_(of_product, shaped(tile_text_, {E * tile_.lanes, D}));
-          if (text) of_text.addmm_(of_product.t(), rows_of(centred_));
+          grad_dot += partial.sum(0);
+          const Tensor grad_product_tile = shaped(grad_product, {tile_.rows * E, E * tile_.lanes});
+          if (visual) rows_of(grad_visual).addmm_(grad_product_tile, shaped(tile_text_, {E * tile_.lanes, D}));
+          if (text) grad_text_tile.addmm_(grad_product_tile.t(), rows_of(centred_));
         });
       }
       parallel(tile_.columns, [&](int64_t begin, int64_t end) {
-        kernels_.finish(args_, tile_, pointer<C>(moment), begin, end);
+        kernels_.finish(args_, tile_, pointer<C>(grad_dot), begin, end);
       });
     });
     parallel(N, [&](int64_t begin, int64_t end) { kernels_.finish_visual(args_, begin, end); });
@@ -137,7 +138,7 @@ class Run {
     Gradients gradients(3);
     if (visual) gradients[0] = grad_visual;
     if (text) gradients[1] = grad_text;
-    if (needs[2]) gradients[2] = row_moment.sum(at::kDouble) / scale_;
+    if (needs[2]) gradients[2] = row_grad_dot.sum(at::kDouble) / scale_;
     return gradients;
   }
 
@@ -205,7 +206,7 @@ class Run {
         to[(tile_.column + lane) * args_.pairs + pair] += from[pair * tile_.lanes + lane];
   }
 
-  // What is not valid gets a sum of 1, so that it has a finite rate.
+  // What is not valid gets a sum of 1, so that its reciprocal is finite.
   double loss() {
     double total = 0;
     for (int64_t at = 0; at < args_.individuals * args_.pairs; ++at) {
@@ -226,21 +227,22 @@ class Run {
   Correlation<C> args_ = {};
   CorrelationTile<C> tile_ = {};
   int64_t lanes_, rows_, pairs_ = 0;
-  Tensor centred_, visual_inverse_, positive_, valid_, tile_text_, text_inverse_, text_valid_, product_;
+  Tensor centred_, inv_norm_visual_, positive_, valid_, tile_text_, inv_norm_text_, text_valid_, product_;
 };
 
 double checked(double scale) {
-  TORCH_CHECK_VALUE(scale <= 1000, "scale: got ", scale, "; the cpu backend takes at most 1000");
+  TORCH_CHECK_VALUE(scale <= 1000, "scale: got ", scale, "; the cpu backend supports at most 1000");
   return scale;
 }
 
 bool is_empty(const Tensor& x) { return x.size(0) == 0 || x.size(1) < 2; }
 
-// The sums as the backward gets them: where float64 computes for float32, they may not fit, and their logarithms do.
-Tensor kept(const Tensor& sums, const at::TensorOptions& wide) {
+// The sums as the backward receives them: where float64 stands in for float32 they may overflow float32, and their
+// logarithms do not.
+Tensor stored(const Tensor& sums, const at::TensorOptions& wide) {
   return sums.dtype() == wide.dtype() ? sums : sums.log().to(wide.dtype());
 }
-Tensor recalled(const Tensor& sums, at::ScalarType dtype) {
+Tensor restored(const Tensor& sums, at::ScalarType dtype) {
   return sums.scalar_type() == dtype ? sums : sums.to(dtype).exp();
 }
 
@@ -258,13 +260,14 @@ std::tuple<Tensor, Tensor, Tensor> correlation_loss(
   const int64_t pairs = visual.size(1) * (visual.size(1) - 1) / 2;
   const at::TensorOptions wide = visual.options().dtype(visual.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   Tensor loss = at::zeros({}, wide), row_sum, column_sum;
-  if (is_empty(visual)) return {loss, at::zeros({visual.size(0), pairs}, wide), at::zeros({visual.size(0), pairs}, wide)};
-  for_computing(takes_double(visual, value), [&](auto zero) {
+  if (is_empty(visual))
+    return {loss, at::zeros({visual.size(0), pairs}, wide), at::zeros({visual.size(0), pairs}, wide)};
+  for_computing(needs_double(visual, value), [&](auto zero) {
     using C = decltype(zero);
     Tensor rows = at::zeros({visual.size(0), pairs}, wide.dtype(c10::CppTypeToScalarType<C>::value));
     Tensor columns = at::zeros_like(rows);
     loss.fill_(Run<C>(visual, text, value, mask, negatives).forward(rows, columns));
-    row_sum = kept(rows, wide), column_sum = kept(columns, wide);
+    row_sum = stored(rows, wide), column_sum = stored(columns, wide);
   });
   return {loss, row_sum, column_sum};
 }
@@ -281,11 +284,11 @@ Gradients correlation_loss_backward(
     if (needs[2]) gradients[2] = at::zeros_like(*scale);
     return gradients;
   }
-  for_computing(takes_double(visual, value), [&](auto zero) {
+  for_computing(needs_double(visual, value), [&](auto zero) {
     using C = decltype(zero);
     const at::ScalarType dtype = c10::CppTypeToScalarType<C>::value;
     gradients = Run<C>(visual, text, value, mask, negatives)
-                    .backward(grad.item<double>(), recalled(row_sum, dtype), recalled(column_sum, dtype), needs);
+                    .backward(grad.item<double>(), restored(row_sum, dtype), restored(column_sum, dtype), needs);
   });
   if (needs[0]) gradients[0] = gradients[0]->to(visual.scalar_type());
   if (needs[1]) gradients[1] = gradients[1]->to(text.scalar_type());

@@ -7,15 +7,15 @@
 // No maximum is needed: a row holds l and −l, so its largest logit is at least 0, and |l| ≤ scale. Sums are of 2^(l-K):
 // with the driver's K nothing overflows, and what underflows is below a rounding of the row's largest.
 //
-// Lanes are individuals j: the tile of S has columns (emotion, j), so a vector holds one emotion of some individuals, and
-// differences of emotions are differences of vectors, without a shuffle. A unit owns an individual i of the tile: E rows
-// of S; it loads them once for each of its pairs and writes the sums, and in the backward a block of dS.
+// Lanes are individuals j: the tile of S has columns (emotion, j), so a vector holds one emotion of some individuals,
+// and differences of emotions are differences of vectors, without a shuffle. A unit owns an individual i of the tile: E
+// rows of S; it loads them once for each of its pairs and writes the sums, and in the backward a block of dS.
 // Operations a logit of the quarter: about 20 forward, 30 backward. Bound by arithmetic; the products with S, E²·D
 // multiply-adds for Q² logits, take longer than these kernels from D = 512 on.
 
-// Takes each individual's mean over its present emotions off and measures the changes. Units are individuals.
+// Subtracts an individual's mean over its present emotions from its features.
 template <typename C>
-void take_mean_off(const C* x, const bool* present, int64_t emotions, int64_t width, C* to, int64_t stride) {
+void centre_features(const C* x, const bool* present, int64_t emotions, int64_t width, C* to, int64_t stride) {
   std::vector<C> mean(width, C(0));
   C count = 0;
   for (int64_t e = 0; e < emotions; ++e) {
@@ -89,14 +89,14 @@ void correlation_centre(const Correlation<C>& args, int64_t begin, int64_t end) 
   for (int64_t i = begin; i < end; ++i) {
     const bool* present = args.mask ? args.mask + i * emotions : nullptr;
     C* centred = args.centred + i * emotions * width;
-    take_mean_off(args.visual + i * emotions * width, present, emotions, width, centred, width);
+    centre_features(args.visual + i * emotions * width, present, emotions, width, centred, width);
     int64_t pair = i * args.pairs;
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
         args.valid[pair] = !present || (present[a] && present[b]);
-        args.visual_inverse[pair] =
+        args.inv_norm_visual[pair] =
             args.valid[pair]
-                ? args.scale * inverse_length(squared_change(centred + a * width, centred + b * width, width))
+                ? args.scale * inverse_norm(squared_change(centred + a * width, centred + b * width, width))
                 : C(0);
       }
   }
@@ -114,22 +114,22 @@ void correlation_pack(const Correlation<C>& args, const CorrelationTile<C>& tile
     if (padding)
       for (int64_t e = 0; e < emotions; ++e) std::fill(text + e * stride, text + e * stride + width, C(0));
     else
-      take_mean_off(args.text + j * emotions * width, present, emotions, width, text, stride);
+      centre_features(args.text + j * emotions * width, present, emotions, width, text, stride);
     int64_t pair = 0;
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
         const bool valid = !padding && args.valid[j * args.pairs + pair];
         const C* before = text + a * stride;
         const C* after = text + b * stride;
-        const C inverse = valid ? inverse_length(squared_change(before, after, width)) : C(0);
-        tile.text_inverse[pair * tile.lanes + lane] = inverse;
+        const C inverse = valid ? inverse_norm(squared_change(before, after, width)) : C(0);
+        tile.inv_norm_text[pair * tile.lanes + lane] = inverse;
         tile.text_valid[pair * tile.lanes + lane] = valid ? C(1) : C(0);
-        if (tile.text_rate)
-          tile.text_rate[pair * tile.lanes + lane] = valid ? args.column_rate[j * args.pairs + pair] : C(0);
+        if (tile.inv_text_sum)
+          tile.inv_text_sum[pair * tile.lanes + lane] = valid ? args.inv_column_sum[j * args.pairs + pair] : C(0);
         if (!padding) {
           const C* visual = args.centred + j * emotions * width;
           args.positive[j * args.pairs + pair] =
-              valid ? args.visual_inverse[j * args.pairs + pair] * inverse *
+              valid ? args.inv_norm_visual[j * args.pairs + pair] * inverse *
                           product_of_changes(visual + a * width, visual + b * width, before, after, width)
                     : C(0);
         }
@@ -138,7 +138,7 @@ void correlation_pack(const Correlation<C>& args, const CorrelationTile<C>& tile
 }
 
 // E is known to the compiler for the usual numbers of emotions, so that a block's differences stay in registers; E = 0
-// takes any number up to 32.
+// serves any number up to 32.
 template <int64_t E>
 constexpr int64_t kCapacity = E ? E : 32;
 
@@ -204,7 +204,7 @@ void forward_tile(
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
         if (!args.valid[i * args.pairs + pair]) continue;
-        const C inverse = args.visual_inverse[i * args.pairs + pair];
+        const C inverse = args.inv_norm_visual[i * args.pairs + pair];
         Vector<C> row_sum = {};
         for (int64_t j = 0; j < lanes; j += kLanes<C>) {
           Vector<C> difference[kCapacity<E>];
@@ -215,7 +215,7 @@ void forward_tile(
           for_pairs<E>(emotions, [&](int64_t c, int64_t d, int64_t other) PCMECL_LAMBDA {
             const int64_t at = other * lanes + j;
             Exponentials<C> both =
-                exponentials((difference[d] - difference[c]) * load(tile.text_inverse + at), args.offset);
+                exponentials((difference[d] - difference[c]) * load(tile.inv_norm_text + at), args.offset);
             if (distinct && other == pair) both.up *= only<C>(i - tile.column - j);
             const Vector<C> term = both.up + both.down;
             row_sum += term * load(tile.text_valid + at);
@@ -229,7 +229,7 @@ void forward_tile(
 
 template <typename C, int64_t E, bool distinct>
 void backward_tile(
-    const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_moment, int64_t begin, int64_t end) {
+    const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_grad_dot, int64_t begin, int64_t end) {
   const int64_t emotions = E ? E : args.emotions, lanes = tile.lanes, stride = emotions * lanes;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t i = tile.row + unit;
@@ -240,44 +240,45 @@ void backward_tile(
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
         if (!args.valid[i * args.pairs + pair]) continue;
-        const C inverse = args.visual_inverse[i * args.pairs + pair];
-        const C row_rate = args.row_rate[i * args.pairs + pair];
-        Vector<C> row_moment = {};
+        const C inverse = args.inv_norm_visual[i * args.pairs + pair];
+        const C inv_row_sum = args.inv_row_sum[i * args.pairs + pair];
+        Vector<C> row_grad_dot = {};
         for (int64_t j = 0; j < lanes; j += kLanes<C>) {
-          Vector<C> difference[kCapacity<E>], of_difference[kCapacity<E>];
+          Vector<C> difference[kCapacity<E>], grad_difference[kCapacity<E>];
           for_emotions<E>(emotions, [&](int64_t e) PCMECL_LAMBDA {
             const C* row = block + e * lanes + j;
             difference[e] = (load(row + b * stride) - load(row + a * stride)) * inverse;
-            of_difference[e] = Vector<C>{};
+            grad_difference[e] = Vector<C>{};
           });
           for_pairs<E>(emotions, [&](int64_t c, int64_t d, int64_t other) PCMECL_LAMBDA {
             const int64_t at = other * lanes + j;
-            const Vector<C> text_inverse = load(tile.text_inverse + at);
-            const Vector<C> logit = (difference[d] - difference[c]) * text_inverse;
+            const Vector<C> inv_norm_text = load(tile.inv_norm_text + at);
+            const Vector<C> logit = (difference[d] - difference[c]) * inv_norm_text;
             Exponentials<C> both = exponentials(logit, args.offset);
             if (distinct && other == pair) both.up *= only<C>(i - tile.column - j);
-            const Vector<C> g = (both.up - both.down) * (load(tile.text_rate + at) + row_rate);
-            const Vector<C> moment = g * logit, of = g * text_inverse;
-            row_moment += moment;
-            store(column_moment + at, load(column_moment + at) + moment);
-            of_difference[d] += of;
-            of_difference[c] -= of;
+            const Vector<C> g = (both.up - both.down) * (load(tile.inv_text_sum + at) + inv_row_sum);
+            const Vector<C> grad_dot = g * logit, of = g * inv_norm_text;
+            row_grad_dot += grad_dot;
+            store(column_grad_dot + at, load(column_grad_dot + at) + grad_dot);
+            grad_difference[d] += of;
+            grad_difference[c] -= of;
           });
-          const C by = args.factor * inverse;
+          const C by = args.grad_per_logit * inverse;
           for_emotions<E>(emotions, [&](int64_t e) PCMECL_LAMBDA {
             C* row = grad + e * lanes + j;
-            const Vector<C> of = of_difference[e] * by;
+            const Vector<C> of = grad_difference[e] * by;
             store(row + b * stride, load(row + b * stride) + of);
             store(row + a * stride, load(row + a * stride) - of);
           });
         }
-        args.row_moment[i * args.pairs + pair] += sum<C>(row_moment);
+        args.row_grad_dot[i * args.pairs + pair] += sum<C>(row_grad_dot);
       }
   }
 }
 
 template <typename C, bool distinct>
-void forward_any(const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_sum, int64_t begin, int64_t end) {
+void forward_any(
+    const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_sum, int64_t begin, int64_t end) {
   switch (args.emotions) {
     case 7: return forward_tile<C, 7, distinct>(args, tile, column_sum, begin, end);
     case 8: return forward_tile<C, 8, distinct>(args, tile, column_sum, begin, end);
@@ -286,11 +287,11 @@ void forward_any(const Correlation<C>& args, const CorrelationTile<C>& tile, C* 
 }
 
 template <typename C, bool distinct>
-void backward_any(const Correlation<C>& args, const CorrelationTile<C>& tile, C* moment, int64_t begin, int64_t end) {
+void backward_any(const Correlation<C>& args, const CorrelationTile<C>& tile, C* grad_dot, int64_t begin, int64_t end) {
   switch (args.emotions) {
-    case 7: return backward_tile<C, 7, distinct>(args, tile, moment, begin, end);
-    case 8: return backward_tile<C, 8, distinct>(args, tile, moment, begin, end);
-    default: return backward_tile<C, 0, distinct>(args, tile, moment, begin, end);
+    case 7: return backward_tile<C, 7, distinct>(args, tile, grad_dot, begin, end);
+    case 8: return backward_tile<C, 8, distinct>(args, tile, grad_dot, begin, end);
+    default: return backward_tile<C, 0, distinct>(args, tile, grad_dot, begin, end);
   }
 }
 
@@ -303,9 +304,9 @@ void correlation_forward(
 
 template <typename C>
 void correlation_backward(
-    const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_moment, int64_t begin, int64_t end) {
-  args.distinct ? backward_any<C, true>(args, tile, column_moment, begin, end)
-                : backward_any<C, false>(args, tile, column_moment, begin, end);
+    const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_grad_dot, int64_t begin, int64_t end) {
+  args.distinct ? backward_any<C, true>(args, tile, column_grad_dot, begin, end)
+                : backward_any<C, false>(args, tile, column_grad_dot, begin, end);
 }
 
 // One individual's logits against its own: a row is a pair ab, lanes are pairs cd.
@@ -329,7 +330,7 @@ struct OwnBlock {
           rows[a * padded + pair] = block[a * emotions + d] - block[a * emotions + c];
     }
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      inverse[pair] = tile.text_inverse[pair * tile.lanes + lane];
+      inverse[pair] = tile.inv_norm_text[pair * tile.lanes + lane];
       valid[pair] = tile.text_valid[pair * tile.lanes + lane];
     }
   }
@@ -354,7 +355,7 @@ void correlation_forward_within(
         if (!args.valid[pair]) continue;
         Vector<C> row = {};
         for (int64_t at = 0; at < own.padded; at += kLanes<C>) {
-          const Exponentials<C> both = exponentials(own.logits(a, b, at, args.visual_inverse[pair]), args.offset);
+          const Exponentials<C> both = exponentials(own.logits(a, b, at, args.inv_norm_visual[pair]), args.offset);
           row += (both.up + both.down) * load(&own.valid[at]);
           store(&column[at], load(&column[at]) + both.up + both.down);
         }
@@ -366,47 +367,47 @@ void correlation_forward_within(
 
 template <typename C>
 void correlation_backward_within(
-    const Correlation<C>& args, const CorrelationTile<C>& tile, const C* blocks, C* grad_blocks, C* column_moment,
+    const Correlation<C>& args, const CorrelationTile<C>& tile, const C* blocks, C* grad_blocks, C* column_grad_dot,
     int64_t begin, int64_t end) {
   OwnBlock<C> own(args);
   const int64_t emotions = args.emotions;
-  std::vector<C> rate(own.padded), moment(own.padded), of_rows(emotions * own.padded);
+  std::vector<C> inv_sum(own.padded), grad_dot(own.padded), grad_rows(emotions * own.padded);
   for (int64_t lane = begin; lane < end; ++lane) {
     const int64_t i = tile.column + lane;
     own.open(tile, blocks + i * emotions * emotions, lane);
-    for (int64_t pair = 0; pair < args.pairs; ++pair) rate[pair] = tile.text_rate[pair * tile.lanes + lane];
-    std::fill(moment.begin(), moment.end(), C(0));
-    std::fill(of_rows.begin(), of_rows.end(), C(0));
+    for (int64_t pair = 0; pair < args.pairs; ++pair) inv_sum[pair] = tile.inv_text_sum[pair * tile.lanes + lane];
+    std::fill(grad_dot.begin(), grad_dot.end(), C(0));
+    std::fill(grad_rows.begin(), grad_rows.end(), C(0));
     int64_t pair = i * args.pairs;
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
         if (!args.valid[pair]) continue;
-        Vector<C> row_moment = {};
+        Vector<C> row_grad_dot = {};
         for (int64_t at = 0; at < own.padded; at += kLanes<C>) {
-          const Vector<C> logit = own.logits(a, b, at, args.visual_inverse[pair]);
+          const Vector<C> logit = own.logits(a, b, at, args.inv_norm_visual[pair]);
           const Exponentials<C> both = exponentials(logit, args.offset);
-          const Vector<C> g = (both.up - both.down) * (load(&rate[at]) + args.row_rate[pair]);
-          row_moment += g * logit;
-          store(&moment[at], load(&moment[at]) + g * logit);
-          const Vector<C> of = g * load(&own.inverse[at]) * (args.visual_inverse[pair] * args.factor);
-          C* after = &of_rows[b * own.padded + at];
-          C* before = &of_rows[a * own.padded + at];
+          const Vector<C> g = (both.up - both.down) * (load(&inv_sum[at]) + args.inv_row_sum[pair]);
+          row_grad_dot += g * logit;
+          store(&grad_dot[at], load(&grad_dot[at]) + g * logit);
+          const Vector<C> of = g * load(&own.inverse[at]) * (args.inv_norm_visual[pair] * args.grad_per_logit);
+          C* after = &grad_rows[b * own.padded + at];
+          C* before = &grad_rows[a * own.padded + at];
           store(after, load(after) + of);
           store(before, load(before) - of);
         }
-        args.row_moment[pair] = sum<C>(row_moment);
+        args.row_grad_dot[pair] = sum<C>(row_grad_dot);
       }
     C* grad = grad_blocks + i * emotions * emotions;
     std::fill(grad, grad + emotions * emotions, C(0));
     for (int64_t a = 0; a < emotions; ++a) {
-      const C* of = &of_rows[a * own.padded];
+      const C* of = &grad_rows[a * own.padded];
       for (int64_t c = 0; c < emotions; ++c)
         for (int64_t d = c + 1; d < emotions; ++d, ++of) {
           grad[a * emotions + d] += *of;
           grad[a * emotions + c] -= *of;
         }
     }
-    for (int64_t at = 0; at < args.pairs; ++at) column_moment[at * tile.lanes + lane] = moment[at];
+    for (int64_t at = 0; at < args.pairs; ++at) column_grad_dot[at * tile.lanes + lane] = grad_dot[at];
   }
 }
 
@@ -414,7 +415,7 @@ void correlation_backward_within(
 // individuals, whose rows of both gradients a unit owns; it writes the text's out of the tile.
 template <typename C>
 void correlation_finish(
-    const Correlation<C>& args, const CorrelationTile<C>& tile, const C* column_moment, int64_t begin, int64_t end) {
+    const Correlation<C>& args, const CorrelationTile<C>& tile, const C* column_grad_dot, int64_t begin, int64_t end) {
   const int64_t emotions = args.emotions, width = args.width, stride = tile.lanes * width;
   for (int64_t lane = begin; lane < end; ++lane) {
     const int64_t i = tile.column + lane;
@@ -423,12 +424,12 @@ void correlation_finish(
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
         const int64_t at = i * args.pairs + pair, in_tile = pair * tile.lanes + lane;
         if (!args.valid[at]) continue;
-        const C w = tile.text_inverse[in_tile];
-        const C moment = args.factor * (column_moment[in_tile] - 2 * args.positive[at]);
+        const C w = tile.inv_norm_text[in_tile];
+        const C grad_dot = args.grad_per_logit * (column_grad_dot[in_tile] - 2 * args.positive[at]);
         add_changes(
-            tile.text + lane * width + a * stride, tile.text + lane * width + b * stride, -moment * w * w,
+            tile.text + lane * width + a * stride, tile.text + lane * width + b * stride, -grad_dot * w * w,
             tile.grad_text + lane * width + a * stride, tile.grad_text + lane * width + b * stride, width);
-        const C across = -2 * args.factor * args.visual_inverse[at] * w;
+        const C across = -2 * args.grad_per_logit * args.inv_norm_visual[at] * w;
         const int64_t before = (i * emotions + a) * width, after = (i * emotions + b) * width;
         add_changes(
             args.centred + before, args.centred + after, across, tile.grad_text + lane * width + a * stride,
@@ -445,8 +446,8 @@ void correlation_finish(
   }
 }
 
-// The lengths of the visual changes, once a row's moment is whole, which becomes Σ of gradient times logit. Units are
-// individuals.
+// The lengths of the visual changes, once a row's Σ of gradient times logit is complete, which is scaled here. Units
+// are individuals.
 template <typename C>
 void correlation_finish_visual(const Correlation<C>& args, int64_t begin, int64_t end) {
   const int64_t emotions = args.emotions, width = args.width;
@@ -455,12 +456,12 @@ void correlation_finish_visual(const Correlation<C>& args, int64_t begin, int64_
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++at) {
         if (!args.valid[at]) continue;
-        args.row_moment[at] = args.factor * (args.row_moment[at] - 2 * args.positive[at]);
+        args.row_grad_dot[at] = args.grad_per_logit * (args.row_grad_dot[at] - 2 * args.positive[at]);
         if (!args.grad_centred) continue;
-        const C inverse = args.visual_inverse[at] / args.scale;
+        const C inverse = args.inv_norm_visual[at] / args.scale;
         const int64_t before = (i * emotions + a) * width, after = (i * emotions + b) * width;
         add_changes(
-            args.centred + before, args.centred + after, -args.row_moment[at] * inverse * inverse,
+            args.centred + before, args.centred + after, -args.row_grad_dot[at] * inverse * inverse,
             args.grad_centred + before, args.grad_centred + after, width);
       }
   }

@@ -17,9 +17,9 @@ struct Native<at::BFloat16> {
   using type = BFloat16;
 };
 
-const DirectionKernels<float>& of(float) { return kernels().direction_float; }
-const DirectionKernels<double>& of(double) { return kernels().direction_double; }
-const DirectionKernels<BFloat16>& of(BFloat16) { return kernels().direction_bfloat16; }
+const DirectionKernels<float>& kernels_for(float) { return kernels().direction_float; }
+const DirectionKernels<double>& kernels_for(double) { return kernels().direction_double; }
+const DirectionKernels<BFloat16>& kernels_for(BFloat16) { return kernels().direction_bfloat16; }
 
 // f(value of the native type) for the tensor's dtype.
 template <typename F>
@@ -46,11 +46,13 @@ T* pointer_or_null(const std::optional<Tensor>& x) {
   return x ? pointer<T>(*x) : nullptr;
 }
 
-// Samples a thread takes at least: about 100k multiply-adds.
-int64_t grain(const Tensor& bank) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, bank.size(1) * bank.size(2))) * 4; }
+// Samples that a thread gets at least: about 100k multiply-adds.
+int64_t grain(const Tensor& bank) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, bank.size(1) * bank.size(2))) * 4;
+}
 
 template <typename T>
-Direction<T> open(
+Direction<T> make_arguments(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, bool normalize) {
   Direction<T> args = {};
@@ -88,7 +90,7 @@ struct Runs {
 template <typename T>
 Tensor differentiate_with_bank(Direction<T>& args, const Tensor& bank) {
   const int64_t size = args.emotions * args.width;
-  // So long that the runs' gradients take an eighth of the features' gradient at most, beside one for each individual.
+  // So long that the runs' gradients need at most an eighth of the features' gradient, beside one for each individual.
   const Runs runs(args.individual, args.samples, bank.size(0), std::max<int64_t>(64, 8 * args.emotions));
   args.order = runs.order.data();
   const Tensor sums = at::empty({runs.count(), size}, computing(bank));
@@ -97,12 +99,12 @@ Tensor differentiate_with_bank(Direction<T>& args, const Tensor& bank) {
     Direction<T> own = args;
     for (int64_t run = begin; run < end; ++run) {
       own.grad_rows = grad_rows + run * size;
-      of(T()).backward(own, runs.begin[run], runs.begin[run + 1]);
+      kernels_for(T()).backward(own, runs.begin[run], runs.begin[run + 1]);
     }
   });
   Tensor grad = at::empty_like(bank);
   const DirectionBank<T> added = {size, runs.first.data(), grad_rows, pointer<T>(grad)};
-  at::parallel_for(0, bank.size(0), 4, [&](int64_t begin, int64_t end) { of(T()).bank(added, begin, end); });
+  at::parallel_for(0, bank.size(0), 4, [&](int64_t begin, int64_t end) { kernels_for(T()).bank(added, begin, end); });
   return grad;
 }
 
@@ -118,17 +120,16 @@ Gradients differentiate(
   if (needs[2])
     gradients[2] = differentiate_with_bank(args, bank);
   else
-    at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
-      of(T()).backward(args, begin, end);
-    });
+    at::parallel_for(
+        0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(T()).backward(args, begin, end); });
   return gradients;
 }
 
 template <typename T>
-Direction<T> open_loss(
+Direction<T> make_loss_arguments(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, const Tensor& target_emotion, double scale, double contrast, bool normalize) {
-  Direction<T> args = open<T>(source, edited, bank, individual, source_emotion, normalize);
+  Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
   args.target_emotion = pointer<int64_t>(target_emotion);
   args.scale = scale, args.contrast = contrast;
   return args;
@@ -142,11 +143,10 @@ Tensor direction_logits(
   Tensor logits = at::empty({source.size(0), bank.size(1)}, source.options());
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = open<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
     args.logits = pointer<T>(logits);
-    at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
-      of(zero).forward(args, begin, end);
-    });
+    at::parallel_for(
+        0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(zero).forward(args, begin, end); });
   });
   return logits;
 }
@@ -157,7 +157,7 @@ Gradients direction_logits_backward(
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = open<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
     args.grad_logits = pointer<T>(grad);
     gradients = differentiate(args, source, edited, bank, needs);
   });
@@ -173,13 +173,12 @@ std::tuple<Tensor, Tensor> direction_loss(
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
     using C = typename Direction<T>::C;
-    Direction<T> args = open_loss<T>(
+    Direction<T> args = make_loss_arguments<T>(
         source, edited, bank, individual, source_emotion, target_emotion, number(scale, scale_number), contrast,
         normalize);
     args.losses = pointer<C>(losses);
-    at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
-      of(zero).forward(args, begin, end);
-    });
+    at::parallel_for(
+        0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(zero).forward(args, begin, end); });
     int64_t valid = 0;
     double total = 0;
     for (int64_t k = 0; k < args.samples; ++k) {
@@ -204,16 +203,16 @@ Gradients direction_loss_backward(
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
     using C = typename Direction<T>::C;
-    Direction<T> args = open_loss<T>(
+    Direction<T> args = make_loss_arguments<T>(
         source, edited, bank, individual, source_emotion, target_emotion, number(scale, scale_number), contrast,
         normalize);
     args.grad_losses = pointer<C>(grad);
     args.grad_stride = reduction == "none" ? 1 : 0;
     args.grad_factor = C(1) / *pointer<C>(divisor);
-    Tensor of_scale;
+    Tensor scale_gradient;
     if (needs[3]) {
-      of_scale = at::empty({args.samples}, computing(source));
-      args.grad_scale = pointer<C>(of_scale);
+      scale_gradient = at::empty({args.samples}, computing(source));
+      args.grad_scale = pointer<C>(scale_gradient);
     }
     gradients = differentiate(args, source, edited, bank, needs);
     if (needs[3]) {

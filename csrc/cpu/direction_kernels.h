@@ -1,11 +1,10 @@
 // direction_loss and direction_logits.
 //
-// A sample is done at one go: its two features and the bank's rows it needs are read from memory once and stay in the
-// first-level cache for the sweeps below: over the features for their norms, for δ, over each row for its cosine; backward
-// once over everything for δ's gradient and the rows', once over each feature for its own. Nothing but the result is
-// written. The backward recomputes the forward.
-// Bytes: source, edited and E (without contrast: 2) rows of the bank a sample, and the gradients written.
-// Operations: about 5·E·D a sample. Bound by memory from D = 512 on.
+// A sample is processed in one go: its two features and the bank's rows it needs are read from memory once and stay in
+// the first-level cache for the sweeps below: over the features for their norms, for δ, over each row for its cosine;
+// backward once over everything for δ's gradient and the rows', once over each feature for its own. Nothing but the
+// result is written. The backward recomputes the forward. Bytes: source, edited and E (without contrast: 2) rows of the
+// bank a sample, and the gradients written. Operations: about 5·E·D a sample. Bound by memory from D = 512 on.
 
 // x·x_inverse − y·y_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an
 // edit that changes nothing must not have a direction made of rounding.
@@ -14,7 +13,8 @@ PCMECL_INLINE V difference_of_units(V x, C x_inverse, V y, C y_inverse) {
   return (x - y) * y_inverse + x * (x_inverse - y_inverse);
 }
 
-// N sums over [0, count) in one sweep: vector_step(k, sums) adds to Vector<C> sums[N], scalar_step(k, sums) to C sums[N].
+// N sums over [0, count) in one sweep: vector_step(k, sums) adds to Vector<C> sums[N], scalar_step(k, sums) to C
+// sums[N].
 template <typename C, size_t N, typename VectorStep, typename ScalarStep>
 PCMECL_INLINE std::array<C, N> sums_of(int64_t count, VectorStep&& vector_step, ScalarStep&& scalar_step) {
   constexpr int64_t kParts = 4;  // additions that do not wait for each other
@@ -29,14 +29,14 @@ PCMECL_INLINE std::array<C, N> sums_of(int64_t count, VectorStep&& vector_step, 
   return totals;
 }
 
-// One sample's passes, kept between forward and backward. Their loops go by local pointers: for all the compiler knows, the
-// store of a vector may change any member.
+// One sample's passes, kept between forward and backward. Their loops go by local pointers: for all the compiler knows,
+// the store of a vector may change any member.
 template <typename T>
 struct Sample {
   using C = typename Computing<T>::type;
-  // What a direction d = row − from adds to the gradients: along·d to δ's; along·δ − across·d to its row's, if not null,
-  // which it takes from the source emotion's.
-  struct Pull {
+  // What a direction d = row − from adds to the gradients: along·d to δ's; along·δ − across·d to its row's, if not
+  // null, which it takes from the source emotion's.
+  struct Term {
     const T* row;
     C along, across;
     C* grad_row;
@@ -45,19 +45,19 @@ struct Sample {
   const int64_t width, emotions;
   Aligned<C> delta, gradient;
   std::vector<C> cosine, inverse, weight;
-  std::vector<Pull> pulls;
+  std::vector<Term> terms;
   const T *source, *edited, *rows, *from;
   int64_t a, b;
-  C source_inverse, edited_inverse, delta_inverse;
+  C inv_norm_source, inv_norm_edited, inv_norm_delta;
 
   explicit Sample(const Direction<T>& args)
       : args(args), width(args.width), emotions(args.emotions), delta(width), gradient(width), cosine(emotions),
         inverse(emotions), weight(emotions) {
-    pulls.reserve(emotions);
+    terms.reserve(emotions);
   }
 
   bool valid() const { return a != b; }
-  bool wants(int64_t e) const { return e != a && (b < 0 || args.contrast != 0 || e == b); }
+  bool is_used(int64_t e) const { return e != a && (b < 0 || args.contrast != 0 || e == b); }
 
   void open(int64_t k) {
     source = args.source + k * width;
@@ -78,19 +78,19 @@ struct Sample {
   }
 
   // δ and the cosine with every direction that is wanted.
-  void look() {
-    source_inverse = edited_inverse = 1;
+  void measure_directions() {
+    inv_norm_source = inv_norm_edited = 1;
     if (args.normalize) measure_features();
     subtract();
     for (int64_t e = 0; e < emotions; ++e) {
       cosine[e] = inverse[e] = 0;
-      if (wants(e)) measure(e);
+      if (is_used(e)) measure(e);
     }
   }
 
   void measure_features() {
     const T *source = this->source, *edited = this->edited;
-    const auto [of, to] = sums_of<C, 2>(
+    const auto [source_square, edited_square] = sums_of<C, 2>(
         width,
         [&](int64_t k, Vector<C>* sums) {
           const Vector<C> x = load(source + k), y = load(edited + k);
@@ -102,27 +102,27 @@ struct Sample {
           sums[0] += x * x;
           sums[1] += y * y;
         });
-    source_inverse = inverse_length(of);
-    edited_inverse = inverse_length(to);
+    inv_norm_source = inverse_norm(source_square);
+    inv_norm_edited = inverse_norm(edited_square);
   }
 
   // δ and its length.
   void subtract() {
     const T *source = this->source, *edited = this->edited;
-    const C to = edited_inverse, of = source_inverse;
+    const C inv_norm_e = inv_norm_edited, inv_norm_s = inv_norm_source;
     C* const delta = this->delta;
     const auto [square] = sums_of<C, 1>(
         width,
         [&](int64_t k, Vector<C>* sums) {
-          const Vector<C> d = difference_of_units(load(edited + k), to, load(source + k), of);
+          const Vector<C> d = difference_of_units(load(edited + k), inv_norm_e, load(source + k), inv_norm_s);
           store(delta + k, d);
           sums[0] += d * d;
         },
         [&](int64_t k, C* sums) {
-          delta[k] = difference_of_units(widen(edited[k]), to, widen(source[k]), of);
+          delta[k] = difference_of_units(widen(edited[k]), inv_norm_e, widen(source[k]), inv_norm_s);
           sums[0] += delta[k] * delta[k];
         });
-    delta_inverse = inverse_length(square);
+    inv_norm_delta = inverse_norm(square);
   }
 
   // |d|² and ⟨δ, d⟩ of one emotion.
@@ -141,8 +141,8 @@ struct Sample {
           sums[0] += d * d;
           sums[1] += d * delta[k];
         });
-    inverse[e] = inverse_length(square);
-    cosine[e] = dot * inverse[e] * delta_inverse;
+    inverse[e] = inverse_norm(square);
+    cosine[e] = dot * inverse[e] * inv_norm_delta;
   }
 
   // The loss; `weight` becomes softmax over e ≠ a of scale·cosine, where there is a contrast.
@@ -164,92 +164,94 @@ struct Sample {
   // `weight` becomes the gradient of the cosines; returns the scale's.
   C differentiate_loss(C grad) {
     loss();
-    C of_scale = 0;
+    C scale_gradient = 0;
     for (int64_t e = 0; e < emotions; ++e) {
-      const C asked = e == b ? C(1) : C(0);
-      const C excess = args.contrast == 0 || e == a ? C(0) : args.contrast * (weight[e] - asked);
-      of_scale += excess * cosine[e];
-      weight[e] = valid() ? grad * (excess * args.scale - asked) : C(0);
+      const C is_target = e == b ? C(1) : C(0);
+      const C excess = args.contrast == 0 || e == a ? C(0) : args.contrast * (weight[e] - is_target);
+      scale_gradient += excess * cosine[e];
+      weight[e] = valid() ? grad * (excess * args.scale - is_target) : C(0);
     }
-    return valid() ? grad * of_scale : C(0);
+    return valid() ? grad * scale_gradient : C(0);
   }
 
   // From the gradients of the cosines, `weight`, those of everything that args asks for.
   void differentiate(int64_t k) {
-    C back = 0;
-    pulls.clear();
+    C shrink = 0;
+    terms.clear();
     for (int64_t e = 0; e < emotions; ++e) {
-      if (!wants(e)) continue;
-      const C pull = weight[e] * inverse[e];
-      back -= weight[e] * cosine[e] * delta_inverse * delta_inverse;
-      pulls.push_back({rows + e * width, pull * delta_inverse, pull * cosine[e] * inverse[e], nullptr});
-      if (args.grad_rows) pulls.back().grad_row = args.grad_rows + e * width;
+      if (!is_used(e)) continue;
+      const C term = weight[e] * inverse[e];
+      shrink -= weight[e] * cosine[e] * inv_norm_delta * inv_norm_delta;
+      terms.push_back({rows + e * width, term * inv_norm_delta, term * cosine[e] * inverse[e], nullptr});
+      if (args.grad_rows) terms.back().grad_row = args.grad_rows + e * width;
     }
-    const auto [of, to] = args.grad_rows ? differentiate_delta<true>(back) : differentiate_delta<false>(back);
-    if (args.grad_source) write_gradient(args.grad_source + k * width, source, source_inverse, C(-1), of);
-    if (args.grad_edited) write_gradient(args.grad_edited + k * width, edited, edited_inverse, C(1), to);
+    const auto [source_dot, edited_dot] =
+        args.grad_rows ? differentiate_delta<true>(shrink) : differentiate_delta<false>(shrink);
+    if (args.grad_source) write_gradient(args.grad_source + k * width, source, inv_norm_source, C(-1), source_dot);
+    if (args.grad_edited) write_gradient(args.grad_edited + k * width, edited, inv_norm_edited, C(1), edited_dot);
   }
 
   // Gradient of δ: Σ_e g[e]·(unit(d[e]) − c[e]·unit(δ)) / |δ|. Returns its products with source and edited; in the same
   // sweep the gradients of the rows are added up, where they are asked for.
   template <bool kRows>
-  std::array<C, 2> differentiate_delta(C back) {
+  std::array<C, 2> differentiate_delta(C shrink) {
     const T *source = this->source, *edited = this->edited, *from = this->from;
     const C* const delta = this->delta;
     C* const gradient = this->gradient;
-    const Pull *first = pulls.data(), *last = first + pulls.size();
-    C* const lost = kRows ? args.grad_rows + a * width : nullptr;
-    Vector<C> of = {}, to = {};
+    const Term *first = terms.data(), *last = first + terms.size();
+    C* const grad_origin = kRows ? args.grad_rows + a * width : nullptr;
+    Vector<C> source_dot = {}, edited_dot = {};
     std::array<C, 2> products = {};
     each<C>(
         width,
         [&](int64_t k) {
           const Vector<C> x = load(delta + k), y = load(from + k);
-          Vector<C> g = x * back, moved = {};
-          for (const Pull* pull = first; pull < last; ++pull) {
-            const Vector<C> d = load(pull->row + k) - y;
-            g += pull->along * d;
+          Vector<C> g = x * shrink, origin_sum = {};
+          for (const Term* term = first; term < last; ++term) {
+            const Vector<C> d = load(term->row + k) - y;
+            g += term->along * d;
             if (kRows) {
-              const Vector<C> of_d = pull->along * x - pull->across * d;
-              store(pull->grad_row + k, load(pull->grad_row + k) + of_d);
-              moved += of_d;
+              const Vector<C> grad_d = term->along * x - term->across * d;
+              store(term->grad_row + k, load(term->grad_row + k) + grad_d);
+              origin_sum += grad_d;
             }
           }
-          if (kRows) store(lost + k, load(lost + k) - moved);
+          if (kRows) store(grad_origin + k, load(grad_origin + k) - origin_sum);
           store(gradient + k, g);
-          of += g * load(source + k);
-          to += g * load(edited + k);
+          source_dot += g * load(source + k);
+          edited_dot += g * load(edited + k);
         },
         [&](int64_t k) {
           const C x = delta[k], y = widen(from[k]);
-          C g = x * back, moved = 0;
-          for (const Pull* pull = first; pull < last; ++pull) {
-            const C d = widen(pull->row[k]) - y;
-            g += pull->along * d;
+          C g = x * shrink, origin_sum = 0;
+          for (const Term* term = first; term < last; ++term) {
+            const C d = widen(term->row[k]) - y;
+            g += term->along * d;
             if (kRows) {
-              const C of_d = pull->along * x - pull->across * d;
-              pull->grad_row[k] += of_d;
-              moved += of_d;
+              const C grad_d = term->along * x - term->across * d;
+              term->grad_row[k] += grad_d;
+              origin_sum += grad_d;
             }
           }
-          if (kRows) lost[k] -= moved;
+          if (kRows) grad_origin[k] -= origin_sum;
           gradient[k] = g;
           products[0] += g * widen(source[k]);
           products[1] += g * widen(edited[k]);
         });
-    products[0] += sum<C>(of);
-    products[1] += sum<C>(to);
+    products[0] += sum<C>(source_dot);
+    products[1] += sum<C>(edited_dot);
     return products;
   }
 
-  // Gradient of a feature x with unit(x) in δ with this sign: through the norm, or as it is. `product` is ⟨x, gradient⟩.
+  // Gradient of a feature x with unit(x) in δ with this sign: through the norm, or as it is. `product` is ⟨x,
+  // gradient⟩.
   void write_gradient(T* to, const T* x, C inverse, C sign, C product) {
     const C* const gradient = this->gradient;
-    const C by = sign * inverse;
-    const C back = args.normalize ? product * inverse * inverse * by : C(0);
+    const C factor = sign * inverse;
+    const C projection = args.normalize ? product * inverse * inverse * factor : C(0);
     each<C>(
-        width, [&](int64_t k) { store(to + k, load(gradient + k) * by - load(x + k) * back); },
-        [&](int64_t k) { narrow(gradient[k] * by - widen(x[k]) * back, to + k); });
+        width, [&](int64_t k) { store(to + k, load(gradient + k) * factor - load(x + k) * projection); },
+        [&](int64_t k) { narrow(gradient[k] * factor - widen(x[k]) * projection, to + k); });
   }
 };
 
@@ -259,10 +261,10 @@ void direction_forward(const Direction<T>& args, int64_t begin, int64_t end) {
   for (int64_t k = begin; k < end; ++k) {
     sample.open(k);
     if (args.logits) {
-      sample.look();
+      sample.measure_directions();
       for (int64_t e = 0; e < args.emotions; ++e) narrow(sample.cosine[e], args.logits + k * args.emotions + e);
     } else if (sample.valid()) {
-      sample.look();
+      sample.measure_directions();
       args.losses[k] = sample.loss();
     } else {
       args.losses[k] = 0;
@@ -279,20 +281,20 @@ void direction_backward(const Direction<T>& args, int64_t begin, int64_t end) {
     const int64_t k = args.order ? args.order[at] : at;
     sample.open(k);
     if (args.order && at + 1 < end) sample.prefetch(args.order[at + 1]);
-    C of_scale = 0;
+    C scale_gradient = 0;
     if (sample.valid()) {
-      sample.look();
+      sample.measure_directions();
       if (args.grad_logits)
         for (int64_t e = 0; e < args.emotions; ++e)
           sample.weight[e] = e == sample.a ? C(0) : widen(args.grad_logits[k * args.emotions + e]);
       else
-        of_scale = sample.differentiate_loss(args.grad_losses[k * args.grad_stride] * args.grad_factor);
+        scale_gradient = sample.differentiate_loss(args.grad_losses[k * args.grad_stride] * args.grad_factor);
       if (args.grad_source || args.grad_edited || args.grad_rows) sample.differentiate(k);
     } else {
       if (args.grad_source) std::memset(args.grad_source + k * args.width, 0, args.width * sizeof(T));
       if (args.grad_edited) std::memset(args.grad_edited + k * args.width, 0, args.width * sizeof(T));
     }
-    if (args.grad_scale) args.grad_scale[k] = of_scale;
+    if (args.grad_scale) args.grad_scale[k] = scale_gradient;
   }
 }
 

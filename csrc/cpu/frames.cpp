@@ -11,9 +11,9 @@
 namespace pcmecl::cpu {
 namespace {
 
-const FramesKernels<float>& of(float) { return kernels().frames_float; }
-const FramesKernels<double>& of(double) { return kernels().frames_double; }
-const FramesKernels<BFloat16>& of(BFloat16) { return kernels().frames_bfloat16; }
+const FramesKernels<float>& kernels_for(float) { return kernels().frames_float; }
+const FramesKernels<double>& kernels_for(double) { return kernels().frames_double; }
+const FramesKernels<BFloat16>& kernels_for(BFloat16) { return kernels().frames_bfloat16; }
 
 // One side's weights, rows of new pixels over columns of old ones, as the band that is not 0.
 struct Weights {
@@ -83,11 +83,12 @@ void resize(
   args.planes = in.size(0) * in.size(1), args.channels = in.size(1);
   args.in = static_cast<const T*>(in.data_ptr()), args.out = static_cast<T*>(out.data_ptr());
   args.rows = row_table.band(), args.columns = column_table.band();
-  for (int64_t channel = 0; channel < 3; ++channel) args.gain[channel] = gain[channel], args.bias[channel] = bias[channel];
+  for (int64_t channel = 0; channel < 3; ++channel)
+    args.gain[channel] = gain[channel], args.bias[channel] = bias[channel];
   const int64_t pixels = args.columns.before * args.rows.taps + args.columns.after * args.columns.taps;
   at::parallel_for(
       0, args.planes * args.rows.after, std::max<int64_t>(1, 65536 / pixels),
-      [&](int64_t begin, int64_t end) { of(T()).resize(args, begin, end); });
+      [&](int64_t begin, int64_t end) { kernels_for(T()).resize(args, begin, end); });
 }
 
 void resize_any(
@@ -111,8 +112,7 @@ Tensor clip_frames(
   Tensor out = at::empty({frames.size(0), 3, size, size}, frames.options());
   std::vector<double> bias;
   for (int64_t channel = 0; channel < 3; ++channel) bias.push_back((0.5 - mean[channel]) / std[channel]);
-  resize_any(
-      frames, out, cubic_weights(frames.size(2), size), cubic_weights(frames.size(3), size), gains(std), bias);
+  resize_any(frames, out, cubic_weights(frames.size(2), size), cubic_weights(frames.size(3), size), gains(std), bias);
   return out;
 }
 

@@ -1,14 +1,15 @@
 // correlation_loss: all but the products S = V·Tᵀ and those with dS, which the driver has cuBLAS do in chunks.
 //
-// With directions numbered as unordered pairs (a < b), a logit is l = u[i,ab]·w[j,cd]·(S[b,d] − S[b,c] − S[a,d] + S[a,c]),
-// and the opposite directions have l or −l: every row and column sums e^l + e^-l over a quarter of the logits. A row holds l
-// and −l, so its largest logit is at least 0 and no maximum is needed: sums are of 2^(l − K), l in base 2, with
-// K = max(0, ⌈scale·log2 e⌉ − 100). 2^27 terms do not overflow, and up to a scale of 150 none that counts is lost.
+// With directions numbered as unordered pairs (a < b), a logit is l = u[i,ab]·w[j,cd]·(S[b,d] − S[b,c] − S[a,d] +
+// S[a,c]), and the opposite directions have l or −l: every row and column sums e^l + e^-l over a quarter of the logits.
+// A row holds l and −l, so its largest logit is at least 0 and no maximum is needed: sums are of 2^(l − K), l in base
+// 2, with K = max(0, ⌈scale·log2 e⌉ − 100). 2^27 terms do not overflow, and up to a scale of 150 none that counts is
+// lost.
 //
 // sums_kernel, gradients_kernel: a warp owns individual i, its lanes 32 individuals j: lane j expands the E×E block of
-// (i, j). Text columns are ordered (emotion, j), so a warp's load is 32 neighbours. A lane's column sums stay in registers
-// for E = 7 and 8 (else in shared memory, E up to 32); row sums are added over the warp once a pair. Parts are written per
-// block and added by the driver in a fixed order: nothing is atomic and every run gives the same bits.
+// (i, j). Text columns are ordered (emotion, j), so a warp's load is 32 neighbours. A lane's column sums stay in
+// registers for E = 7 and 8 (else in shared memory, E up to 32); row sums are added over the warp once a pair. Parts
+// are written per block and added by the driver in a fixed order: nothing is atomic and every run gives the same bits.
 // Operations a logit of the quarter: about 10 and two exponentials forward, 16 and two backward. Bound by arithmetic.
 #include "kernels.h"
 #include "scale.h"
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-// Of the expanding kernels: E = 0 takes any number of emotions and keeps a lane's numbers in shared memory.
+// Of the expanding kernels: E = 0 serves any number of emotions and keeps a lane's numbers in shared memory.
 template <int E>
 constexpr int kRows = E ? kWarps : 1;
 template <int E>
@@ -28,7 +29,7 @@ constexpr int kLanes = kRows<E> * kWarpSize;
 bool known(int emotions) { return emotions == 7 || emotions == 8; }
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-constexpr float kMostScale = 150;
+constexpr float kMaxScale = 150;
 
 template <int E>
 constexpr int kPairs = E * (E - 1) / 2;
@@ -37,7 +38,7 @@ __device__ __forceinline__ float offset(float scale) { return fmaxf(0.0f, ceilf(
 
 // First an individual's features less their mean over its emotions, then its pairs, a warp each.
 template <typename T>
-__device__ void take_mean_off(const Changes<T>& args, const T* x, int64_t i, float* to, int64_t row, int64_t stride) {
+__device__ void centre_features(const Changes<T>& args, const T* x, int64_t i, float* to, int64_t row, int64_t stride) {
   const bool* present = args.mask ? args.mask + i * args.emotions : nullptr;
   for (int64_t k = threadIdx.x; k < args.width; k += blockDim.x) {
     const T* from = x + i * args.emotions * args.width + k;
@@ -56,9 +57,9 @@ __device__ void take_mean_off(const Changes<T>& args, const T* x, int64_t i, flo
 template <int V, typename T>
 __device__ void measure_pair(const Changes<T>& args, int64_t i, int a, int b, int pair) {
   const int64_t N = args.individuals, D = args.width;
-  const float* visual = args.of_visual + i * args.emotions * D;
-  const float *before = args.of_text + (a * N + i) * D, *after = args.of_text + (b * N + i) * D;
-  float of_visual = 0, of_text = 0, of_both = 0;
+  const float* visual = args.centred_visual + i * args.emotions * D;
+  const float *before = args.centred_text + (a * N + i) * D, *after = args.centred_text + (b * N + i) * D;
+  float visual_square = 0, text_square = 0, product = 0;
   for (int64_t k = lane_of_thread() * V; k < D; k += kWarpSize * V) {
     float x[V], y[V], from_x[V], from_y[V];
     load(visual + b * D + k, x);
@@ -68,27 +69,27 @@ __device__ void measure_pair(const Changes<T>& args, int64_t i, int a, int b, in
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const float dx = x[v] - from_x[v], dy = y[v] - from_y[v];
-      of_visual += dx * dx;
-      of_text += dy * dy;
-      of_both += dx * dy;
+      visual_square += dx * dx;
+      text_square += dy * dy;
+      product += dx * dy;
     }
   }
-  const float u = inverse_length(sum_over(of_visual)), w = inverse_length(sum_over(of_text));
-  const float cosine = sum_over(of_both) * u * w;
+  const float u = inverse_norm(sum_over(visual_square)), w = inverse_norm(sum_over(text_square));
+  const float cosine = sum_over(product) * u * w;
   if (lane_of_thread() != 0) return;
   const bool* present = args.mask ? args.mask + i * args.emotions : nullptr;
   const bool valid = !present || (present[a] && present[b]);
   const int64_t Q = pair_count(args.emotions);
-  args.row_inverse[i * Q + pair] = valid ? u : -1.0f;
-  args.column_inverse[pair * N + i] = valid ? w : -1.0f;
+  args.inv_norm_visual[i * Q + pair] = valid ? u : -1.0f;
+  args.inv_norm_text[pair * N + i] = valid ? w : -1.0f;
   args.cosine[i * Q + pair] = valid ? cosine : 0.0f;
 }
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) changes_kernel(const Changes<T> args) {
   const int64_t i = blockIdx.x, N = args.individuals, D = args.width;
-  take_mean_off(args, args.visual, i, args.of_visual, i * args.emotions * D, D);
-  take_mean_off(args, args.text, i, args.of_text, i * D, N * D);
+  centre_features(args, args.visual, i, args.centred_visual, i * args.emotions * D, D);
+  centre_features(args, args.text, i, args.centred_text, i * D, N * D);
   __syncthreads();
   for (int a = 0, pair = 0; a < args.emotions; ++a)
     for (int b = a + 1; b < args.emotions; ++b, ++pair)
@@ -121,7 +122,7 @@ int64_t shared_bytes(int emotions, bool backward) {
   return (pair_count(emotions) + per_emotion * emotions) * kLanes<E> * sizeof(float);
 }
 
-// step(c, d, pair) for c < d; E = 0 takes any number of emotions.
+// step(c, d, pair) for c < d; E = 0 serves any number of emotions.
 template <int E, typename Step>
 __device__ __forceinline__ void for_pairs(int emotions, Step&& step) {
   if constexpr (E != 0) {
@@ -186,23 +187,25 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correl
   Slots<E> difference(shared, emotions);
   float inverse[E ? kPairs<E> : 1];  // the (Q, N) table's column j
   for_pairs<E>(emotions, [&](int, int, int cd) {
-    if constexpr (E != 0) inverse[cd] = at.inside ? args.column_inverse[cd * args.individuals + at.j] : -1.0f;
+    if constexpr (E != 0) inverse[cd] = at.inside ? args.inv_norm_text[cd * args.individuals + at.j] : -1.0f;
     columns[cd] = 0;
   });
 
   for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a)
     for (int b = a + 1; b < emotions; ++b, ++ab) {
-      const float of_row = args.row_inverse[at.i * pairs + ab];
+      const float row_norm = args.inv_norm_visual[at.i * pairs + ab];
       float sum = 0;
-      if (!(of_row < 0) && at.inside) {
+      if (!(row_norm < 0) && at.inside) {
         for_emotions<E>(emotions, [&](int e) {
           const float* column = block + e * args.individuals;
-          difference[e] = (column[b * at.stride] - column[a * at.stride]) * (of_row * scale * kLog2e);
+          difference[e] = (column[b * at.stride] - column[a * at.stride]) * (row_norm * scale * kLog2e);
         });
         for_pairs<E>(emotions, [&](int c, int d, int cd) {
           float w;
-          if constexpr (E != 0) w = inverse[cd];
-          else w = args.column_inverse[cd * args.individuals + at.j];
+          if constexpr (E != 0)
+            w = inverse[cd];
+          else
+            w = args.inv_norm_text[cd * args.individuals + at.j];
           const float logit = (difference[d] - difference[c]) * w;
           float up = exp2_fast(logit - K);
           const float down = exp2_fast(-logit - K);
@@ -229,62 +232,62 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const C
   float* grad = args.grad_product + at.row * emotions * at.stride + at.j;
   char* shared = shared_memory();
   float* for_columns = reinterpret_cast<float*>(shared);
-  Slots<kPairs<E>> moments(shared, pairs);
-  Slots<E> difference(shared, emotions), of_difference(shared, emotions), of_before(shared, emotions);
-  float inverse[E ? kPairs<E> : 1], rate[E ? kPairs<E> : 1];
+  Slots<kPairs<E>> grad_dots(shared, pairs);
+  Slots<E> difference(shared, emotions), grad_difference(shared, emotions), grad_before(shared, emotions);
+  float inverse[E ? kPairs<E> : 1], inv_sum[E ? kPairs<E> : 1];
   for_pairs<E>(emotions, [&](int, int, int cd) {
     if constexpr (E != 0) {
-      inverse[cd] = at.inside ? args.column_inverse[cd * args.individuals + at.j] : -1.0f;
-      rate[cd] = at.inside ? 1 / args.column_sum[at.j * pairs + cd] : 0.0f;
+      inverse[cd] = at.inside ? args.inv_norm_text[cd * args.individuals + at.j] : -1.0f;
+      inv_sum[cd] = at.inside ? 1 / args.column_sum[at.j * pairs + cd] : 0.0f;
     }
-    moments[cd] = 0;
+    grad_dots[cd] = 0;
   });
   if (at.inside)
     for (int a = 0; a < emotions; ++a)
       for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.individuals] = 0; });
 
   for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a) {
-    for_emotions<E>(emotions, [&](int e) { of_before[e] = 0; });
+    for_emotions<E>(emotions, [&](int e) { grad_before[e] = 0; });
     for (int b = a + 1; b < emotions; ++b, ++ab) {
-      const float of_row = args.row_inverse[at.i * pairs + ab], row_rate = 1 / args.row_sum[at.i * pairs + ab];
-      float moment = 0;
-      if (!(of_row < 0) && at.inside) {
+      const float row_norm = args.inv_norm_visual[at.i * pairs + ab], inv_row_sum = 1 / args.row_sum[at.i * pairs + ab];
+      float grad_dot = 0;
+      if (!(row_norm < 0) && at.inside) {
         for_emotions<E>(emotions, [&](int e) {
           const float* column = block + e * args.individuals;
-          difference[e] = (column[b * at.stride] - column[a * at.stride]) * (of_row * scale * kLog2e);
-          of_difference[e] = 0;
+          difference[e] = (column[b * at.stride] - column[a * at.stride]) * (row_norm * scale * kLog2e);
+          grad_difference[e] = 0;
         });
         for_pairs<E>(emotions, [&](int c, int d, int cd) {
-          float w, column_rate;
+          float w, inv_column_sum;
           if constexpr (E != 0) {
-            w = inverse[cd], column_rate = rate[cd];
+            w = inverse[cd], inv_column_sum = inv_sum[cd];
           } else {
-            w = args.column_inverse[cd * args.individuals + at.j];
-            column_rate = 1 / args.column_sum[at.j * pairs + cd];
+            w = args.inv_norm_text[cd * args.individuals + at.j];
+            inv_column_sum = 1 / args.column_sum[at.j * pairs + cd];
           }
           const float logit = (difference[d] - difference[c]) * w;
           float up = exp2_fast(logit - K);
           const float down = exp2_fast(-logit - K);
           if (distinct && cd == ab && !at.own) up = 0;
-          const float g = w < 0 ? 0.0f : (up - down) * (row_rate + column_rate);
-          moment += g * logit;
-          moments[cd] += g * logit;
-          of_difference[d] += g * w;
-          of_difference[c] -= g * w;
+          const float g = w < 0 ? 0.0f : (up - down) * (inv_row_sum + inv_column_sum);
+          grad_dot += g * logit;
+          grad_dots[cd] += g * logit;
+          grad_difference[d] += g * w;
+          grad_difference[c] -= g * w;
         });
         for_emotions<E>(emotions, [&](int e) {
-          const float of = of_difference[e] * of_row;
+          const float of = grad_difference[e] * row_norm;
           grad[b * at.stride + e * args.individuals] += of;
-          of_before[e] -= of;
+          grad_before[e] -= of;
         });
       }
-      moment = sum_over(moment);
-      if (lane_of_thread() == 0) args.row_parts[(int64_t(blockIdx.y) * args.rows + at.row) * pairs + ab] = moment;
+      grad_dot = sum_over(grad_dot);
+      if (lane_of_thread() == 0) args.row_parts[(int64_t(blockIdx.y) * args.rows + at.row) * pairs + ab] = grad_dot;
     }
     if (at.inside)
-      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.individuals] += of_before[e]; });
+      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.individuals] += grad_before[e]; });
   }
-  write_columns<E>(args, at.j, moments, for_columns, pairs);
+  write_columns<E>(args, at.j, grad_dots, for_columns, pairs);
 }
 
 // negatives="within": a block owns an individual and its E×E block of S.
@@ -301,13 +304,14 @@ struct Own {
     block = args.product + i * emotions * emotions;
   }
 
-  __device__ float row_inverse(int ab) const { return args.row_inverse[i * pairs + ab]; }
-  __device__ float column_inverse(int cd) const { return args.column_inverse[cd * args.individuals + i]; }
+  __device__ float inv_norm_visual(int ab) const { return args.inv_norm_visual[i * pairs + ab]; }
+  __device__ float inv_norm_text(int cd) const { return args.inv_norm_text[cd * args.individuals + i]; }
 
   __device__ float logit(int a, int b, int ab, int c, int d, int cd) const {
     const float* before = block + a * emotions;
     const float* after = block + b * emotions;
-    return ((after[d] - after[c]) - (before[d] - before[c])) * row_inverse(ab) * column_inverse(cd) * (scale * kLog2e);
+    return ((after[d] - after[c]) - (before[d] - before[c])) * inv_norm_visual(ab) * inv_norm_text(cd) *
+           (scale * kLog2e);
   }
 
   // step(x, y, xy) for every valid pair of the other side.
@@ -332,39 +336,41 @@ struct Own {
   template <typename F>
   __device__ float sum_line(int x, int y, int pair, bool row, F&& f) const {
     float sum = 0;
-    if (row && !(row_inverse(pair) < 0))
-      for_valid([&](int cd) { return column_inverse(cd); },
-                [&](int c, int d, int cd) { sum += f(logit(x, y, pair, c, d, cd), pair, cd); });
-    if (!row && !(column_inverse(pair) < 0))
-      for_valid([&](int ab) { return row_inverse(ab); },
-                [&](int a, int b, int ab) { sum += f(logit(a, b, ab, x, y, pair), ab, pair); });
+    if (row && !(inv_norm_visual(pair) < 0))
+      for_valid(
+          [&](int cd) { return inv_norm_text(cd); },
+          [&](int c, int d, int cd) { sum += f(logit(x, y, pair, c, d, cd), pair, cd); });
+    if (!row && !(inv_norm_text(pair) < 0))
+      for_valid(
+          [&](int ab) { return inv_norm_visual(ab); },
+          [&](int a, int b, int ab) { sum += f(logit(a, b, ab, x, y, pair), ab, pair); });
     return sum;
   }
 };
 
-__global__ void __launch_bounds__(kThreads) sums_within_kernel(const Correlation args, float* row_sum, float* column_sum) {
+__global__ void __launch_bounds__(kThreads)
+    sums_within_kernel(const Correlation args, float* row_sum, float* column_sum) {
   const Own own(args);
   own.for_lines([&](int x, int y, int pair, bool row) {
-    (row ? row_sum : column_sum)[own.i * own.pairs + pair] = own.sum_line(x, y, pair, row, [&](float logit, int, int) {
-      return exp2_fast(logit - own.K) + exp2_fast(-logit - own.K);
-    });
+    (row ? row_sum : column_sum)[own.i * own.pairs + pair] = own.sum_line(
+        x, y, pair, row, [&](float logit, int, int) { return exp2_fast(logit - own.K) + exp2_fast(-logit - own.K); });
   });
 }
 
-__global__ void __launch_bounds__(kThreads) gradients_within_kernel(
-    const Correlation args, float* row_moment, float* column_moment) {
+__global__ void __launch_bounds__(kThreads)
+    gradients_within_kernel(const Correlation args, float* row_grad_dot, float* column_grad_dot) {
   const Own own(args);
   const auto gradient = [&](float logit, int ab, int cd) {
-    const float rate = 1 / args.row_sum[own.i * own.pairs + ab] + 1 / args.column_sum[own.i * own.pairs + cd];
-    return (exp2_fast(logit - own.K) - exp2_fast(-logit - own.K)) * rate;
+    const float inv_sum = 1 / args.row_sum[own.i * own.pairs + ab] + 1 / args.column_sum[own.i * own.pairs + cd];
+    return (exp2_fast(logit - own.K) - exp2_fast(-logit - own.K)) * inv_sum;
   };
   own.for_lines([&](int x, int y, int pair, bool row) {
-    const float moment = own.sum_line(
-        x, y, pair, row, [&](float logit, int ab, int cd) { return gradient(logit, ab, cd) * logit; });
+    const float grad_dot =
+        own.sum_line(x, y, pair, row, [&](float logit, int ab, int cd) { return gradient(logit, ab, cd) * logit; });
     if (row)
-      row_moment[own.i * own.pairs + pair] = moment;
+      row_grad_dot[own.i * own.pairs + pair] = grad_dot;
     else
-      column_moment[pair * args.individuals + own.i] = moment;
+      column_grad_dot[pair * args.individuals + own.i] = grad_dot;
   });
   // A thread owns dS[x, y]: it adds every pair with x against every pair with y, turned so that x and y are their ends.
   for (int at = threadIdx.x; at < own.emotions * own.emotions; at += kThreads) {
@@ -373,12 +379,12 @@ __global__ void __launch_bounds__(kThreads) gradients_within_kernel(
     for (int a = 0; a < own.emotions; ++a) {
       if (a == x) continue;
       const int ab = int(pair_index(a < x ? a : x, a < x ? x : a, own.emotions));
-      if (own.row_inverse(ab) < 0) continue;
+      if (own.inv_norm_visual(ab) < 0) continue;
       for (int c = 0; c < own.emotions; ++c) {
         if (c == y) continue;
         const int cd = int(pair_index(c < y ? c : y, c < y ? y : c, own.emotions));
-        if (own.column_inverse(cd) < 0) continue;
-        total += gradient(own.logit(a, x, ab, c, y, cd), ab, cd) * own.row_inverse(ab) * own.column_inverse(cd);
+        if (own.inv_norm_text(cd) < 0) continue;
+        total += gradient(own.logit(a, x, ab, c, y, cd), ab, cd) * own.inv_norm_visual(ab) * own.inv_norm_text(cd);
       }
     }
     args.grad_product[own.i * own.emotions * own.emotions + at] = total;
@@ -386,32 +392,33 @@ __global__ void __launch_bounds__(kThreads) gradients_within_kernel(
 }
 
 // Valid pairs, at least 1, in the first thread of a block that takes all of them.
-__device__ float count_valid(const float* row_inverse, int64_t pairs, float* warps) {
+__device__ float count_valid(const float* inv_norm_visual, int64_t pairs, float* warps) {
   float valid = 0;
-  for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) valid += row_inverse[at] < 0 ? 0.0f : 1.0f;
+  for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) valid += inv_norm_visual[at] < 0 ? 0.0f : 1.0f;
   return fmaxf(sum_over_block(valid, warps), 1.0f);
 }
 
-__global__ void count_kernel(const float* row_inverse, int64_t pairs, float* valid) {
-  const float count = count_valid(row_inverse, pairs, reinterpret_cast<float*>(shared_memory()));
+__global__ void count_kernel(const float* inv_norm_visual, int64_t pairs, float* valid) {
+  const float count = count_valid(inv_norm_visual, pairs, reinterpret_cast<float*>(shared_memory()));
   if (threadIdx.x == 0) *valid = count;
 }
 
-// One block adds everything up in a fixed order. Beyond the scale that float sums hold, the loss is NaN rather than wrong.
+// One block adds everything up in a fixed order. Beyond the scale that float sums hold, the loss is NaN rather than
+// wrong.
 __global__ void result_kernel(const CorrelationResult args) {
   float* warps = reinterpret_cast<float*>(shared_memory());
   const float scale = value_of(args.scale), K = offset(scale);
   const int64_t pairs = args.individuals * pair_count(args.emotions);
   float total = 0;
   for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) {
-    if (args.row_inverse[at] < 0)
+    if (args.inv_norm_visual[at] < 0)
       args.row_sum[at] = args.column_sum[at] = 1;
     else
       total += 0.5f * (logf(args.row_sum[at]) + logf(args.column_sum[at])) + (K * kLn2 - scale * args.cosine[at]);
   }
   total = sum_over_block(total, warps);
-  const float valid = count_valid(args.row_inverse, pairs, warps);
-  if (threadIdx.x == 0) *args.loss = scale <= kMostScale ? total / valid : nanf("");
+  const float valid = count_valid(args.inv_norm_visual, pairs, warps);
+  if (threadIdx.x == 0) *args.loss = scale <= kMaxScale ? total / valid : nanf("");
 }
 
 // A block owns an individual. Lengths and positives are E×E matrices times its features: with M a pair's number,
@@ -420,31 +427,31 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const CorrelationFinish<T> args) {
   const int64_t i = blockIdx.x, N = args.individuals, D = args.width;
   const int E = args.emotions, Q = int(pair_count(E));
-  const float scale = value_of(args.scale), factor = *args.grad / (2 * *args.pairs);
+  const float scale = value_of(args.scale), grad_per_logit = *args.grad / (2 * *args.pairs);
   float* visual_lengths = reinterpret_cast<float*>(shared_memory());  // (E, E), symmetric; no diagonal
   float* text_lengths = visual_lengths + E * E;
   float* positives = text_lengths + E * E;
   for (int a = 0, pair = 0; a < E; ++a)
     for (int b = a + 1; b < E; ++b, ++pair) {
       if (pair % kThreads != int(threadIdx.x)) continue;
-      const float u = args.row_inverse[i * Q + pair], w = args.column_inverse[pair * N + i];
+      const float u = args.inv_norm_visual[i * Q + pair], w = args.inv_norm_text[pair * N + i];
       const bool valid = !(u < 0);
-      const float positive = 2 * factor * scale * args.cosine[i * Q + pair];
+      const float positive = 2 * grad_per_logit * scale * args.cosine[i * Q + pair];
       // Moments are of logits in base 2.
-      const float row = valid ? factor * kLn2 * args.row_moment[i * Q + pair] - positive : 0.0f;
-      const float column = valid ? factor * kLn2 * args.column_moment[pair * N + i] - positive : 0.0f;
-      args.row_moment[i * Q + pair] = row;
+      const float row = valid ? grad_per_logit * kLn2 * args.row_grad_dot[i * Q + pair] - positive : 0.0f;
+      const float column = valid ? grad_per_logit * kLn2 * args.column_grad_dot[pair * N + i] - positive : 0.0f;
+      args.row_grad_dot[i * Q + pair] = row;
       visual_lengths[a * E + b] = visual_lengths[b * E + a] = valid ? -row * u * u : 0.0f;
       text_lengths[a * E + b] = text_lengths[b * E + a] = valid ? -column * w * w : 0.0f;
-      positives[a * E + b] = positives[b * E + a] = valid ? -2 * factor * scale * u * w : 0.0f;
+      positives[a * E + b] = positives[b * E + a] = valid ? -2 * grad_per_logit * scale * u * w : 0.0f;
     }
   __syncthreads();
 
-  const float through = factor * scale;
+  const float through = grad_per_logit * scale;
   for (int64_t k = threadIdx.x; k < D; k += blockDim.x)
     for (int b = 0; b < E; ++b) {
-      const float* visual = args.of_visual + i * E * D + k;
-      const float* text = args.of_text + i * D + k;
+      const float* visual = args.centred_visual + i * E * D + k;
+      const float* text = args.centred_text + i * D + k;
       float to_visual = 0, to_text = 0;
       for (int a = 0; a < E; ++a) {
         if (a == b) continue;
@@ -509,8 +516,8 @@ void correlation_sums_within(const Correlation& args, float* row_sum, float* col
   launch(sums_within_kernel, {unsigned(args.individuals)}, kThreads, 0, args, row_sum, column_sum);
 }
 
-void correlation_gradients_within(const Correlation& args, float* row_moment, float* column_moment) {
-  launch(gradients_within_kernel, {unsigned(args.individuals)}, kThreads, 0, args, row_moment, column_moment);
+void correlation_gradients_within(const Correlation& args, float* row_grad_dot, float* column_grad_dot) {
+  launch(gradients_within_kernel, {unsigned(args.individuals)}, kThreads, 0, args, row_grad_dot, column_grad_dot);
 }
 
 void correlation_result(const CorrelationResult& args) {
@@ -518,9 +525,9 @@ void correlation_result(const CorrelationResult& args) {
   launch(result_kernel, {1}, warps * kWarpSize, warps * sizeof(float), args);
 }
 
-void correlation_count(const float* row_inverse, int64_t pairs, float* valid) {
+void correlation_count(const float* inv_norm_visual, int64_t pairs, float* valid) {
   constexpr int warps = 8;
-  launch(count_kernel, {1}, warps * kWarpSize, warps * sizeof(float), row_inverse, pairs, valid);
+  launch(count_kernel, {1}, warps * kWarpSize, warps * sizeof(float), inv_norm_visual, pairs, valid);
 }
 
 template <typename T>
@@ -529,7 +536,7 @@ void correlation_finish(const CorrelationFinish<T>& args) {
   launch(finish_kernel<T>, {unsigned(args.individuals)}, kThreads, shared, args);
 }
 
-#define PCMECL_FOR(T)                                    \
+#define PCMECL_FOR(T)                                      \
   template void correlation_changes<T>(const Changes<T>&); \
   template void correlation_finish<T>(const CorrelationFinish<T>&);
 PCMECL_FOR(float)

@@ -1,8 +1,8 @@
 // correlation_loss on tensors: the products with S in chunks of individuals, and what is kept between them.
 //
-// A chunk of S, in the backward its gradient too, is all that exists of anything larger than the features: memory grows with
-// the individuals, time with their square. Products are in float32 for every input type and never in TF32, whose ten bits a
-// logit scale of 100 would turn into wrong logits.
+// A chunk of S, in the backward its gradient too, is all that exists of anything larger than the features: memory grows
+// with the individuals, time with their square. Products are in float32 for every input type and never in TF32, whose
+// ten bits a logit scale of 100 would turn into wrong logits.
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 
@@ -21,22 +21,22 @@ constexpr int64_t kChunk = 3 << 20;  // numbers of S at once: 12 MB
 
 class Run {
  public:
-  Run(const Tensor& visual, const Tensor& text, const KeptScale& scale, const std::optional<Tensor>& mask,
+  Run(const Tensor& visual, const Tensor& text, const ScaleArgument& scale, const std::optional<Tensor>& mask,
       const std::string& negatives)
       : within_(negatives == "within"), N(visual.size(0)), E(visual.size(1)), D(visual.size(2)), Q(E * (E - 1) / 2),
         options_(in_float(visual)), centred_(at::empty({N, E, D}, options_)), text_(at::empty({E, N, D}, options_)),
-        row_inverse_(at::empty({N, Q}, options_)), column_inverse_(at::empty({Q, N}, options_)),
+        inv_norm_visual_(at::empty({N, Q}, options_)), inv_norm_text_(at::empty({Q, N}, options_)),
         cosine_(at::empty({N, Q}, options_)) {
     for_dtype(visual, [&](auto zero) {
       using T = decltype(zero);
       Changes<T> args = {N, D, int(E), pointer<T>(visual), pointer<T>(text), pointer_or_null<bool>(mask)};
-      args.of_visual = pointer<float>(centred_), args.of_text = pointer<float>(text_);
-      args.row_inverse = pointer<float>(row_inverse_), args.column_inverse = pointer<float>(column_inverse_);
+      args.centred_visual = pointer<float>(centred_), args.centred_text = pointer<float>(text_);
+      args.inv_norm_visual = pointer<float>(inv_norm_visual_), args.inv_norm_text = pointer<float>(inv_norm_text_);
       args.cosine = pointer<float>(cosine_);
       correlation_changes(args);
     });
     args_ = {N, int(E), negatives == "distinct", scale.value()};
-    args_.row_inverse = pointer<float>(row_inverse_), args_.column_inverse = pointer<float>(column_inverse_);
+    args_.inv_norm_visual = pointer<float>(inv_norm_visual_), args_.inv_norm_text = pointer<float>(inv_norm_text_);
   }
 
   // The loss, () and the sums of rows and columns, both (N, Q).
@@ -60,20 +60,21 @@ class Run {
       const Tensor& grad, const Tensor& like, const std::optional<Tensor>& scale, const Tensor& row_sum,
       const Tensor& column_sum, const Needs& needs) {
     args_.row_sum = pointer<float>(row_sum), args_.column_sum = pointer<float>(column_sum);
-    Tensor row_moment = at::empty({N, Q}, options_), column_moment = at::zeros({Q, N}, options_), of_visual, of_text;
+    Tensor row_grad_dot = at::empty({N, Q}, options_), column_grad_dot = at::zeros({Q, N}, options_), through_visual,
+           through_text;
     if (within_)
-      through_own(row_moment, column_moment, of_visual, of_text, needs);
+      through_own(row_grad_dot, column_grad_dot, through_visual, through_text, needs);
     else
-      through_chunks(row_moment, column_moment, of_visual, of_text, needs);
+      through_chunks(row_grad_dot, column_grad_dot, through_visual, through_text, needs);
     pairs_ = at::empty({}, options_);
-    correlation_count(args_.row_inverse, N * Q, pointer<float>(pairs_));
-    return finish(grad, like, scale, row_moment, column_moment, of_visual, of_text, needs);
+    correlation_count(args_.inv_norm_visual, N * Q, pointer<float>(pairs_));
+    return finish(grad, like, scale, row_grad_dot, column_grad_dot, through_visual, through_text, needs);
   }
 
  private:
-  // S of every chunk, f(), then its parts added up: rows into `of_rows` (N, Q), columns onto `of_columns` (Q, N).
+  // S of every chunk, f(), then its parts added up: rows into `row_sums` (N, Q), columns onto `column_sums` (Q, N).
   template <typename F>
-  void for_chunks(F&& f, const Tensor& of_rows, const Tensor& of_columns) {
+  void for_chunks(F&& f, const Tensor& row_sums, const Tensor& column_sums) {
     const at::NoTF32Guard exact;
     const int64_t rows = std::clamp<int64_t>(kChunk / (N * E * E), 1, N);
     const CorrelationParts parts = correlation_parts(N, int(E), rows);
@@ -88,16 +89,17 @@ class Run {
       args_.product = pointer<float>(product);
       f();
       const CorrelationParts now = correlation_parts(N, int(E), args_.rows);
-      Tensor rows_out = of_rows.narrow(0, args_.row, args_.rows);
+      Tensor rows_out = row_sums.narrow(0, args_.row, args_.rows);
       at::sum_out(rows_out, beginning(row_parts, {now.column_blocks, args_.rows, Q}), 0);
-      of_columns.add_(beginning(column_parts, {now.row_blocks, Q, N}).sum(0));
+      column_sums.add_(beginning(column_parts, {now.row_blocks, Q, N}).sum(0));
     }
   }
 
   void through_chunks(
-      const Tensor& row_moment, const Tensor& column_moment, Tensor& of_visual, Tensor& of_text, const Needs& needs) {
-    if (needs[0]) of_visual = at::empty({N, E, D}, options_);
-    if (needs[1]) of_text = at::zeros({E, N, D}, options_);
+      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text,
+      const Needs& needs) {
+    if (needs[0]) through_visual = at::empty({N, E, D}, options_);
+    if (needs[1]) through_text = at::zeros({E, N, D}, options_);
     const int64_t rows = std::clamp<int64_t>(kChunk / (N * E * E), 1, N);
     const Tensor grad_product = at::empty({rows * E, E * N}, options_);
     args_.grad_product = pointer<float>(grad_product);
@@ -106,48 +108,49 @@ class Run {
           correlation_gradients(args_);
           const Tensor grad = chunk(grad_product);
           if (needs[0]) {
-            Tensor out = rows_of(of_visual);
+            Tensor out = rows_of(through_visual);
             at::mm_out(out, grad, flat(text_));
           }
-          if (needs[1]) flat(of_text).addmm_(grad.t(), rows_of(centred_));
+          if (needs[1]) flat(through_text).addmm_(grad.t(), rows_of(centred_));
         },
-        row_moment, column_moment);
+        row_grad_dot, column_grad_dot);
   }
 
   void through_own(
-      const Tensor& row_moment, const Tensor& column_moment, Tensor& of_visual, Tensor& of_text, const Needs& needs) {
+      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text,
+      const Needs& needs) {
     const at::NoTF32Guard exact;
     const Tensor product = own_product(), grad = at::empty_like(product);
     args_.product = pointer<float>(product), args_.grad_product = pointer<float>(grad);
-    correlation_gradients_within(args_, pointer<float>(row_moment), pointer<float>(column_moment));
-    if (needs[0]) of_visual = at::bmm(grad, text_.transpose(0, 1));
-    if (needs[1]) of_text = at::bmm(grad.transpose(1, 2), centred_).transpose(0, 1).contiguous();
+    correlation_gradients_within(args_, pointer<float>(row_grad_dot), pointer<float>(column_grad_dot));
+    if (needs[0]) through_visual = at::bmm(grad, text_.transpose(0, 1));
+    if (needs[1]) through_text = at::bmm(grad.transpose(1, 2), centred_).transpose(0, 1).contiguous();
   }
 
   Gradients finish(
-      const Tensor& grad, const Tensor& like, const std::optional<Tensor>& scale, const Tensor& row_moment,
-      const Tensor& column_moment, const Tensor& of_visual, const Tensor& of_text, const Needs& needs) {
+      const Tensor& grad, const Tensor& like, const std::optional<Tensor>& scale, const Tensor& row_grad_dot,
+      const Tensor& column_grad_dot, const Tensor& through_visual, const Tensor& through_text, const Needs& needs) {
     Gradients gradients(3);
     if (needs[0]) gradients[0] = at::empty_like(like);
     if (needs[1]) gradients[1] = at::empty_like(like);
     for_dtype(like, [&](auto zero) {
       using T = decltype(zero);
       CorrelationFinish<T> args = {N, D, int(E), args_.scale, pointer<float>(grad), pointer<float>(pairs_)};
-      args.of_visual = pointer<float>(centred_), args.of_text = pointer<float>(text_);
-      args.row_inverse = pointer<float>(row_inverse_), args.column_inverse = pointer<float>(column_inverse_);
+      args.centred_visual = pointer<float>(centred_), args.centred_text = pointer<float>(text_);
+      args.inv_norm_visual = pointer<float>(inv_norm_visual_), args.inv_norm_text = pointer<float>(inv_norm_text_);
       args.cosine = pointer<float>(cosine_);
-      args.row_moment = pointer<float>(row_moment), args.column_moment = pointer<float>(column_moment);
-      args.through_visual = needs[0] ? pointer<float>(of_visual) : nullptr;
-      args.through_text = needs[1] ? pointer<float>(of_text) : nullptr;
+      args.row_grad_dot = pointer<float>(row_grad_dot), args.column_grad_dot = pointer<float>(column_grad_dot);
+      args.through_visual = needs[0] ? pointer<float>(through_visual) : nullptr;
+      args.through_text = needs[1] ? pointer<float>(through_text) : nullptr;
       args.grad_visual = pointer_or_null<T>(gradients[0]), args.grad_text = pointer_or_null<T>(gradients[1]);
       correlation_finish(args);
     });
-    if (needs[2]) gradients[2] = (row_moment.sum() / scale->to(at::kFloat)).to(scale->scalar_type());
+    if (needs[2]) gradients[2] = (row_grad_dot.sum() / scale->to(at::kFloat)).to(scale->scalar_type());
     return gradients;
   }
 
   void result(const Tensor& row_sum, const Tensor& column_sum, const Tensor& loss) {
-    CorrelationResult args = {N, int(E), args_.scale, args_.row_inverse, pointer<float>(cosine_)};
+    CorrelationResult args = {N, int(E), args_.scale, args_.inv_norm_visual, pointer<float>(cosine_)};
     args.row_sum = pointer<float>(row_sum), args.column_sum = pointer<float>(column_sum);
     args.loss = pointer<float>(loss);
     correlation_result(args);
@@ -168,7 +171,7 @@ class Run {
   const bool within_;
   const int64_t N, E, D, Q;
   const at::TensorOptions options_;
-  const Tensor centred_, text_, row_inverse_, column_inverse_, cosine_;
+  const Tensor centred_, text_, inv_norm_visual_, inv_norm_text_, cosine_;
   Tensor product_, pairs_;
   Correlation args_ = {};
 };
@@ -185,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor> correlation_loss(
     const Tensor sums = at::zeros({visual.size(0), visual.size(1) * (visual.size(1) - 1) / 2}, in_float(visual));
     return {at::zeros({}, in_float(visual)), sums, sums.clone()};
   }
-  const KeptScale kept(scale, scale_number);
-  return Run(visual, text, kept, mask, negatives).forward();
+  const ScaleArgument scale_argument(scale, scale_number);
+  return Run(visual, text, scale_argument, mask, negatives).forward();
 }
 
 Gradients correlation_loss_backward(
@@ -201,8 +204,8 @@ Gradients correlation_loss_backward(
     if (needs[2]) gradients[2] = at::zeros_like(*scale);
     return gradients;
   }
-  const KeptScale kept(scale, scale_number);
-  return Run(visual, text, kept, mask, negatives).backward(grad, visual, scale, row_sum, column_sum, needs);
+  const ScaleArgument scale_argument(scale, scale_number);
+  return Run(visual, text, scale_argument, mask, negatives).backward(grad, visual, scale, row_sum, column_sum, needs);
 }
 
 }  // namespace pcmecl::cuda

@@ -1,8 +1,9 @@
 // direction_loss and direction_logits.
 //
-// A warp owns a sample: lanes split the features, 16 bytes each where they are aligned, and lane e keeps what belongs to
-// emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and writes the
-// result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by memory.
+// A warp owns a sample: lanes split the features, 16 bytes each where they are aligned, and lane e keeps what belongs
+// to emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and
+// writes the result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by
+// memory.
 #include "kernels.h"
 #include "scale.h"
 #include "warp.h"
@@ -12,8 +13,8 @@ namespace {
 
 constexpr int kWarps = 4;  // and below, blocks a multiprocessor has to hold: with more the compiler spills registers
 
-// y·y_inverse − x·x_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an edit
-// that changes nothing must not have a direction made of rounding.
+// y·y_inverse − x·x_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an
+// edit that changes nothing must not have a direction made of rounding.
 __device__ __forceinline__ float difference_of_units(float y, float y_inverse, float x, float x_inverse) {
   return (y - x) * y_inverse + x * (y_inverse - x_inverse);
 }
@@ -24,18 +25,18 @@ struct Sample {
   const Direction<T>& args;
   const T *source, *edited, *rows, *from;
   int lane, a, b;
-  float source_inverse, edited_inverse;
-  float delta_square, delta_inverse, source_delta;  // |δ|², 1/|δ|, ⟨ŝ, δ⟩
-  float cosine, inverse, source_along, along;       // of emotion `lane`: c, 1/|d|, ⟨ŝ, d⟩, ⟨δ, d⟩
+  float inv_norm_source, inv_norm_edited;
+  float delta_square, inv_norm_delta, source_delta;  // |δ|², 1/|δ|, ⟨ŝ, δ⟩
+  float cosine, inverse, dot_source, dot_delta;      // of emotion `lane`: c, 1/|d|, ⟨ŝ, d⟩, ⟨δ, d⟩
 
   __device__ Sample(const Direction<T>& args, int64_t sample)
       : args(args), source(args.source + sample * args.width), edited(args.edited + sample * args.width),
         rows(args.bank + args.individual[sample] * args.emotions * args.width), lane(lane_of_thread()),
         a(int(args.source_emotion[sample])), b(args.target_emotion ? int(args.target_emotion[sample]) : -1) {
     from = rows + int64_t(a) * args.width;
-    source_inverse = edited_inverse = 1;
-    delta_square = delta_inverse = source_delta = 0;
-    cosine = inverse = source_along = along = 0;
+    inv_norm_source = inv_norm_edited = 1;
+    delta_square = inv_norm_delta = source_delta = 0;
+    cosine = inverse = dot_source = dot_delta = 0;
   }
 
   __device__ bool valid() const { return a != b; }
@@ -51,37 +52,37 @@ struct Sample {
     load(edited + k, delta);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      delta[v] = difference_of_units(delta[v], edited_inverse, unit[v], source_inverse);
-      unit[v] *= source_inverse;
+      delta[v] = difference_of_units(delta[v], inv_norm_edited, unit[v], inv_norm_source);
+      unit[v] *= inv_norm_source;
     }
   }
 
   template <bool backward>
-  __device__ void look() {
+  __device__ void measure_directions() {
     if (args.normalize) normalise();
     if constexpr (G == 1) {
       measure<backward>(b, true);
     } else {
       for (int first = 0; first < args.emotions; first += G) measure<backward>(first, first == 0);
     }
-    inverse = inverse_length(inverse);
-    cosine = along * inverse * delta_inverse;
+    inverse = inverse_norm(inverse);
+    cosine = dot_delta * inverse * inv_norm_delta;
   }
 
   __device__ void normalise() {
-    float of_source = 0, of_edited = 0;
+    float source_square = 0, edited_square = 0;
     for_strips([&](int64_t k) {
       float x[V], y[V];
       load(source + k, x);
       load(edited + k, y);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        of_source += x[v] * x[v];
-        of_edited += y[v] * y[v];
+        source_square += x[v] * x[v];
+        edited_square += y[v] * y[v];
       }
     });
-    source_inverse = inverse_length(sum_over(of_source));
-    edited_inverse = inverse_length(sum_over(of_edited));
+    inv_norm_source = inverse_norm(sum_over(source_square));
+    inv_norm_edited = inverse_norm(sum_over(edited_square));
   }
 
   // Emotions [first, first + G): |d|² into `inverse`, ⟨δ, d⟩ and ⟨ŝ, d⟩.
@@ -113,14 +114,14 @@ struct Sample {
     });
     if (with_delta) {
       delta_square = sum_over(of_delta);
-      delta_inverse = inverse_length(delta_square);
+      inv_norm_delta = inverse_norm(delta_square);
       if (backward) source_delta = sum_over(of_both);
     }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       const float whole_square = sum_over(square[g]), whole_dot = sum_over(dot[g]);
       const float whole_own = backward ? sum_over(own[g]) : 0.0f;
-      if (lane == first + g) inverse = whole_square, along = whole_dot, source_along = whole_own;
+      if (lane == first + g) inverse = whole_square, dot_delta = whole_dot, dot_source = whole_own;
     }
   }
 
@@ -128,48 +129,48 @@ struct Sample {
 
   // The loss; `weight` becomes softmax over e ≠ a of scale · c, where there is a contrast.
   __device__ float loss(float& weight) const {
-    const float of_target = from_lane(cosine, b), matched = 1 - of_target;
+    const float target_cosine = from_lane(cosine, b), matched = 1 - target_cosine;
     weight = 0;
     if (args.contrast == 0) return matched;
     const float scale = value_of(args.scale);
     const float logit = counts() ? scale * cosine : -kInfinity, largest = max_over_warp(logit);
     const float term = counts() ? expf(logit - largest) : 0.0f, total = sum_over(term);
     weight = term / total;
-    return matched + args.contrast * (logf(total) + largest - scale * of_target);
+    return matched + args.contrast * (logf(total) + largest - scale * target_cosine);
   }
 
-  // The gradient of this lane's cosine under the loss; `of_scale` becomes the scale's.
-  __device__ float differentiate_loss(float grad, float& of_scale) const {
+  // The gradient of this lane's cosine under the loss; `scale_gradient` becomes the scale's.
+  __device__ float differentiate_loss(float grad, float& scale_gradient) const {
     float weight;
     loss(weight);
-    const float asked = lane == b ? 1.0f : 0.0f;
-    const float excess = counts() ? args.contrast * (weight - asked) : 0.0f;
-    of_scale = grad * sum_over(args.contrast == 0 ? 0.0f : excess * cosine);
-    return counts() ? grad * (args.contrast == 0 ? -asked : excess * value_of(args.scale) - asked) : 0.0f;
+    const float is_target = lane == b ? 1.0f : 0.0f;
+    const float excess = counts() ? args.contrast * (weight - is_target) : 0.0f;
+    scale_gradient = grad * sum_over(args.contrast == 0 ? 0.0f : excess * cosine);
+    return counts() ? grad * (args.contrast == 0 ? -is_target : excess * value_of(args.scale) - is_target) : 0.0f;
   }
 
   // From the gradient of this lane's cosine: those of source, edited and the bank.
   __device__ void write(int64_t sample, float weight) {
-    const float by = weight * inverse * delta_inverse, across = weight * cosine * inverse * inverse;
-    const float back = -sum_over(weight * cosine) * delta_inverse * delta_inverse;
-    const float of_source = back * source_delta + sum_over(by * source_along);  // ⟨ŝ, g⟩, g the gradient of δ
-    const float of_edited = of_source + back * delta_square + sum_over(by * along);
-    if (args.coefficients) write_coefficients(args.coefficients + sample * (2 * args.emotions + 2), by, across);
+    const float along = weight * inverse * inv_norm_delta, across = weight * cosine * inverse * inverse;
+    const float shrink = -sum_over(weight * cosine) * inv_norm_delta * inv_norm_delta;
+    const float source_dot = shrink * source_delta + sum_over(along * dot_source);  // ⟨ŝ, g⟩, g the gradient of δ
+    const float edited_dot = source_dot + shrink * delta_square + sum_over(along * dot_delta);
+    if (args.coefficients) write_coefficients(args.coefficients + sample * (2 * args.emotions + 2), along, across);
 
     float* grad_rows = args.grad_bank ? args.grad_bank + (rows - args.bank) : nullptr;
     for (int64_t start = 0; start < args.width; start += kWarpSize * V) {  // the same for all lanes: they shuffle
       const int64_t k = start + lane * V;
       const bool inside = k < args.width;
-      float unit[V] = {}, delta[V] = {}, origin[V] = {}, gradient[V], lost[V] = {};
+      float unit[V] = {}, delta[V] = {}, origin[V] = {}, gradient[V], grad_origin[V] = {};
       if (inside) {
         changes(k, unit, delta);
         load(from + k, origin);
       }
 #pragma unroll
-      for (int v = 0; v < V; ++v) gradient[v] = back * delta[v];
+      for (int v = 0; v < V; ++v) gradient[v] = shrink * delta[v];
 #pragma unroll 4
       for (int e = 0; e < args.emotions; ++e) {
-        const float of_row = from_lane(by, e), of_change = from_lane(across, e);
+        const float of_row = from_lane(along, e), of_change = from_lane(across, e);
         if (!inside || (of_row == 0 && of_change == 0)) continue;
         float row[V];
         load(rows + int64_t(e) * args.width + k, row);
@@ -178,43 +179,43 @@ struct Sample {
           const float d = row[v] - origin[v];
           gradient[v] += of_row * d;
           if (!grad_rows) continue;
-          const float won = of_row * delta[v] - of_change * d;
-          atomicAdd(grad_rows + int64_t(e) * args.width + k + v, won);
-          lost[v] += won;
+          const float grad_d = of_row * delta[v] - of_change * d;
+          atomicAdd(grad_rows + int64_t(e) * args.width + k + v, grad_d);
+          grad_origin[v] += grad_d;
         }
       }
       if (!inside) continue;
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        if (grad_rows) atomicAdd(grad_rows + int64_t(a) * args.width + k + v, -lost[v]);
-      write_strip(sample * args.width + k, gradient, unit, delta, of_source, of_edited);
+        if (grad_rows) atomicAdd(grad_rows + int64_t(a) * args.width + k + v, -grad_origin[v]);
+      write_strip(sample * args.width + k, gradient, unit, delta, source_dot, edited_dot);
     }
   }
 
-  __device__ void write_coefficients(float* to, float by, float across) const {
+  __device__ void write_coefficients(float* to, float along, float across) const {
     if (lane < args.emotions) {
-      to[lane] = by;
+      to[lane] = along;
       to[args.emotions + lane] = across;
     }
     if (lane == 0) {
-      to[2 * args.emotions] = source_inverse;
-      to[2 * args.emotions + 1] = edited_inverse;
+      to[2 * args.emotions] = inv_norm_source;
+      to[2 * args.emotions + 1] = inv_norm_edited;
     }
   }
 
   // Through the norms, or as they are: ê = ŝ + δ.
   __device__ __forceinline__ void write_strip(
-      int64_t at, const float (&gradient)[V], const float (&unit)[V], const float (&delta)[V], float of_source,
-      float of_edited) const {
-    float to_source[V], to_edited[V];
+      int64_t at, const float (&gradient)[V], const float (&unit)[V], const float (&delta)[V], float source_dot,
+      float edited_dot) const {
+    float grad_source[V], grad_edited[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const float project = args.normalize ? 1.0f : 0.0f;
-      to_source[v] = (project * unit[v] * of_source - gradient[v]) * source_inverse;
-      to_edited[v] = (gradient[v] - project * (unit[v] + delta[v]) * of_edited) * edited_inverse;
+      grad_source[v] = (project * unit[v] * source_dot - gradient[v]) * inv_norm_source;
+      grad_edited[v] = (gradient[v] - project * (unit[v] + delta[v]) * edited_dot) * inv_norm_edited;
     }
-    if (args.grad_source) store(args.grad_source + at, to_source);
-    if (args.grad_edited) store(args.grad_edited + at, to_edited);
+    if (args.grad_source) store(args.grad_source + at, grad_source);
+    if (args.grad_edited) store(args.grad_edited + at, grad_edited);
   }
 
   __device__ void write_zeros(int64_t sample) const {
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 6) forward_kernel(const Dir
   Sample<T, V, G> sample(args, k);
   float result = 0, weight;
   if (sample.valid()) {
-    sample.template look<false>();
+    sample.template measure_directions<false>();
     if (args.losses) result = sample.loss(weight);
   }
   if (args.losses) {
@@ -249,25 +250,25 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4) backward_kernel(const Di
   const int64_t k = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   if (k >= args.samples) return;
   Sample<T, V, G> sample(args, k);
-  float of_scale = 0;
+  float scale_gradient = 0;
   if (sample.valid()) {
-    sample.template look<true>();
+    sample.template measure_directions<true>();
     float weight;
     if (args.grad_logits)
       weight = sample.counts() ? float(args.grad_logits[k * args.emotions + sample.lane]) : 0.0f;
     else
-      weight = sample.differentiate_loss(args.grad_losses[k * args.grad_stride] / *args.divisor, of_scale);
+      weight = sample.differentiate_loss(args.grad_losses[k * args.grad_stride] / *args.divisor, scale_gradient);
     sample.write(k, weight);
   } else {
     sample.write_zeros(k);
   }
-  if (args.grad_scale && sample.lane == 0) args.grad_scale[k] = of_scale;
+  if (args.grad_scale && sample.lane == 0) args.grad_scale[k] = scale_gradient;
 }
 
 // A block owns 128 features of one individual; a thread one of them, its E sums in shared memory, which no other reads.
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kWarpSize) bank_kernel(
-    const Direction<T> args, const int64_t* first, const int64_t* order, T* grad_bank) {
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    bank_kernel(const Direction<T> args, const int64_t* first, const int64_t* order, T* grad_bank) {
   const int64_t individual = blockIdx.x, k = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
   if (k >= args.width) return;
   float* sums = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
@@ -281,18 +282,17 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) bank_kernel(
         float(args.edited[sample * args.width + k]), coefficients[2 * emotions + 1],
         float(args.source[sample * args.width + k]), coefficients[2 * emotions]);
     const float origin = float(rows[a * args.width]);
-    float lost = 0;
+    float grad_origin = 0;
     for (int e = 0; e < emotions; ++e) {
       const float along = coefficients[e], across = coefficients[emotions + e];
       if (along == 0 && across == 0) continue;
-      const float won = along * delta - across * (float(rows[e * args.width]) - origin);
-      sums[e * stride] += won;
-      lost += won;
+      const float grad_d = along * delta - across * (float(rows[e * args.width]) - origin);
+      sums[e * stride] += grad_d;
+      grad_origin += grad_d;
     }
-    sums[a * stride] -= lost;
+    sums[a * stride] -= grad_origin;
   }
-  for (int e = 0; e < emotions; ++e)
-    grad_bank[(individual * emotions + e) * args.width + k] = T(sums[e * stride]);
+  for (int e = 0; e < emotions; ++e) grad_bank[(individual * emotions + e) * args.width + k] = T(sums[e * stride]);
 }
 
 __global__ void reduce_kernel(
@@ -307,9 +307,9 @@ __global__ void reduce_kernel(
   total = sum_over_block(total, warps);
   valid = sum_over_block(valid, warps);
   if (threadIdx.x != 0) return;
-  const float by = mean ? fmaxf(valid, 1.0f) : 1.0f;
-  *divisor = by;
-  *loss = total / by;
+  const float count = mean ? fmaxf(valid, 1.0f) : 1.0f;
+  *divisor = count;
+  *loss = total / count;
 }
 
 // f(V, G), both known to the compiler.
@@ -358,9 +358,9 @@ void direction_reduce(
       mean, loss, divisor);
 }
 
-#define PCMECL_FOR(T)                                                                                        \
-  template void direction_forward<T>(const Direction<T>&);                                                   \
-  template void direction_backward<T>(const Direction<T>&);                                                  \
+#define PCMECL_FOR(T)                                       \
+  template void direction_forward<T>(const Direction<T>&);  \
+  template void direction_backward<T>(const Direction<T>&); \
   template void direction_bank<T>(const Direction<T>&, const int64_t*, const int64_t*, int64_t, T*);
 PCMECL_FOR(float)
 PCMECL_FOR(c10::Half)

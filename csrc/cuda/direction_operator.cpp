@@ -7,7 +7,7 @@ namespace pcmecl::cuda {
 namespace {
 
 template <typename T>
-Direction<T> open(
+Direction<T> make_arguments(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, bool normalize) {
   Direction<T> args = {};
@@ -38,16 +38,16 @@ Gradients differentiate(
   args.grad_source = pointer_or_null<T>(gradients[0]);
   args.grad_edited = pointer_or_null<T>(gradients[1]);
   const bool ordered = at::globalContext().deterministicAlgorithms();
-  Tensor coefficients, of_bank;
+  Tensor coefficients, bank_sum;
   if (needs[2] && ordered) {
     coefficients = at::empty({args.samples, 2 * args.emotions + 2}, in_float(source));
     args.coefficients = pointer<float>(coefficients);
   } else if (needs[2]) {
-    of_bank = at::zeros(bank.sizes(), in_float(bank));
-    args.grad_bank = pointer<float>(of_bank);
+    bank_sum = at::zeros(bank.sizes(), in_float(bank));
+    args.grad_bank = pointer<float>(bank_sum);
   }
   direction_backward(args);
-  if (needs[2]) gradients[2] = ordered ? ordered_bank(args, bank, individual) : of_bank.to(bank.scalar_type());
+  if (needs[2]) gradients[2] = ordered ? ordered_bank(args, bank, individual) : bank_sum.to(bank.scalar_type());
   return gradients;
 }
 
@@ -60,7 +60,7 @@ Tensor direction_logits(
   Tensor logits = at::empty({source.size(0), bank.size(1)}, source.options());
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = open<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
     args.logits = pointer<T>(logits);
     direction_forward(args);
   });
@@ -74,7 +74,7 @@ Gradients direction_logits_backward(
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = open<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
     args.grad_logits = pointer<T>(grad);
     gradients = differentiate(args, source, edited, bank, individual, needs);
   });
@@ -86,13 +86,13 @@ std::tuple<Tensor, Tensor> direction_loss(
     const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
     double contrast, bool normalize, const std::string& reduction) {
   const c10::DeviceGuard guard(source.device());
-  const KeptScale kept(scale, scale_number);
+  const ScaleArgument scale_argument(scale, scale_number);
   Tensor losses = at::empty({source.size(0)}, in_float(source));
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = open<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
     args.target_emotion = pointer<int64_t>(target_emotion);
-    args.scale = kept.value(), args.contrast = float(contrast);
+    args.scale = scale_argument.value(), args.contrast = float(contrast);
     args.losses = pointer<float>(losses);
     direction_forward(args);
   });
@@ -109,21 +109,21 @@ Gradients direction_loss_backward(
     const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
     double contrast, bool normalize, const std::string& reduction, const Tensor& divisor, const Needs& needs) {
   const c10::DeviceGuard guard(source.device());
-  const KeptScale kept(scale, scale_number);
-  Tensor of_scale;
-  if (needs[3]) of_scale = at::empty({source.size(0)}, in_float(source));
+  const ScaleArgument scale_argument(scale, scale_number);
+  Tensor scale_gradient;
+  if (needs[3]) scale_gradient = at::empty({source.size(0)}, in_float(source));
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = open<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
     args.target_emotion = pointer<int64_t>(target_emotion);
-    args.scale = kept.value(), args.contrast = float(contrast);
+    args.scale = scale_argument.value(), args.contrast = float(contrast);
     args.grad_losses = pointer<float>(grad), args.grad_stride = reduction == "none" ? 1 : 0;
     args.divisor = pointer<float>(divisor);
-    args.grad_scale = needs[3] ? pointer<float>(of_scale) : nullptr;
+    args.grad_scale = needs[3] ? pointer<float>(scale_gradient) : nullptr;
     gradients = differentiate(args, source, edited, bank, individual, needs);
   });
-  if (needs[3]) gradients[3] = of_scale.sum().to(scale->scalar_type());
+  if (needs[3]) gradients[3] = scale_gradient.sum().to(scale->scalar_type());
   return gradients;
 }
 

@@ -7,7 +7,7 @@ namespace {
 TreeLayout layout_of(int64_t prefix, const std::vector<int64_t>& lengths) {
   TORCH_CHECK_VALUE(
       int64_t(lengths.size()) <= TreeLayout::kSegments, "segment_lengths: got ", lengths.size(),
-      " segments; the cuda backend takes at most ", TreeLayout::kSegments);
+      " segments; the cuda backend supports at most ", TreeLayout::kSegments);
   TreeLayout layout = {};
   layout.prefix = int(prefix), layout.segments = int(lengths.size());
   int64_t end = prefix;
@@ -15,7 +15,7 @@ TreeLayout layout_of(int64_t prefix, const std::vector<int64_t>& lengths) {
     end += lengths[segment];
     layout.end[segment] = uint16_t(end);
   }
-  TORCH_CHECK_VALUE(end <= 0xFFFF, "qkv: got ", end, " tokens; the cuda backend takes at most 65535");
+  TORCH_CHECK_VALUE(end <= 0xFFFF, "qkv: got ", end, " tokens; the cuda backend supports at most 65535");
   layout.tokens = int(end);
   return layout;
 }
@@ -32,9 +32,8 @@ std::tuple<Tensor, Tensor> tree_attention(
   const c10::DeviceGuard guard(qkv.device());
   const int64_t N = qkv.size(0), S = qkv.size(1), H = qkv.size(3), d = qkv.size(4);
   Tensor out = at::empty({N, S, H, d}, qkv.options()), lse = at::empty({N, H, S}, in_float(qkv));
-  for_dtype(qkv, [&](auto zero) {
-    tree_forward(open<decltype(zero)>(qkv, out, lse), layout_of(prefix, segment_lengths));
-  });
+  for_dtype(
+      qkv, [&](auto zero) { tree_forward(open<decltype(zero)>(qkv, out, lse), layout_of(prefix, segment_lengths)); });
   return {out, lse};
 }
 

@@ -93,7 +93,7 @@ void test_direction(const DirectionKernels<T>& kernels, int64_t D, int64_t E, do
   auto source = random_numbers<T>(B * D), edited = random_numbers<T>(B * D), bank = random_numbers<T>(N * E * D);
   std::vector<int64_t> individual, from, to;
   for (int64_t k = 0; k < B; ++k) individual.push_back(k % N), from.push_back(k % E), to.push_back((k * 2 + 1) % E);
-  std::vector<C> losses(B), grad(1, C(1)), of_scale(B), of_runs(4 * E * D);
+  std::vector<C> losses(B), grad(1, C(1)), scale_gradient(B), of_runs(4 * E * D);
   std::vector<T> of_source(B * D), of_edited(B * D), of_bank(N * E * D), logits(B * E);
 
   Direction<T> args = {};
@@ -108,7 +108,7 @@ void test_direction(const DirectionKernels<T>& kernels, int64_t D, int64_t E, do
   for (int64_t k = 0; k < B; ++k) expect_close(losses[k], direction_value(args, k), tolerance<T>(), "direction_loss");
 
   args.grad_losses = grad.data(), args.grad_factor = 1;
-  args.grad_source = of_source.data(), args.grad_edited = of_edited.data(), args.grad_scale = of_scale.data();
+  args.grad_source = of_source.data(), args.grad_edited = of_edited.data(), args.grad_scale = scale_gradient.data();
   const std::vector<int64_t> order = {0, 3, 1, 4, 2}, begin = {0, 1, 2, 4, 5}, first = {0, 2, 3, 4};
   args.order = order.data();
   for (int64_t run = 0; run < 4; ++run) {
@@ -147,21 +147,34 @@ struct CorrelationRun {
 
   double run(const CorrelationKernels<C>& kernels, bool backward) {
     const int64_t lanes = (N + kernels.width - 1) / kernels.width * kernels.width;
-    std::vector<C> centred(N * E * D), inverse(N * Q), positive(N * Q), rows(N * Q), columns(N * Q), row_rate(N * Q),
-        column_rate(N * Q), row_moment(N * Q), tile_text(E * lanes * D), text_inverse(Q * lanes), text_valid(Q * lanes),
-        text_rate(Q * lanes), sums(Q * lanes), moments(Q * lanes), product(N * E * E * lanes), of_product(product.size()),
-        of_tile_text(E * lanes * D), blocks(N * E * E), of_blocks(N * E * E);
+    std::vector<C> centred(N * E * D), inverse(N * Q), positive(N * Q), rows(N * Q), columns(N * Q), inv_row_sum(N * Q),
+        inv_column_sum(N * Q), row_grad_dot(N * Q), tile_text(E * lanes * D), inv_norm_text(Q * lanes),
+        text_valid(Q * lanes), inv_text_sum(Q * lanes), sums(Q * lanes), grad_dots(Q * lanes),
+        product(N * E * E * lanes), of_product(product.size()), of_tile_text(E * lanes * D), blocks(N * E * E),
+        of_blocks(N * E * E);
     std::vector<char> valid(N * Q);
     of_visual.assign(N * E * D, C(0)), of_text.assign(N * E * D, C(0));
     Correlation<C> args = {};
     args.individuals = N, args.emotions = E, args.width = D, args.pairs = Q, args.visual = visual.data();
     args.text = text.data(), args.mask = (const bool*)mask.data(), args.distinct = distinct;
-    args.scale = C(5 / std::log(2.0)), args.centred = centred.data(), args.visual_inverse = inverse.data();
+    args.scale = C(5 / std::log(2.0)), args.centred = centred.data(), args.inv_norm_visual = inverse.data();
     args.valid = (bool*)valid.data(), args.positive = positive.data(), args.row_sum = rows.data();
-    args.column_sum = columns.data(), args.row_rate = row_rate.data(), args.column_rate = column_rate.data();
-    args.row_moment = row_moment.data(), args.grad_centred = of_visual.data(), args.grad_text = of_text.data();
-    CorrelationTile<C> tile = {0, N, 0, N, lanes, tile_text.data(), text_inverse.data(), text_valid.data(), nullptr,
-                               product.data(), of_product.data(), of_tile_text.data()};
+    args.column_sum = columns.data(), args.inv_row_sum = inv_row_sum.data(),
+    args.inv_column_sum = inv_column_sum.data();
+    args.row_grad_dot = row_grad_dot.data(), args.grad_centred = of_visual.data(), args.grad_text = of_text.data();
+    CorrelationTile<C> tile = {
+        0,
+        N,
+        0,
+        N,
+        lanes,
+        tile_text.data(),
+        inv_norm_text.data(),
+        text_valid.data(),
+        nullptr,
+        product.data(),
+        of_product.data(),
+        of_tile_text.data()};
     kernels.centre(args, 0, N);
     kernels.pack(args, tile, 0, lanes);
     for (int64_t i = 0; i < N; ++i)
@@ -182,25 +195,25 @@ struct CorrelationRun {
     }
     double total = 0, count = 0;
     for (int64_t at = 0; at < N * Q; ++at) {
-      row_rate[at] = column_rate[at] = 0;
+      inv_row_sum[at] = inv_column_sum[at] = 0;
       if (!valid[at]) continue;
       count += 1;
-      row_rate[at] = 1 / rows[at], column_rate[at] = 1 / columns[at];
+      inv_row_sum[at] = 1 / rows[at], inv_column_sum[at] = 1 / columns[at];
       total += 0.5 * std::log(double(rows[at]) * double(columns[at])) - std::log(2.0) * positive[at];
     }
     if (!backward) return total / count;
 
-    tile.text_rate = text_rate.data();
-    args.factor = C(std::log(2.0) / (2 * count));
+    tile.inv_text_sum = inv_text_sum.data();
+    args.grad_per_logit = C(std::log(2.0) / (2 * count));
     kernels.pack(args, tile, 0, lanes);
     if (within) {
-      kernels.backward_within(args, tile, blocks.data(), of_blocks.data(), moments.data(), 0, N);
+      kernels.backward_within(args, tile, blocks.data(), of_blocks.data(), grad_dots.data(), 0, N);
       for (int64_t at = 0; at < N * E * E; ++at) {
         const int64_t i = at / (E * E), a = at / E % E, c = at % E;
         of_product[(i * E + a) * E * lanes + c * lanes + i] = of_blocks[at];
       }
     } else {
-      kernels.backward(args, tile, moments.data(), 0, N);
+      kernels.backward(args, tile, grad_dots.data(), 0, N);
     }
     for (int64_t row = 0; row < N * E; ++row)
       for (int64_t column = 0; column < E * lanes; ++column)
@@ -208,7 +221,7 @@ struct CorrelationRun {
           of_visual[row * D + d] += of_product[row * E * lanes + column] * tile_text[column * D + d];
           of_tile_text[column * D + d] += of_product[row * E * lanes + column] * centred[row * D + d];
         }
-    kernels.finish(args, tile, moments.data(), 0, N);
+    kernels.finish(args, tile, grad_dots.data(), 0, N);
     kernels.finish_visual(args, 0, N);
     return total / count;
   }
@@ -247,7 +260,8 @@ struct CorrelationRun {
 };
 
 template <typename C>
-void test_correlation(const CorrelationKernels<C>& kernels, int64_t N, int64_t E, int64_t D, bool distinct, bool within) {
+void test_correlation(
+    const CorrelationKernels<C>& kernels, int64_t N, int64_t E, int64_t D, bool distinct, bool within) {
   CorrelationRun<C> run = {N, E, D};
   run.distinct = distinct, run.within = within;
   run.visual = random_numbers<C>(N * E * D), run.text = random_numbers<C>(N * E * D);
@@ -279,8 +293,15 @@ void test_frames(const FramesKernels<T>& kernels, int64_t height, int64_t width)
   std::vector<C> row_weights(2 * rows, C(1)), column_weights(2 * columns, C(0.5));
   for (int64_t k = 0; k < rows; ++k) first_row.push_back(int32_t(k));
   for (int64_t k = 0; k < columns; ++k) first_column.push_back(int32_t(k));
-  Frames<T> args = {3, 3, in.data(), out.data(), {height, rows, 2, first_row.data(), row_weights.data()},
-                    {width, columns, 2, first_column.data(), column_weights.data()}, {1, 2, 3}, {0, 1, 2}};
+  Frames<T> args = {
+      3,
+      3,
+      in.data(),
+      out.data(),
+      {height, rows, 2, first_row.data(), row_weights.data()},
+      {width, columns, 2, first_column.data(), column_weights.data()},
+      {1, 2, 3},
+      {0, 1, 2}};
   kernels.resize(args, 0, 2);
   kernels.resize(args, 2, 3 * rows);
   for (int64_t at = 0; at < 3 * rows * columns; ++at) {
