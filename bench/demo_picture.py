@@ -21,8 +21,8 @@ from torch import Tensor
 from bench.compare import ROOT
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.data.media import read_frames, write_frames
+from pcmecl_fast.edit import run_edit
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.run import run_edit
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import EditConfig
 

@@ -162,7 +162,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _edit(config: EditConfig) -> None:
-    from pcmecl_fast.run import run_edit
+    from pcmecl_fast.edit import run_edit
 
     _show(run_edit)(config)
 
@@ -175,7 +175,9 @@ def _ablate(config: AblateConfig) -> None:
 
 def _backends(config: BackendsConfig) -> None:
     from pcmecl_fast.ops import backend_status
+    from pcmecl_fast.ops.operator import requested_backend
 
+    requested_backend(None)  # the variable's word is checked here too
     rows = [asdict(status) for status in backend_status()]
     if config.json:
         print(json.dumps(rows, indent=2))

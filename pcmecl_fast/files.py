@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+_UNFINISHED = ".unfinished"
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -29,7 +31,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file so that a full disk or a kill at any moment leaves the old file whole.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old file, if any, is as it was.
+        OSError: the disk is full or the folder cannot be written, and its message names the file; the old file, if
+            any, is as it was.
     """
     with _replacing(Path(path)) as file:
         file.write(content)
@@ -95,6 +98,21 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     return tensors, json.loads(metadata["header"])
 
 
+def content_hash(path: str | Path) -> str:
+    """What a file holds, in 16 letters: the same for every copy of it."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process was writing in a folder. Only for one who has the folder to themselves."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
 class MappedTensor:
     """One tensor of a safetensors file as a memory map, read by rows; between two reads it takes no memory.
 
@@ -137,13 +155,16 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file under a temporary name, which takes the old one's place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile's: it makes files that only their owner can read, whatever the umask says.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # A full disk is told by a write, which knows no name, or under the temporary one.
+        if isinstance(error, OSError) and error.filename in (None, temporary, str(temporary)):
+            error.filename, error.filename2 = str(path), None
         raise

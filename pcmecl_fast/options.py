@@ -65,6 +65,23 @@ def plain_options(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
+def option_name(name: str) -> str:
+    """A field's name as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def named_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two sets of options, "--lr was 0.003, is 0.001, …"; "" where nothing does.
+
+    A key that is no field's name stands for something else that must stay the same, and is said as it is.
+    """
+    return ", ".join(
+        f"{option_name(key) if key.isidentifier() else key} was {was.get(key)}, is {now.get(key)}"
+        for key in {**now, **was}
+        if str(was.get(key)) != str(now.get(key))
+    )
+
+
 def _unknown(config_class: type, name: str) -> str:
     known = [field.name for field in fields(config_class)]
     close = difflib.get_close_matches(name, known)
