@@ -35,7 +35,7 @@ void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... ar
   if (shared > (48 << 10))  // more has to be asked for
     C10_CUDA_CHECK(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  kernel<<<grid, threads, shared, c10::cuda::getCurrentCUDAStream()> > >(arguments...);
+  kernel<<<grid, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
