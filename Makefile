@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup build demo test sanitize lint bench bench-check clean
+.PHONY: setup build demo test sanitize format lint bench bench-check clean
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
@@ -15,7 +15,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[test,bench,video,dev]"
 	touch $@
 
-# The compiled extension anew, for instance after another torch was installed.
+# Rebuilds the compiled extension, for instance after another torch was installed.
 build:
 	$(RUN)/python setup.py --quiet build_ext --inplace --force
 
@@ -41,7 +41,14 @@ build/sanitize/%.o: csrc/%.cpp $(wildcard csrc/*/*.h)
 	mkdir -p $(@D)
 	$(CXX) $(SANITIZE) -c $< -o $@
 
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h bench/native/*.cpp)
+
+format: $(READY)
+	$(RUN)/ruff format .
+	$(RUN)/clang-format -i $(CXX_FILES)
+
 lint: $(READY)
+	$(RUN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy

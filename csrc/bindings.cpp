@@ -1,4 +1,5 @@
-// The Python module pcmecl_fast._C. Its functions are called by pcmecl_fast/ops alone, with checked, contiguous tensors.
+// The Python module pcmecl_fast._C. Its functions are called by pcmecl_fast/ops alone, with checked, contiguous
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>

@@ -1,7 +1,8 @@
-// Runs the core of one CPU kernel once on fixed inputs, for callgrind to count its instructions: see bench/instructions.py.
+// Runs the core of one CPU kernel once on fixed inputs, for callgrind to count its instructions: see
+// bench/instructions.py.
 //
-// It links the kernels' own sources, without PyTorch. Matrix products, which belong to a library, are done naively and not
-// counted: only what `measured` calls is.
+// It links the kernels' own sources, without PyTorch. Matrix products, which belong to a library, are done naively and
+// not counted: only what `measured` calls is.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -56,7 +57,8 @@ void multiply(const float* a, const float* b, float* out, int64_t rows, int64_t 
 
 void direction(const std::string& pass) {
   const int64_t B = 64, E = 7, D = 512, N = 16;
-  std::vector<float> source = random_numbers(B * D, 1), edited = random_numbers(B * D, 2), bank = random_numbers(N * E * D, 3);
+  std::vector<float> source = random_numbers(B * D, 1), edited = random_numbers(B * D, 2),
+                     bank = random_numbers(N * E * D, 3);
   std::vector<int64_t> individual(B), shown(B), asked(B), first(N + 1), run(N + 1), order(B);
   for (int64_t k = 0; k < B; ++k) {
     individual[k] = k * N / B, shown[k] = k % E, asked[k] = (k + 1) % E, order[k] = k;
@@ -92,10 +94,12 @@ void correlation(const std::string& pass) {
   const int64_t N = 32, E = 7, D = 64, Q = E * (E - 1) / 2, lanes = N;
   std::vector<float> visual = random_numbers(N * E * D, 4), text = random_numbers(N * E * D, 5);
   auto centred = zeros<float>(N * E * D), grad_centred = centred, grad_text = centred;
-  auto inverse = zeros<float>(N * Q), positive = inverse, row_sum = inverse, column_sum = inverse, row_grad_dot = inverse;
+  auto inverse = zeros<float>(N * Q), positive = inverse, row_sum = inverse, column_sum = inverse,
+       row_grad_dot = inverse;
   std::vector<uint8_t> valid(N * Q);
   auto tile_text = zeros<float>(E * lanes * D), tile_grad_text = tile_text;
-  auto inv_norm_text = zeros<float>(Q * lanes), text_valid = inv_norm_text, inv_text_sum = inv_norm_text, columns = inv_norm_text;
+  auto inv_norm_text = zeros<float>(Q * lanes), text_valid = inv_norm_text, inv_text_sum = inv_norm_text,
+       columns = inv_norm_text;
   auto product = zeros<float>(N * E * E * lanes), grad_product = product;
   std::vector<float> inv_sum(N * Q, 1e-3f);
 
@@ -104,7 +108,8 @@ void correlation(const std::string& pass) {
   args.visual = visual.data(), args.text = text.data(), args.scale = 28, args.centred = centred.data();
   args.inv_norm_visual = inverse.data(), args.valid = reinterpret_cast<bool*>(valid.data());
   args.positive = positive.data(), args.row_sum = row_sum.data(), args.column_sum = column_sum.data();
-  args.inv_row_sum = inv_sum.data(), args.inv_column_sum = inv_sum.data(), args.grad_per_logit = 1, args.row_grad_dot = row_grad_dot.data();
+  args.inv_row_sum = inv_sum.data(), args.inv_column_sum = inv_sum.data(), args.grad_per_logit = 1,
+  args.row_grad_dot = row_grad_dot.data();
   args.grad_centred = grad_centred.data(), args.grad_text = grad_text.data();
   CorrelationTile<float> tile = {};
   tile.rows = tile.columns = N, tile.lanes = lanes;

@@ -1,8 +1,8 @@
 // correlation_loss on tensors: tiles, threads and the matrix products; the rest of the arithmetic is in
 // correlation_kernels.h.
 //
-// A tile of S, its gradient and the tile's text features are all that exists of anything larger than the features: memory
-// grows with the individuals, time with their square.
+// A tile of S, its gradient and the tile's text features are all that exists of anything larger than the features:
+// memory grows with the individuals, time with their square.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -25,8 +25,8 @@ const CorrelationKernels<double>& kernels_for(double) { return kernels().correla
 // Float32 holds the sums for |logits| up to 128: see `offset`. Beyond, float64 does.
 bool needs_double(const Tensor& x, double scale) { return x.scalar_type() == at::kDouble || !(scale <= 128); }
 
-// K of the sums of 2^(l - K): the largest term, 2^(scale·log2(e) - K), times 2^27 terms stays finite, and the least that a
-// row can sum to, 2^-K, is 2^40 times the least normal number.
+// K of the sums of 2^(l - K): the largest term, 2^(scale·log2(e) - K), times 2^27 terms stays finite, and the least
+// that a row can sum to, 2^-K, is 2^40 times the least normal number.
 template <typename C>
 int64_t offset(double scale) {
   return std::max<int64_t>(0, int64_t(std::ceil(scale / kLn2)) - (sizeof(C) == 4 ? 100 : 900));
@@ -93,7 +93,8 @@ class Run {
   Gradients backward(double grad, const Tensor& row_sum, const Tensor& column_sum, const Needs& needs) {
     const int64_t N = args_.individuals, E = args_.emotions, D = args_.width, Q = args_.pairs;
     const bool visual = needs[0], text = needs[1];
-    Tensor inv_row_sum = row_sum.reciprocal(), inv_column_sum = column_sum.reciprocal(), row_grad_dot = at::zeros({N, Q}, options_);
+    Tensor inv_row_sum = row_sum.reciprocal(), inv_column_sum = column_sum.reciprocal(),
+           row_grad_dot = at::zeros({N, Q}, options_);
     args_.inv_row_sum = pointer<C>(inv_row_sum), args_.inv_column_sum = pointer<C>(inv_column_sum);
     args_.row_grad_dot = pointer<C>(row_grad_dot);
     args_.grad_per_logit = C(grad * kLn2 / (2 * std::max<double>(double(pairs_), 1)));
@@ -259,7 +260,8 @@ std::tuple<Tensor, Tensor, Tensor> correlation_loss(
   const int64_t pairs = visual.size(1) * (visual.size(1) - 1) / 2;
   const at::TensorOptions wide = visual.options().dtype(visual.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   Tensor loss = at::zeros({}, wide), row_sum, column_sum;
-  if (is_empty(visual)) return {loss, at::zeros({visual.size(0), pairs}, wide), at::zeros({visual.size(0), pairs}, wide)};
+  if (is_empty(visual))
+    return {loss, at::zeros({visual.size(0), pairs}, wide), at::zeros({visual.size(0), pairs}, wide)};
   for_computing(needs_double(visual, value), [&](auto zero) {
     using C = decltype(zero);
     Tensor rows = at::zeros({visual.size(0), pairs}, wide.dtype(c10::CppTypeToScalarType<C>::value));

@@ -7,9 +7,9 @@
 // No maximum is needed: a row holds l and −l, so its largest logit is at least 0, and |l| ≤ scale. Sums are of 2^(l-K):
 // with the driver's K nothing overflows, and what underflows is below a rounding of the row's largest.
 //
-// Lanes are individuals j: the tile of S has columns (emotion, j), so a vector holds one emotion of some individuals, and
-// differences of emotions are differences of vectors, without a shuffle. A unit owns an individual i of the tile: E rows
-// of S; it loads them once for each of its pairs and writes the sums, and in the backward a block of dS.
+// Lanes are individuals j: the tile of S has columns (emotion, j), so a vector holds one emotion of some individuals,
+// and differences of emotions are differences of vectors, without a shuffle. A unit owns an individual i of the tile: E
+// rows of S; it loads them once for each of its pairs and writes the sums, and in the backward a block of dS.
 // Operations a logit of the quarter: about 20 forward, 30 backward. Bound by arithmetic; the products with S, E²·D
 // multiply-adds for Q² logits, take longer than these kernels from D = 512 on.
 
@@ -277,7 +277,8 @@ void backward_tile(
 }
 
 template <typename C, bool distinct>
-void forward_any(const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_sum, int64_t begin, int64_t end) {
+void forward_any(
+    const Correlation<C>& args, const CorrelationTile<C>& tile, C* column_sum, int64_t begin, int64_t end) {
   switch (args.emotions) {
     case 7: return forward_tile<C, 7, distinct>(args, tile, column_sum, begin, end);
     case 8: return forward_tile<C, 8, distinct>(args, tile, column_sum, begin, end);
@@ -445,8 +446,8 @@ void correlation_finish(
   }
 }
 
-// The lengths of the visual changes, once a row's Σ of gradient times logit is complete, which is scaled here. Units are
-// individuals.
+// The lengths of the visual changes, once a row's Σ of gradient times logit is complete, which is scaled here. Units
+// are individuals.
 template <typename C>
 void correlation_finish_visual(const Correlation<C>& args, int64_t begin, int64_t end) {
   const int64_t emotions = args.emotions, width = args.width;

@@ -47,7 +47,9 @@ T* pointer_or_null(const std::optional<Tensor>& x) {
 }
 
 // Samples that a thread gets at least: about 100k multiply-adds.
-int64_t grain(const Tensor& bank) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, bank.size(1) * bank.size(2))) * 4; }
+int64_t grain(const Tensor& bank) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, bank.size(1) * bank.size(2))) * 4;
+}
 
 template <typename T>
 Direction<T> make_arguments(
@@ -118,9 +120,8 @@ Gradients differentiate(
   if (needs[2])
     gradients[2] = differentiate_with_bank(args, bank);
   else
-    at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
-      kernels_for(T()).backward(args, begin, end);
-    });
+    at::parallel_for(
+        0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(T()).backward(args, begin, end); });
   return gradients;
 }
 
@@ -144,9 +145,8 @@ Tensor direction_logits(
     using T = decltype(zero);
     Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
     args.logits = pointer<T>(logits);
-    at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
-      kernels_for(zero).forward(args, begin, end);
-    });
+    at::parallel_for(
+        0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(zero).forward(args, begin, end); });
   });
   return logits;
 }
@@ -177,9 +177,8 @@ std::tuple<Tensor, Tensor> direction_loss(
         source, edited, bank, individual, source_emotion, target_emotion, number(scale, scale_number), contrast,
         normalize);
     args.losses = pointer<C>(losses);
-    at::parallel_for(0, args.samples, grain(bank), [&](int64_t begin, int64_t end) {
-      kernels_for(zero).forward(args, begin, end);
-    });
+    at::parallel_for(
+        0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(zero).forward(args, begin, end); });
     int64_t valid = 0;
     double total = 0;
     for (int64_t k = 0; k < args.samples; ++k) {

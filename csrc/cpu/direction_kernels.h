@@ -1,11 +1,10 @@
 // direction_loss and direction_logits.
 //
-// A sample is processed in one go: its two features and the bank's rows it needs are read from memory once and stay in the
-// first-level cache for the sweeps below: over the features for their norms, for δ, over each row for its cosine; backward
-// once over everything for δ's gradient and the rows', once over each feature for its own. Nothing but the result is
-// written. The backward recomputes the forward.
-// Bytes: source, edited and E (without contrast: 2) rows of the bank a sample, and the gradients written.
-// Operations: about 5·E·D a sample. Bound by memory from D = 512 on.
+// A sample is processed in one go: its two features and the bank's rows it needs are read from memory once and stay in
+// the first-level cache for the sweeps below: over the features for their norms, for δ, over each row for its cosine;
+// backward once over everything for δ's gradient and the rows', once over each feature for its own. Nothing but the
+// result is written. The backward recomputes the forward. Bytes: source, edited and E (without contrast: 2) rows of the
+// bank a sample, and the gradients written. Operations: about 5·E·D a sample. Bound by memory from D = 512 on.
 
 // x·x_inverse − y·y_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an
 // edit that changes nothing must not have a direction made of rounding.
@@ -14,7 +13,8 @@ PCMECL_INLINE V difference_of_units(V x, C x_inverse, V y, C y_inverse) {
   return (x - y) * y_inverse + x * (x_inverse - y_inverse);
 }
 
-// N sums over [0, count) in one sweep: vector_step(k, sums) adds to Vector<C> sums[N], scalar_step(k, sums) to C sums[N].
+// N sums over [0, count) in one sweep: vector_step(k, sums) adds to Vector<C> sums[N], scalar_step(k, sums) to C
+// sums[N].
 template <typename C, size_t N, typename VectorStep, typename ScalarStep>
 PCMECL_INLINE std::array<C, N> sums_of(int64_t count, VectorStep&& vector_step, ScalarStep&& scalar_step) {
   constexpr int64_t kParts = 4;  // additions that do not wait for each other
@@ -29,13 +29,13 @@ PCMECL_INLINE std::array<C, N> sums_of(int64_t count, VectorStep&& vector_step, 
   return totals;
 }
 
-// One sample's passes, kept between forward and backward. Their loops go by local pointers: for all the compiler knows, the
-// store of a vector may change any member.
+// One sample's passes, kept between forward and backward. Their loops go by local pointers: for all the compiler knows,
+// the store of a vector may change any member.
 template <typename T>
 struct Sample {
   using C = typename Computing<T>::type;
-  // What a direction d = row − from adds to the gradients: along·d to δ's; along·δ − across·d to its row's, if not null,
-  // which it takes from the source emotion's.
+  // What a direction d = row − from adds to the gradients: along·d to δ's; along·δ − across·d to its row's, if not
+  // null, which it takes from the source emotion's.
   struct Term {
     const T* row;
     C along, across;
@@ -185,7 +185,8 @@ struct Sample {
       terms.push_back({rows + e * width, term * inv_norm_delta, term * cosine[e] * inverse[e], nullptr});
       if (args.grad_rows) terms.back().grad_row = args.grad_rows + e * width;
     }
-    const auto [source_dot, edited_dot] = args.grad_rows ? differentiate_delta<true>(shrink) : differentiate_delta<false>(shrink);
+    const auto [source_dot, edited_dot] =
+        args.grad_rows ? differentiate_delta<true>(shrink) : differentiate_delta<false>(shrink);
     if (args.grad_source) write_gradient(args.grad_source + k * width, source, inv_norm_source, C(-1), source_dot);
     if (args.grad_edited) write_gradient(args.grad_edited + k * width, edited, inv_norm_edited, C(1), edited_dot);
   }
@@ -242,7 +243,8 @@ struct Sample {
     return products;
   }
 
-  // Gradient of a feature x with unit(x) in δ with this sign: through the norm, or as it is. `product` is ⟨x, gradient⟩.
+  // Gradient of a feature x with unit(x) in δ with this sign: through the norm, or as it is. `product` is ⟨x,
+  // gradient⟩.
   void write_gradient(T* to, const T* x, C inverse, C sign, C product) {
     const C* const gradient = this->gradient;
     const C factor = sign * inverse;

@@ -83,7 +83,8 @@ void resize(
   args.planes = in.size(0) * in.size(1), args.channels = in.size(1);
   args.in = static_cast<const T*>(in.data_ptr()), args.out = static_cast<T*>(out.data_ptr());
   args.rows = row_table.band(), args.columns = column_table.band();
-  for (int64_t channel = 0; channel < 3; ++channel) args.gain[channel] = gain[channel], args.bias[channel] = bias[channel];
+  for (int64_t channel = 0; channel < 3; ++channel)
+    args.gain[channel] = gain[channel], args.bias[channel] = bias[channel];
   const int64_t pixels = args.columns.before * args.rows.taps + args.columns.after * args.columns.taps;
   at::parallel_for(
       0, args.planes * args.rows.after, std::max<int64_t>(1, 65536 / pixels),
@@ -111,8 +112,7 @@ Tensor clip_frames(
   Tensor out = at::empty({frames.size(0), 3, size, size}, frames.options());
   std::vector<double> bias;
   for (int64_t channel = 0; channel < 3; ++channel) bias.push_back((0.5 - mean[channel]) / std[channel]);
-  resize_any(
-      frames, out, cubic_weights(frames.size(2), size), cubic_weights(frames.size(3), size), gains(std), bias);
+  resize_any(frames, out, cubic_weights(frames.size(2), size), cubic_weights(frames.size(3), size), gains(std), bias);
   return out;
 }
 

@@ -1,6 +1,6 @@
-// The kernels of one instruction set. The including file defines PCMECL_NAMESPACE, PCMECL_VECTOR_BYTES and, where the set is
-// not the compiler's baseline, PCMECL_TARGET, which is turned on for what follows; the standard headers came before, so that
-// nothing of theirs is compiled twice.
+// The kernels of one instruction set. The including file defines PCMECL_NAMESPACE, PCMECL_VECTOR_BYTES and, where the
+// set is not the compiler's baseline, PCMECL_TARGET, which is turned on for what follows; the standard headers came
+// before, so that nothing of theirs is compiled twice.
 
 #define PCMECL_PRAGMA_OF(...) _Pragma(#__VA_ARGS__)
 #define PCMECL_PRAGMA(...) PCMECL_PRAGMA_OF(__VA_ARGS__)
@@ -8,8 +8,7 @@
 #if defined(__clang__)
 PCMECL_PRAGMA(clang attribute push(__attribute__((target(PCMECL_TARGET))), apply_to = function))
 #else
-_Pragma("GCC push_options")
-PCMECL_PRAGMA(GCC target(PCMECL_TARGET))
+_Pragma("GCC push_options") PCMECL_PRAGMA(GCC target(PCMECL_TARGET))
 #endif
 #endif
 

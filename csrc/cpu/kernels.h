@@ -1,4 +1,5 @@
-// The CPU kernels' interface: plain functions on pointers and ranges, without PyTorch, compiled once per instruction set.
+// The CPU kernels' interface: plain functions on pointers and ranges, without PyTorch, compiled once per instruction
+// set.
 //
 // A kernel does the range [begin, end) of its units on one thread; the drivers beside this file allocate, spread ranges
 // over PyTorch's threads and add up. T is the tensors' type, C the type that is computed in.
@@ -44,9 +45,9 @@ struct Direction {
   const C* grad_losses;
   int64_t grad_stride;
   C grad_factor;
-  T* grad_source;  // (B, D) or null
-  T* grad_edited;  // (B, D) or null
-  C* grad_scale;   // (B,) or null
+  T* grad_source;        // (B, D) or null
+  T* grad_edited;        // (B, D) or null
+  C* grad_scale;         // (B,) or null
   const int64_t* order;  // (B,): the samples in the order of the range, or null: as they are
   C* grad_rows;          // (E, D) or null: the gradient of the rows of the one individual that is all the range's
 };
@@ -79,20 +80,20 @@ struct Correlation {
   C scale;         // times log2(e): logits are exponents of 2
   int64_t offset;  // K: sums are of 2^(l - K)
 
-  C* centred;         // (N, E, D): the visual features less each individual's mean
+  C* centred;          // (N, E, D): the visual features less each individual's mean
   C* inv_norm_visual;  // (N, Q): scale / |change|, 0 where there is none
-  bool* valid;        // (N, Q)
-  C* positive;        // (N, Q): the positive logits
-  C* row_sum;         // (N, Q)
-  C* column_sum;      // (N, Q)
+  bool* valid;         // (N, Q)
+  C* positive;         // (N, Q): the positive logits
+  C* row_sum;          // (N, Q)
+  C* column_sum;       // (N, Q)
 
   // Backward.
   C* inv_row_sum;     // (N, Q): 1 / row_sum
   C* inv_column_sum;  // (N, Q)
-  C grad_per_logit;        // what a logit's gradient is multiplied by: grad / valid directions
-  C* row_grad_dot;   // (N, Q): Σ of gradient times logit over a row
-  C* grad_centred;  // (N, E, D) or null
-  C* grad_text;     // (N, E, D) or null
+  C grad_per_logit;   // what a logit's gradient is multiplied by: grad / valid directions
+  C* row_grad_dot;    // (N, Q): Σ of gradient times logit over a row
+  C* grad_centred;    // (N, E, D) or null
+  C* grad_text;       // (N, E, D) or null
 };
 
 // A tile: individuals [row, row + rows) against [column, column + columns), the latter padded to `lanes`.
@@ -100,9 +101,9 @@ template <typename C>
 struct CorrelationTile {
   int64_t row, rows, column, columns, lanes;
   C* text;           // (E, lanes, D): centred, 0 in the padding
-  C* inv_norm_text;   // (Q, lanes): 1 / |change|, 0 where there is none
+  C* inv_norm_text;  // (Q, lanes): 1 / |change|, 0 where there is none
   C* text_valid;     // (Q, lanes): 1 or 0
-  C* inv_text_sum;      // (Q, lanes): 1 / column_sum, 0 where not valid
+  C* inv_text_sum;   // (Q, lanes): 1 / column_sum, 0 where not valid
   const C* product;  // (rows·E, E·lanes): centred · text transposed
   C* grad_product;   // the same
   C* grad_text;      // (E, lanes, D)
@@ -115,7 +116,8 @@ struct CorrelationKernels {
   void (*pack)(const Correlation<C>&, const CorrelationTile<C>&, int64_t begin, int64_t end);
   void (*forward)(const Correlation<C>&, const CorrelationTile<C>&, C* column_sum, int64_t begin, int64_t end);
   void (*backward)(const Correlation<C>&, const CorrelationTile<C>&, C* column_grad_dot, int64_t begin, int64_t end);
-  void (*finish)(const Correlation<C>&, const CorrelationTile<C>&, const C* column_grad_dot, int64_t begin, int64_t end);
+  void (*finish)(
+      const Correlation<C>&, const CorrelationTile<C>&, const C* column_grad_dot, int64_t begin, int64_t end);
   void (*finish_visual)(const Correlation<C>&, int64_t begin, int64_t end);
   // negatives="within": each individual alone, `blocks` (N, E, E) being centred · text transposed.
   void (*forward_within)(const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, int64_t, int64_t);

@@ -1,4 +1,5 @@
-// The CPU operators on tensors: contiguous and checked by ops/*.py. A gradient that `needs` does not ask for is nullopt.
+// The CPU operators on tensors: contiguous and checked by ops/*.py. A gradient that `needs` does not ask for is
+// nullopt.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -92,9 +92,9 @@ PCMECL_INLINE void each(int64_t count, VectorStep&& vector_step, ScalarStep&& sc
   for (; k < count; ++k) scalar_step(k);
 }
 
-// 2^l · 2^-K and 2^-l · 2^-K for the price of one exponential: with l = n + f, |f| ≤ 1/2, and 2^f = even(f²) + f·odd(f²),
-// 2^-f is even − f·odd. Results below the type's normal range are 0; NaN stays NaN (a product with it, not an addition
-// to its bits). Right to 2 units in the last place.
+// 2^l · 2^-K and 2^-l · 2^-K for the price of one exponential: with l = n + f, |f| ≤ 1/2, and 2^f = even(f²) +
+// f·odd(f²), 2^-f is even − f·odd. Results below the type's normal range are 0; NaN stays NaN (a product with it, not
+// an addition to its bits). Right to 2 units in the last place.
 template <typename C>
 struct Exponentials {
   Vector<C> up, down;
@@ -121,6 +121,7 @@ PCMECL_INLINE Exponentials<double> exponentials(Vector<double> l, int64_t offset
   const Vector<double> shifted = l + magic;
   const Vector<double> f = l - (shifted - magic), f2 = f * f;
   // ln(2)^k / k!
+  // clang-format off
   const Vector<double> even =
       (((((2.5678435993488202e-11 * f2 + 7.0549116208011234e-09) * f2 + 1.3215486790144307e-06) * f2 +
          1.5403530393381606e-04) * f2 + 9.6181291076284772e-03) * f2 + 2.4022650695910072e-01) * f2 + 1.0;
@@ -128,6 +129,7 @@ PCMECL_INLINE Exponentials<double> exponentials(Vector<double> l, int64_t offset
       f * ((((((1.3691488853904129e-12 * f2 + 4.4455382718708116e-10) * f2 + 1.0178086009239699e-07) * f2 +
               1.5252733804059841e-05) * f2 + 1.3333558146428443e-03) * f2 + 5.5504108664821580e-02) * f2 +
            6.9314718055994531e-01);
+  // clang-format on
   const Bits n = (Bits)shifted - (Bits)magic;
   const Bits zero = {};
   Bits up = n + (1023 - offset), down = (1023 - offset) - n;

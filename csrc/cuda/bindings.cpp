@@ -1,5 +1,5 @@
-// The Python module pcmecl_fast._C_cuda: a file of its own, so that the CPU backend does not depend on CUDA's libraries.
-// Under the host harness the same functions take CPU tensors.
+// The Python module pcmecl_fast._C_cuda: a file of its own, so that the CPU backend does not depend on CUDA's
+// libraries. Under the host harness the same functions take CPU tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>

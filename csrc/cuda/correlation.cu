@@ -1,14 +1,15 @@
 // correlation_loss: all but the products S = V·Tᵀ and those with dS, which the driver has cuBLAS do in chunks.
 //
-// With directions numbered as unordered pairs (a < b), a logit is l = u[i,ab]·w[j,cd]·(S[b,d] − S[b,c] − S[a,d] + S[a,c]),
-// and the opposite directions have l or −l: every row and column sums e^l + e^-l over a quarter of the logits. A row holds l
-// and −l, so its largest logit is at least 0 and no maximum is needed: sums are of 2^(l − K), l in base 2, with
-// K = max(0, ⌈scale·log2 e⌉ − 100). 2^27 terms do not overflow, and up to a scale of 150 none that counts is lost.
+// With directions numbered as unordered pairs (a < b), a logit is l = u[i,ab]·w[j,cd]·(S[b,d] − S[b,c] − S[a,d] +
+// S[a,c]), and the opposite directions have l or −l: every row and column sums e^l + e^-l over a quarter of the logits.
+// A row holds l and −l, so its largest logit is at least 0 and no maximum is needed: sums are of 2^(l − K), l in base
+// 2, with K = max(0, ⌈scale·log2 e⌉ − 100). 2^27 terms do not overflow, and up to a scale of 150 none that counts is
+// lost.
 //
 // sums_kernel, gradients_kernel: a warp owns individual i, its lanes 32 individuals j: lane j expands the E×E block of
-// (i, j). Text columns are ordered (emotion, j), so a warp's load is 32 neighbours. A lane's column sums stay in registers
-// for E = 7 and 8 (else in shared memory, E up to 32); row sums are added over the warp once a pair. Parts are written per
-// block and added by the driver in a fixed order: nothing is atomic and every run gives the same bits.
+// (i, j). Text columns are ordered (emotion, j), so a warp's load is 32 neighbours. A lane's column sums stay in
+// registers for E = 7 and 8 (else in shared memory, E up to 32); row sums are added over the warp once a pair. Parts
+// are written per block and added by the driver in a fixed order: nothing is atomic and every run gives the same bits.
 // Operations a logit of the quarter: about 10 and two exponentials forward, 16 and two backward. Bound by arithmetic.
 #include "kernels.h"
 #include "scale.h"
@@ -201,8 +202,10 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correl
         });
         for_pairs<E>(emotions, [&](int c, int d, int cd) {
           float w;
-          if constexpr (E != 0) w = inverse[cd];
-          else w = args.inv_norm_text[cd * args.individuals + at.j];
+          if constexpr (E != 0)
+            w = inverse[cd];
+          else
+            w = args.inv_norm_text[cd * args.individuals + at.j];
           const float logit = (difference[d] - difference[c]) * w;
           float up = exp2_fast(logit - K);
           const float down = exp2_fast(-logit - K);
@@ -307,7 +310,8 @@ struct Own {
   __device__ float logit(int a, int b, int ab, int c, int d, int cd) const {
     const float* before = block + a * emotions;
     const float* after = block + b * emotions;
-    return ((after[d] - after[c]) - (before[d] - before[c])) * inv_norm_visual(ab) * inv_norm_text(cd) * (scale * kLog2e);
+    return ((after[d] - after[c]) - (before[d] - before[c])) * inv_norm_visual(ab) * inv_norm_text(cd) *
+           (scale * kLog2e);
   }
 
   // step(x, y, xy) for every valid pair of the other side.
@@ -333,34 +337,36 @@ struct Own {
   __device__ float sum_line(int x, int y, int pair, bool row, F&& f) const {
     float sum = 0;
     if (row && !(inv_norm_visual(pair) < 0))
-      for_valid([&](int cd) { return inv_norm_text(cd); },
-                [&](int c, int d, int cd) { sum += f(logit(x, y, pair, c, d, cd), pair, cd); });
+      for_valid(
+          [&](int cd) { return inv_norm_text(cd); },
+          [&](int c, int d, int cd) { sum += f(logit(x, y, pair, c, d, cd), pair, cd); });
     if (!row && !(inv_norm_text(pair) < 0))
-      for_valid([&](int ab) { return inv_norm_visual(ab); },
-                [&](int a, int b, int ab) { sum += f(logit(a, b, ab, x, y, pair), ab, pair); });
+      for_valid(
+          [&](int ab) { return inv_norm_visual(ab); },
+          [&](int a, int b, int ab) { sum += f(logit(a, b, ab, x, y, pair), ab, pair); });
     return sum;
   }
 };
 
-__global__ void __launch_bounds__(kThreads) sums_within_kernel(const Correlation args, float* row_sum, float* column_sum) {
+__global__ void __launch_bounds__(kThreads)
+    sums_within_kernel(const Correlation args, float* row_sum, float* column_sum) {
   const Own own(args);
   own.for_lines([&](int x, int y, int pair, bool row) {
-    (row ? row_sum : column_sum)[own.i * own.pairs + pair] = own.sum_line(x, y, pair, row, [&](float logit, int, int) {
-      return exp2_fast(logit - own.K) + exp2_fast(-logit - own.K);
-    });
+    (row ? row_sum : column_sum)[own.i * own.pairs + pair] = own.sum_line(
+        x, y, pair, row, [&](float logit, int, int) { return exp2_fast(logit - own.K) + exp2_fast(-logit - own.K); });
   });
 }
 
-__global__ void __launch_bounds__(kThreads) gradients_within_kernel(
-    const Correlation args, float* row_grad_dot, float* column_grad_dot) {
+__global__ void __launch_bounds__(kThreads)
+    gradients_within_kernel(const Correlation args, float* row_grad_dot, float* column_grad_dot) {
   const Own own(args);
   const auto gradient = [&](float logit, int ab, int cd) {
     const float inv_sum = 1 / args.row_sum[own.i * own.pairs + ab] + 1 / args.column_sum[own.i * own.pairs + cd];
     return (exp2_fast(logit - own.K) - exp2_fast(-logit - own.K)) * inv_sum;
   };
   own.for_lines([&](int x, int y, int pair, bool row) {
-    const float grad_dot = own.sum_line(
-        x, y, pair, row, [&](float logit, int ab, int cd) { return gradient(logit, ab, cd) * logit; });
+    const float grad_dot =
+        own.sum_line(x, y, pair, row, [&](float logit, int ab, int cd) { return gradient(logit, ab, cd) * logit; });
     if (row)
       row_grad_dot[own.i * own.pairs + pair] = grad_dot;
     else
@@ -397,7 +403,8 @@ __global__ void count_kernel(const float* inv_norm_visual, int64_t pairs, float*
   if (threadIdx.x == 0) *valid = count;
 }
 
-// One block adds everything up in a fixed order. Beyond the scale that float sums hold, the loss is NaN rather than wrong.
+// One block adds everything up in a fixed order. Beyond the scale that float sums hold, the loss is NaN rather than
+// wrong.
 __global__ void result_kernel(const CorrelationResult args) {
   float* warps = reinterpret_cast<float*>(shared_memory());
   const float scale = value_of(args.scale), K = offset(scale);
@@ -529,7 +536,7 @@ void correlation_finish(const CorrelationFinish<T>& args) {
   launch(finish_kernel<T>, {unsigned(args.individuals)}, kThreads, shared, args);
 }
 
-#define PCMECL_FOR(T)                                    \
+#define PCMECL_FOR(T)                                      \
   template void correlation_changes<T>(const Changes<T>&); \
   template void correlation_finish<T>(const CorrelationFinish<T>&);
 PCMECL_FOR(float)

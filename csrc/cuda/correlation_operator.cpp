@@ -1,8 +1,8 @@
 // correlation_loss on tensors: the products with S in chunks of individuals, and what is kept between them.
 //
-// A chunk of S, in the backward its gradient too, is all that exists of anything larger than the features: memory grows with
-// the individuals, time with their square. Products are in float32 for every input type and never in TF32, whose ten bits a
-// logit scale of 100 would turn into wrong logits.
+// A chunk of S, in the backward its gradient too, is all that exists of anything larger than the features: memory grows
+// with the individuals, time with their square. Products are in float32 for every input type and never in TF32, whose
+// ten bits a logit scale of 100 would turn into wrong logits.
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 
@@ -60,7 +60,8 @@ class Run {
       const Tensor& grad, const Tensor& like, const std::optional<Tensor>& scale, const Tensor& row_sum,
       const Tensor& column_sum, const Needs& needs) {
     args_.row_sum = pointer<float>(row_sum), args_.column_sum = pointer<float>(column_sum);
-    Tensor row_grad_dot = at::empty({N, Q}, options_), column_grad_dot = at::zeros({Q, N}, options_), through_visual, through_text;
+    Tensor row_grad_dot = at::empty({N, Q}, options_), column_grad_dot = at::zeros({Q, N}, options_), through_visual,
+           through_text;
     if (within_)
       through_own(row_grad_dot, column_grad_dot, through_visual, through_text, needs);
     else
@@ -95,7 +96,8 @@ class Run {
   }
 
   void through_chunks(
-      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text, const Needs& needs) {
+      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text,
+      const Needs& needs) {
     if (needs[0]) through_visual = at::empty({N, E, D}, options_);
     if (needs[1]) through_text = at::zeros({E, N, D}, options_);
     const int64_t rows = std::clamp<int64_t>(kChunk / (N * E * E), 1, N);
@@ -115,7 +117,8 @@ class Run {
   }
 
   void through_own(
-      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text, const Needs& needs) {
+      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text,
+      const Needs& needs) {
     const at::NoTF32Guard exact;
     const Tensor product = own_product(), grad = at::empty_like(product);
     args_.product = pointer<float>(product), args_.grad_product = pointer<float>(grad);

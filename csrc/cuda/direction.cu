@@ -1,8 +1,9 @@
 // direction_loss and direction_logits.
 //
-// A warp owns a sample: lanes split the features, 16 bytes each where they are aligned, and lane e keeps what belongs to
-// emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and writes the
-// result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by memory.
+// A warp owns a sample: lanes split the features, 16 bytes each where they are aligned, and lane e keeps what belongs
+// to emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and
+// writes the result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by
+// memory.
 #include "kernels.h"
 #include "scale.h"
 #include "warp.h"
@@ -12,8 +13,8 @@ namespace {
 
 constexpr int kWarps = 4;  // and below, blocks a multiprocessor has to hold: with more the compiler spills registers
 
-// y·y_inverse − x·x_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an edit
-// that changes nothing must not have a direction made of rounding.
+// y·y_inverse − x·x_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an
+// edit that changes nothing must not have a direction made of rounding.
 __device__ __forceinline__ float difference_of_units(float y, float y_inverse, float x, float x_inverse) {
   return (y - x) * y_inverse + x * (y_inverse - x_inverse);
 }
@@ -26,7 +27,7 @@ struct Sample {
   int lane, a, b;
   float inv_norm_source, inv_norm_edited;
   float delta_square, inv_norm_delta, source_delta;  // |δ|², 1/|δ|, ⟨ŝ, δ⟩
-  float cosine, inverse, dot_source, dot_delta;       // of emotion `lane`: c, 1/|d|, ⟨ŝ, d⟩, ⟨δ, d⟩
+  float cosine, inverse, dot_source, dot_delta;      // of emotion `lane`: c, 1/|d|, ⟨ŝ, d⟩, ⟨δ, d⟩
 
   __device__ Sample(const Direction<T>& args, int64_t sample)
       : args(args), source(args.source + sample * args.width), edited(args.edited + sample * args.width),
@@ -266,8 +267,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4) backward_kernel(const Di
 
 // A block owns 128 features of one individual; a thread one of them, its E sums in shared memory, which no other reads.
 template <typename T>
-__global__ void __launch_bounds__(kWarps* kWarpSize) bank_kernel(
-    const Direction<T> args, const int64_t* first, const int64_t* order, T* grad_bank) {
+__global__ void __launch_bounds__(kWarps* kWarpSize)
+    bank_kernel(const Direction<T> args, const int64_t* first, const int64_t* order, T* grad_bank) {
   const int64_t individual = blockIdx.x, k = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
   if (k >= args.width) return;
   float* sums = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
@@ -291,8 +292,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) bank_kernel(
     }
     sums[a * stride] -= grad_origin;
   }
-  for (int e = 0; e < emotions; ++e)
-    grad_bank[(individual * emotions + e) * args.width + k] = T(sums[e * stride]);
+  for (int e = 0; e < emotions; ++e) grad_bank[(individual * emotions + e) * args.width + k] = T(sums[e * stride]);
 }
 
 __global__ void reduce_kernel(
@@ -358,9 +358,9 @@ void direction_reduce(
       mean, loss, divisor);
 }
 
-#define PCMECL_FOR(T)                                                                                        \
-  template void direction_forward<T>(const Direction<T>&);                                                   \
-  template void direction_backward<T>(const Direction<T>&);                                                  \
+#define PCMECL_FOR(T)                                       \
+  template void direction_forward<T>(const Direction<T>&);  \
+  template void direction_backward<T>(const Direction<T>&); \
   template void direction_bank<T>(const Direction<T>&, const int64_t*, const int64_t*, int64_t, T*);
 PCMECL_FOR(float)
 PCMECL_FOR(c10::Half)

@@ -1,10 +1,11 @@
-// clip_frames and its gradient: rows mixed by one band, columns by another, then a gain and a bias per channel. The gradient
-// is the same kernel with the bands transposed, so nothing is atomic.
+// clip_frames and its gradient: rows mixed by one band, columns by another, then a gain and a bias per channel. The
+// gradient is the same kernel with the bands transposed, so nothing is atomic.
 //
-// A block owns 16 × 64 new pixels of a plane. It mixes the old rows it needs, 16 bytes of neighbouring columns a load, into
-// shared memory, at most 128 columns at a time, and then the columns from there; a thread owns four rows of one column.
-// It reads each old pixel about once per tile from memory (again from the cache for every tap) and writes each new one once.
-// Bound by memory at CLIP's sizes. The bands are small tables that a first kernel makes: no copy from the host is waited for.
+// A block owns 16 × 64 new pixels of a plane. It mixes the old rows it needs, 16 bytes of neighbouring columns a load,
+// into shared memory, at most 128 columns at a time, and then the columns from there; a thread owns four rows of one
+// column. It reads each old pixel about once per tile from memory (again from the cache for every tap) and writes each
+// new one once. Bound by memory at CLIP's sizes. The bands are small tables that a first kernel makes: no copy from the
+// host is waited for.
 #include <algorithm>
 #include <vector>
 
@@ -36,8 +37,8 @@ __device__ void fill_pixel(const Band& band, int pixel) {
   }
 }
 
-// The band's pixels are the resize's old ones. Windows move on with their pixel, so those that hold an old pixel follow one
-// another: the first is searched for.
+// The band's pixels are the resize's old ones. Windows move on with their pixel, so those that hold an old pixel follow
+// one another: the first is searched for.
 __device__ void fill_pixel_transposed(const Band& band, int old) {
   int low = 0, high = band.before - 1;
   while (low < high) {
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, 3) resize_kernel(const Frames<T> arg
   const int own_rows = int(threadIdx.x) / kColumns * kRowsOfThread;
   const bool inside = column < args.columns.after;
   const int last_column = first_column + kColumns < args.columns.after ? first_column + kColumns : args.columns.after;
-  const int begin = args.columns.first[first_column] / V * V, end = args.columns.first[last_column - 1] + args.columns.taps;
+  const int begin = args.columns.first[first_column] / V * V,
+            end = args.columns.first[last_column - 1] + args.columns.taps;
   const int first_old = inside ? args.columns.first[column] : 0;
 
   float sums[kRowsOfThread] = {};
@@ -148,7 +150,8 @@ int cubic_taps(int before, int after, bool transposed) {
 
 void cubic_bands(const Band& rows, const Band& columns, bool transposed) {
   constexpr int threads = 64;
-  launch(bands_kernel, {blocks(std::max(rows.after, columns.after), threads), 2}, threads, 0, rows, columns, transposed);
+  launch(
+      bands_kernel, {blocks(std::max(rows.after, columns.after), threads), 2}, threads, 0, rows, columns, transposed);
 }
 
 template <typename T>

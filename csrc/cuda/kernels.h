@@ -1,4 +1,5 @@
-// The CUDA kernels' interface: what a launch takes, on pointers, without tensors. The drivers beside this file allocate.
+// The CUDA kernels' interface: what a launch takes, on pointers, without tensors. The drivers beside this file
+// allocate.
 //
 // T is float, c10::Half or c10::BFloat16; everything is computed in float. Nothing here waits for the device or reads
 // from it. A scale is a float on the device, or where that is null a number.
@@ -60,20 +61,20 @@ void direction_reduce(
     const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
     float* loss, float* divisor);
 
-// correlation_loss. The text's features lie as (E, N, D), so that columns of S = visual · textᵀ are ordered (emotion, j)
-// and neighbouring lanes are neighbouring individuals.
+// correlation_loss. The text's features lie as (E, N, D), so that columns of S = visual · textᵀ are ordered (emotion,
+// j) and neighbouring lanes are neighbouring individuals.
 template <typename T>
 struct Changes {
   int64_t individuals, width;
-  int emotions;        // at most 32
-  const T* visual;     // (N, E, D)
-  const T* text;       // (N, E, D)
-  const bool* mask;    // (N, E) or null
-  float* centred_visual;    // (N, E, D), less each individual's mean
-  float* centred_text;      // (E, N, D)
+  int emotions;            // at most 32
+  const T* visual;         // (N, E, D)
+  const T* text;           // (N, E, D)
+  const bool* mask;        // (N, E) or null
+  float* centred_visual;   // (N, E, D), less each individual's mean
+  float* centred_text;     // (E, N, D)
   float* inv_norm_visual;  // (N, Q): 1/|change| of the visual features; 0: no direction, -1: a pair that is not valid
-  float* inv_norm_text;  // (Q, N): of the text features
-  float* cosine;          // (N, Q): of the positive, 0 where not valid
+  float* inv_norm_text;    // (Q, N): of the text features
+  float* cosine;           // (N, Q): of the positive, 0 where not valid
 };
 
 struct Correlation {
@@ -81,14 +82,14 @@ struct Correlation {
   int emotions;
   bool distinct;
   Scale scale;
-  const float* inv_norm_visual;     // (N, Q)
-  const float* inv_norm_text;  // (Q, N)
-  const float* product;         // S of the chunk: (rows·E, E·N); "within": (N, E, E)
-  int64_t row, rows;            // the chunk's individuals
+  const float* inv_norm_visual;  // (N, Q)
+  const float* inv_norm_text;    // (Q, N)
+  const float* product;          // S of the chunk: (rows·E, E·N); "within": (N, E, E)
+  int64_t row, rows;             // the chunk's individuals
 
   // Forward: sums of 2^(l − K), in parts. Backward: Σ of gradient times logit, in parts, and the gradient of S.
-  float* row_parts;     // (column blocks, rows, Q)
-  float* column_parts;  // (row blocks, Q, N)
+  float* row_parts;         // (column blocks, rows, Q)
+  float* column_parts;      // (row blocks, Q, N)
   const float* row_sum;     // (N, Q)
   const float* column_sum;  // (N, Q)
   float* grad_product;      // as product
@@ -103,10 +104,10 @@ struct CorrelationResult {
   int emotions;
   Scale scale;
   const float* inv_norm_visual;  // (N, Q)
-  const float* cosine;       // (N, Q)
-  float* row_sum;            // (N, Q): what is not valid becomes 1
-  float* column_sum;         // (N, Q)
-  float* loss;               // ()
+  const float* cosine;           // (N, Q)
+  float* row_sum;                // (N, Q): what is not valid becomes 1
+  float* column_sum;             // (N, Q)
+  float* loss;                   // ()
 };
 
 // Ends the backward: lengths and positives, which do not go through S.
@@ -120,10 +121,10 @@ struct CorrelationFinish {
   const float *centred_visual, *centred_text, *inv_norm_visual, *inv_norm_text, *cosine;  // as in Changes
   float* row_grad_dot;           // (N, Q): becomes Σ of gradient times logit, positives included
   const float* column_grad_dot;  // (Q, N)
-  const float* through_visual;  // (N, E, D): dS · text, or null
-  const float* through_text;    // (E, N, D): dSᵀ · visual, or null
-  T* grad_visual;               // (N, E, D) or null
-  T* grad_text;                 // (N, E, D) or null
+  const float* through_visual;   // (N, E, D): dS · text, or null
+  const float* through_text;     // (E, N, D): dSᵀ · visual, or null
+  T* grad_visual;                // (N, E, D) or null
+  T* grad_text;                  // (N, E, D) or null
 };
 
 template <typename T>
@@ -132,7 +133,8 @@ CorrelationParts correlation_parts(int64_t individuals, int emotions, int64_t ro
 void correlation_sums(const Correlation& args);
 void correlation_gradients(const Correlation& args);
 void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum);  // both (N, Q)
-void correlation_gradients_within(const Correlation& args, float* row_grad_dot, float* column_grad_dot);  // (N, Q), (Q, N)
+void correlation_gradients_within(
+    const Correlation& args, float* row_grad_dot, float* column_grad_dot);  // (N, Q), (Q, N)
 void correlation_result(const CorrelationResult& args);
 void correlation_count(const float* inv_norm_visual, int64_t pairs, float* valid);
 template <typename T>

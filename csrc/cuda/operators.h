@@ -1,5 +1,6 @@
-// The CUDA operators on tensors: contiguous and checked by ops/*.py, float32, float16 or bfloat16. As csrc/cpu/operators.h
-// has them, but that a scale's value is never read. Nothing here knows the device: under the host harness it is the CPU.
+// The CUDA operators on tensors: contiguous and checked by ops/*.py, float32, float16 or bfloat16. As
+// csrc/cpu/operators.h has them, but that a scale's value is never read. Nothing here knows the device: under the host
+// harness it is the CPU.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -54,8 +55,7 @@ Gradients tree_attention_backward(
     const Tensor& grad, const Tensor& qkv, int64_t prefix, const std::vector<int64_t>& segment_lengths,
     const Tensor& out, const Tensor& lse, const Needs& needs);
 
-Tensor clip_frames(
-    const Tensor& frames, int64_t size, const std::vector<double>& mean, const std::vector<double>& std);
+Tensor clip_frames(const Tensor& frames, int64_t size, const std::vector<double>& mean, const std::vector<double>& std);
 
 Gradients clip_frames_backward(
     const Tensor& grad, const Tensor& frames, int64_t size, const std::vector<double>& mean,

@@ -1,15 +1,16 @@
 // tree_attention.
 //
-// A token sees the prefix and its own description's past: with one-word names a dozen of some hundred tokens. So nothing is
-// tiled and no mask is read: a warp owns one token of one head and visits only the keys that it sees, straight from the
-// packed qkv. Eight lanes share a key, 16 bytes each where aligned, and a warp takes four keys at a time, with a running
-// softmax per group of lanes that is merged at the end. Any number of tokens; a head's width up to 256.
+// A token sees the prefix and its own description's past: with one-word names a dozen of some hundred tokens. So
+// nothing is tiled and no mask is read: a warp owns one token of one head and visits only the keys that it sees,
+// straight from the packed qkv. Eight lanes share a key, 16 bytes each where aligned, and a warp takes four keys at a
+// time, with a running softmax per group of lanes that is merged at the end. Any number of tokens; a head's width up to
+// 256.
 //
-// Backward, one launch: half of the warps own a token as a query and write its dQ, the other half as a key: they visit the
-// queries that see it and write dK and dV. Nothing is atomic. ⟨grad, out⟩ of a query is recomputed where it is needed.
-// Bytes: q, k, v once from memory (the keys again from the cache), out. Operations: 4·d a pair of tokens that see each
-// other forward, 14·d backward, on the ordinary units: tensor cores are not used, at a dozen keys a query their tiles would
-// be mostly empty. Bound by the latency of the cache.
+// Backward, one launch: half of the warps own a token as a query and write its dQ, the other half as a key: they visit
+// the queries that see it and write dK and dV. Nothing is atomic. ⟨grad, out⟩ of a query is recomputed where it is
+// needed. Bytes: q, k, v once from memory (the keys again from the cache), out. Operations: 4·d a pair of tokens that
+// see each other forward, 14·d backward, on the ordinary units: tensor cores are not used, at a dozen keys a query
+// their tiles would be mostly empty. Bound by the latency of the cache.
 #include "kernels.h"
 #include "warp.h"
 
@@ -112,9 +113,7 @@ struct Item {
   __device__ int64_t plain(int of_token) const {
     return (person * layout.tokens + of_token) * heads_width + int64_t(head) * args.width;
   }
-  __device__ int64_t of_lse(int of_token) const {
-    return (person * args.heads + head) * layout.tokens + of_token;
-  }
+  __device__ int64_t of_lse(int of_token) const { return (person * args.heads + head) * layout.tokens + of_token; }
 };
 
 // The keys that a query sees, numbered from 0.
@@ -254,12 +253,13 @@ void tree_forward(const Tree<T>& args, const TreeLayout& layout) {
 template <typename T>
 void tree_backward(const Tree<T>& args, const TreeLayout& layout) {
   const int64_t items = args.people * args.heads * layout.tokens;
-  for_shape<T>(args.width, aligned(args.width, args.qkv, args.out, args.grad, args.grad_qkv), [&](auto vector, auto part) {
-    launch(backward_kernel<T, vector(), part()>, {blocks(2 * items, kWarps)}, kThreads, 0, args, layout);
-  });
+  for_shape<T>(
+      args.width, aligned(args.width, args.qkv, args.out, args.grad, args.grad_qkv), [&](auto vector, auto part) {
+        launch(backward_kernel<T, vector(), part()>, {blocks(2 * items, kWarps)}, kThreads, 0, args, layout);
+      });
 }
 
-#define PCMECL_FOR(T)                                                \
+#define PCMECL_FOR(T)                                               \
   template void tree_forward<T>(const Tree<T>&, const TreeLayout&); \
   template void tree_backward<T>(const Tree<T>&, const TreeLayout&);
 PCMECL_FOR(float)

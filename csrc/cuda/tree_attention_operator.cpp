@@ -32,9 +32,8 @@ std::tuple<Tensor, Tensor> tree_attention(
   const c10::DeviceGuard guard(qkv.device());
   const int64_t N = qkv.size(0), S = qkv.size(1), H = qkv.size(3), d = qkv.size(4);
   Tensor out = at::empty({N, S, H, d}, qkv.options()), lse = at::empty({N, H, S}, in_float(qkv));
-  for_dtype(qkv, [&](auto zero) {
-    tree_forward(open<decltype(zero)>(qkv, out, lse), layout_of(prefix, segment_lengths));
-  });
+  for_dtype(
+      qkv, [&](auto zero) { tree_forward(open<decltype(zero)>(qkv, out, lse), layout_of(prefix, segment_lengths)); });
   return {out, lse};
 }
 

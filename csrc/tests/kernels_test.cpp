@@ -148,9 +148,10 @@ struct CorrelationRun {
   double run(const CorrelationKernels<C>& kernels, bool backward) {
     const int64_t lanes = (N + kernels.width - 1) / kernels.width * kernels.width;
     std::vector<C> centred(N * E * D), inverse(N * Q), positive(N * Q), rows(N * Q), columns(N * Q), inv_row_sum(N * Q),
-        inv_column_sum(N * Q), row_grad_dot(N * Q), tile_text(E * lanes * D), inv_norm_text(Q * lanes), text_valid(Q * lanes),
-        inv_text_sum(Q * lanes), sums(Q * lanes), grad_dots(Q * lanes), product(N * E * E * lanes), of_product(product.size()),
-        of_tile_text(E * lanes * D), blocks(N * E * E), of_blocks(N * E * E);
+        inv_column_sum(N * Q), row_grad_dot(N * Q), tile_text(E * lanes * D), inv_norm_text(Q * lanes),
+        text_valid(Q * lanes), inv_text_sum(Q * lanes), sums(Q * lanes), grad_dots(Q * lanes),
+        product(N * E * E * lanes), of_product(product.size()), of_tile_text(E * lanes * D), blocks(N * E * E),
+        of_blocks(N * E * E);
     std::vector<char> valid(N * Q);
     of_visual.assign(N * E * D, C(0)), of_text.assign(N * E * D, C(0));
     Correlation<C> args = {};
@@ -158,10 +159,22 @@ struct CorrelationRun {
     args.text = text.data(), args.mask = (const bool*)mask.data(), args.distinct = distinct;
     args.scale = C(5 / std::log(2.0)), args.centred = centred.data(), args.inv_norm_visual = inverse.data();
     args.valid = (bool*)valid.data(), args.positive = positive.data(), args.row_sum = rows.data();
-    args.column_sum = columns.data(), args.inv_row_sum = inv_row_sum.data(), args.inv_column_sum = inv_column_sum.data();
+    args.column_sum = columns.data(), args.inv_row_sum = inv_row_sum.data(),
+    args.inv_column_sum = inv_column_sum.data();
     args.row_grad_dot = row_grad_dot.data(), args.grad_centred = of_visual.data(), args.grad_text = of_text.data();
-    CorrelationTile<C> tile = {0, N, 0, N, lanes, tile_text.data(), inv_norm_text.data(), text_valid.data(), nullptr,
-                               product.data(), of_product.data(), of_tile_text.data()};
+    CorrelationTile<C> tile = {
+        0,
+        N,
+        0,
+        N,
+        lanes,
+        tile_text.data(),
+        inv_norm_text.data(),
+        text_valid.data(),
+        nullptr,
+        product.data(),
+        of_product.data(),
+        of_tile_text.data()};
     kernels.centre(args, 0, N);
     kernels.pack(args, tile, 0, lanes);
     for (int64_t i = 0; i < N; ++i)
@@ -247,7 +260,8 @@ struct CorrelationRun {
 };
 
 template <typename C>
-void test_correlation(const CorrelationKernels<C>& kernels, int64_t N, int64_t E, int64_t D, bool distinct, bool within) {
+void test_correlation(
+    const CorrelationKernels<C>& kernels, int64_t N, int64_t E, int64_t D, bool distinct, bool within) {
   CorrelationRun<C> run = {N, E, D};
   run.distinct = distinct, run.within = within;
   run.visual = random_numbers<C>(N * E * D), run.text = random_numbers<C>(N * E * D);
@@ -279,8 +293,15 @@ void test_frames(const FramesKernels<T>& kernels, int64_t height, int64_t width)
   std::vector<C> row_weights(2 * rows, C(1)), column_weights(2 * columns, C(0.5));
   for (int64_t k = 0; k < rows; ++k) first_row.push_back(int32_t(k));
   for (int64_t k = 0; k < columns; ++k) first_column.push_back(int32_t(k));
-  Frames<T> args = {3, 3, in.data(), out.data(), {height, rows, 2, first_row.data(), row_weights.data()},
-                    {width, columns, 2, first_column.data(), column_weights.data()}, {1, 2, 3}, {0, 1, 2}};
+  Frames<T> args = {
+      3,
+      3,
+      in.data(),
+      out.data(),
+      {height, rows, 2, first_row.data(), row_weights.data()},
+      {width, columns, 2, first_column.data(), column_weights.data()},
+      {1, 2, 3},
+      {0, 1, 2}};
   kernels.resize(args, 0, 2);
   kernels.resize(args, 2, 3 * rows);
   for (int64_t at = 0; at < 3 * rows * columns; ++at) {

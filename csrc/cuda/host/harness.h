@@ -1,10 +1,10 @@
 // A grid of CUDA blocks on the CPU, for tests: kernels are compiled by the C++ compiler from the very same source.
 //
 // The threads of a block are fibers of one processor thread. A fiber runs until its next barrier (__syncthreads,
-// __syncwarp, a shuffle), then the next one does, in ascending or descending order (PCMECL_HOST_ORDER=up|down, read at each
-// launch): a kernel that lacks a barrier gives two different results. Shared memory is filled with NaN before each block,
-// and writing past it, or a barrier that some threads never reach, is an exception. Blocks run one after another.
-// What it cannot show: speed, memory ordering between blocks, and how a GPU rounds.
+// __syncwarp, a shuffle), then the next one does, in ascending or descending order (PCMECL_HOST_ORDER=up|down, read at
+// each launch): a kernel that lacks a barrier gives two different results. Shared memory is filled with NaN before each
+// block, and writing past it, or a barrier that some threads never reach, is an exception. Blocks run one after
+// another. What it cannot show: speed, memory ordering between blocks, and how a GPU rounds.
 #pragma once
 
 #include <setjmp.h>
