@@ -237,7 +237,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def finished(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` that returns when its work is done, for clocks that do not know of GPUs."""
+    """`run` that returns when its work is done, for clocks that do not know about GPUs."""
     if not torch.cuda.is_available():
         return run
 
@@ -250,7 +250,7 @@ def finished(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
-    """Megabytes that one call needs at its peak beyond what was held before; NaN where the system does not tell."""
+    """Megabytes that one call needs at its peak beyond what was held before; NaN where the system does not say."""
     _forget(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

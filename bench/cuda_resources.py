@@ -24,7 +24,7 @@ BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 
 @dataclass
 class Kernel:
-    """What one kernel takes of a multiprocessor on one architecture, and what its machine code looks like."""
+    """What one kernel needs of a multiprocessor on one architecture, and what its machine code looks like."""
 
     arch: str
     name: str

@@ -4,7 +4,7 @@
     python -m bench.instructions --accept   writes the present counts to bench/instructions.json
 
 Times on shared machines swing by more than any change worth seeing; valgrind's counts do not. They are of the AVX2
-path, the most that valgrind knows, and belong to one compiler: another one has nothing to compare with, and is told so.
+path, the most that valgrind knows, and belong to one compiler: with another there is nothing to compare.
 """
 
 from __future__ import annotations
