@@ -22,8 +22,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-import pcmecl_fast
-from pcmecl_fast import ablation, cli, clip, run
+from pcmecl_fast import ablation, cli, load_clip, run
 from pcmecl_fast.data.media import write_frames
 from pcmecl_fast.synthetic import SyntheticFaces
 
@@ -133,13 +132,14 @@ def folder_of_runs(tmp_path_factory, few_frames_judged):
 def workplace(folder_of_runs, tmp_path, monkeypatch):
     """The test runs in a copy of `folder_of_runs`; weights that would be downloaded are random."""
     monkeypatch.chdir(shutil.copytree(folder_of_runs, tmp_path / "workplace"))
-    for module in (pcmecl_fast, run):
-        monkeypatch.setattr(module, "load_clip", load_clip_without_downloads)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("pcmecl_fast") and getattr(module, "load_clip", None) is load_clip:
+            monkeypatch.setattr(module, "load_clip", load_clip_without_downloads)
 
 
 def load_clip_without_downloads(name="tiny-face", pretrained=None, **options):
     # A smaller tower of the same kind: the documents' own takes seconds to fill with random numbers.
-    return clip.load_clip(name if pretrained is None else "ViT-S-32-alt", **options)
+    return load_clip(name if pretrained is None else "ViT-S-32-alt", **options)
 
 
 # What stands in the pages
