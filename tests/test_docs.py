@@ -23,6 +23,7 @@ import torch
 from packaging.requirements import Requirement
 
 from pcmecl_fast import ablation, cli, load_clip, run
+from pcmecl_fast.commands import COMMANDS
 from pcmecl_fast.data.media import write_frames
 from pcmecl_fast.synthetic import SyntheticFaces
 
@@ -236,7 +237,7 @@ def check_options(words, place):
     """The command of a sentence exists, and so does every option that the sentence names."""
     if not words or words[0] == "COMMAND":
         return
-    config, _ = cli.COMMANDS[words[0]]
+    config, _ = COMMANDS[words[0]]
     known = {field.name for field in fields(config)} | {"help", "config"}
     asked = {word[2:].split("=")[0].replace("-", "_") for word in words[1:] if word.startswith("--")}
     assert asked <= known, f"{place}: unknown {asked - known}"
@@ -300,7 +301,7 @@ def public_names(module):
 
 def test_every_command_is_documented():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert all(f"`pcmecl-fast {name}" in text for name in cli.COMMANDS)
+    assert all(f"`pcmecl-fast {name}" in text for name in COMMANDS)
 
 
 def test_the_site_has_every_page():
