@@ -19,12 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bench.compare import ROOT
+from pcmecl_fast import cli
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.data.media import read_frames, write_frames
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.run import run_edit
 from pcmecl_fast.synthetic import SyntheticFaces
-from pcmecl_fast.train.config import EditConfig
 
 EDITED = tuple(emotion for emotion in EMOTIONS if emotion != "neutral")
 HELD_OUT_SEED = 2  # that of the faces which a run is judged on
@@ -65,7 +64,9 @@ def edited_faces(run: Path, people: int, folder: Path) -> dict[str, list[Image.I
 
     faces = {"source": _pictures(sources, drawn_people.size)}
     for emotion in EDITED:
-        run_edit(EditConfig(input=sources, emotion=emotion, run=run, out=folder / emotion))
+        words = ["edit", "--input", sources, "--emotion", emotion, "--run", run, "--out", folder / emotion]
+        if cli.main([str(word) for word in words]) != 0:
+            raise SystemExit(f"no picture without edits to {emotion}")
         faces[emotion] = _pictures(folder / emotion, drawn_people.size)
     return faces
 
