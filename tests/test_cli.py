@@ -415,7 +415,7 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp
     assert "input: there is no file" in line
     (tmp_path / "face.txt").write_text("hello")
     line = wrong(capsys, *edit, "--input", tmp_path / "face.txt", "--emotion", "sad")
-    assert "is no picture or video" in line
+    assert "is not a picture or video" in line
 
 
 @pytest.mark.parametrize(
