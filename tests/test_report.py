@@ -1,4 +1,4 @@
-"""What a report promises: one file that needs nothing else, shows everything it is given, and trusts no name."""
+"""Reports: one self-contained file that shows everything it is given and trusts no name."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     assert page.html.count("url(") == page.html.count("url(#")
 
 
-def test_every_id_is_unique_and_every_reference_is_met(tmp_path: Path) -> None:
+def test_every_id_is_unique_and_every_reference_resolves(tmp_path: Path) -> None:
     page = page_of(make_report(), tmp_path)
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -235,7 +235,7 @@ def test_frames_are_shown_pixel_for_pixel() -> None:
     face = torch.round((grid.edited[0, 0] + 1) * 127.5)
     scale = 128 // 20
     enlarged = face.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    inner = enlarged[:, scale:-scale, scale:-scale]  # its border carries the mark of the source's own emotion
+    inner = enlarged[:, scale:-scale, scale:-scale]  # its border marks the source's own emotion
     _, height, width = inner.shape
     corners = (drawn == inner[:, :1, :1]).all(dim=0).nonzero().tolist()
     assert any(torch.equal(drawn[:, y : y + height, x : x + width], inner) for y, x in corners)
@@ -323,7 +323,7 @@ def test_saved_picture_is_the_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_any_float_type_and_gradients_are_taken(dtype: torch.dtype) -> None:
+def test_any_float_type_and_gradients_are_accepted(dtype: torch.dtype) -> None:
     grid = make_grid()
     assert grid.truth is not None
     other = replace(
@@ -335,7 +335,7 @@ def test_any_float_type_and_gradients_are_taken(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grid_image(other), grid_image(grid), atol=0.01, rtol=0)
 
 
-def test_shapes_that_do_not_fit_are_named() -> None:
+def test_mismatched_shapes_are_named() -> None:
     grid = make_grid()
     with pytest.raises(ValueError, match=r"edited: got shape \(2, 2, 3, 20, 20\), takes \(2, 3, 3, 20, 20\)"):
         replace(grid, edited=grid.edited[:, :2])
