@@ -141,17 +141,19 @@ def _print_results(out: Path, summary: dict[str, Any]) -> None:
     for content in (results_table(summary), prompts_table(summary)):
         if not content.rows:
             continue
-        table = Table("", caption=content.note, caption_justify="left")
+        table = Table("")
         for column in content.columns:
             table.add_column(column, justify="right")
         for row in content.rows:
             table.add_row(
                 row.name, *("–" if cell is None else f"{cell.text}\n{cell.interval}".strip() for cell in row.cells)
             )
-        console.print(table)
+        console.print(table, content.note, sep="\n", end="\n\n", highlight=False)
     for paragraph in prompts_in_words(summary):
-        console.print(paragraph)
-    console.print(f"{out / 'report.html'} has the whole, after {summary['seconds']:.0f} s", soft_wrap=True)
+        console.print(paragraph, end="\n\n", highlight=False)
+    console.print(
+        f"{summary['seconds']:.0f} s; faces and curves: {out / 'report.html'}", soft_wrap=True, highlight=False
+    )
 
 
 def _prompts(config: PromptsConfig, command: str) -> None:

@@ -283,10 +283,13 @@ def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, refe
 
 
 def _who_is_shown(shown: int, held: int, *, drawn: bool) -> str:
-    people = "One individual" if held == 1 else f"{shown} of {held} individuals" if shown < held else f"All {held}"
+    if held == 1:
+        frames = "One frame of one individual"
+    else:
+        frames = f"One frame of each of {shown} individuals" + (f", of {held}" if shown < held else "")
     if drawn:
-        return f"{people}, a frame each; the true edit is the same frame drawn with that emotion."
-    return f"{people}, a frame each; of real faces there is no true edit to compare with."
+        return f"{frames}; the true edit is the same frame drawn with the other emotion."
+    return f"{frames}; for real faces there is no true edit to compare with."
 
 
 def _save_config(config: RunConfig) -> None:
@@ -306,16 +309,17 @@ def _publish(
     _write_summary(out, summary)
     for name, grid in grids.items():
         save_grid_png(out / f"{name}.png", grid)
-    setting: dict[str, Any] = {"clip": config.clip, "drawn": config.data == "synthetic", "edited": bool(grids)}
+    drawn = isinstance(held, SyntheticFaces)
     report = Report(
         title,
         lead="" if grids else "Prompts alone: this run learned them and edited no faces.",
         grids=list(grids.values()),
         results=results_table(summary),
         prompts=prompts_table(summary),
-        words=prompts_in_words(summary) + limits_in_words(summary, emotions=len(held.emotions), **setting),
+        words=prompts_in_words(summary),
+        limits=limits_in_words(summary, emotions=len(held.emotions), clip=config.clip, drawn=drawn, edited=bool(grids)),
         curves=curves,
-        origin=origin(command, device=_device(config.device)),
+        origin=origin(command, seconds=summary["seconds"], device=_device(config.device)),
         config=asdict(config),
     )
     write_report(out / "report.html", report)

@@ -16,10 +16,13 @@ class Origin:
 
     date: str
     command: str = ""  # as typed; empty where Python code called the run
+    seconds: float | None = None  # that it took
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def origin(command: str = "", *, device: str = "cpu", now: datetime | None = None) -> Origin:
+def origin(
+    command: str = "", *, seconds: float | None = None, device: str = "cpu", now: datetime | None = None
+) -> Origin:
     """The origin of what is made here and now, by this command, on this device."""
     moment = (now or datetime.now().astimezone()).isoformat(" ", "seconds")
     versions = {
@@ -31,7 +34,7 @@ def origin(command: str = "", *, device: str = "cpu", now: datetime | None = Non
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": str(torch.get_num_threads()),
     }
-    return Origin(moment, command, versions)
+    return Origin(moment, command, seconds, versions)
 
 
 def _version(package: str) -> str:

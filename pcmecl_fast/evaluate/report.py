@@ -87,7 +87,8 @@ class Report:
     grids: list[FaceGrid] = field(default_factory=list)
     results: Table | None = None
     prompts: Table | None = None
-    words: list[str] = field(default_factory=list)  # paragraphs about the prompts
+    words: list[str] = field(default_factory=list)  # paragraphs: what the prompts did
+    limits: list[str] = field(default_factory=list)  # paragraphs: what the numbers do not say
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # "group/name" -> (step, value)
     origin: Origin | None = None
     config: dict[str, Any] = field(default_factory=dict)  # nested; what YAML has no word for is shown as text
@@ -107,6 +108,7 @@ def write_report(path: Path, report: Report) -> None:
         results=_if_filled(report.results),
         prompts=_if_filled(report.prompts),
         words=report.words,
+        limits=report.limits,
         groups=_chart_groups(report.curves),
         origin=report.origin,
         config=yaml.safe_dump(_plain(report.config), sort_keys=False, allow_unicode=True) if report.config else "",

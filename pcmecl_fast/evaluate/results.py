@@ -17,36 +17,48 @@ class Measure:
     """A measure of edits: the summary has it under `key`, and with `_source` and `_truth` for the other columns."""
 
     key: str
-    name: str
-    note: str  # what it measures, its range, which way is better
+    name: str  # ↑ where more is better, ↓ where less is
+    note: str  # what it measures, and its range
     unit: Literal["", "%", "dB"] = ""
 
 
 MEASURES = [
     Measure(
         "emotion_accuracy",
-        "shows the target emotion",
-        "to a classifier trained apart from CLIP; unedited frames show another emotion, so about 0; ↑",
+        "shows the target emotion\N{NO-BREAK SPACE}↑",
+        "to a classifier trained apart from CLIP; unedited frames show another emotion, so about 0",
         "%",
     ),
-    Measure("expression_error", "error of the expression", "action units against the true ones, 0 to about 1.5; ↓"),
-    Measure("mouth_error", "error of the speech", "mouth openness and spread against the source’s, part of range; ↓"),
-    Measure("identity_similarity", "same person as the source", "cosine of identity vectors, up to 1; ↑"),
-    Measure("psnr", "likeness to the true edit", "PSNR; ↑", "dB"),
+    Measure(
+        "expression_error",
+        "error of the expression\N{NO-BREAK SPACE}↓",
+        "action units against the true ones, 0 to about 1.5",
+    ),
+    Measure(
+        "mouth_error",
+        "error of the speech\N{NO-BREAK SPACE}↓",
+        "mouth openness and spread against the source’s, part of range",
+    ),
+    Measure(
+        "identity_similarity", "same person as the source\N{NO-BREAK SPACE}↑", "cosine of identity vectors, up to 1"
+    ),
+    Measure("psnr", "likeness to the true edit\N{NO-BREAK SPACE}↑", "PSNR", "dB"),
     Measure(
         "clip_emotion_accuracy",
-        "shows the target emotion to CLIP",
-        "with the plain descriptions; CLIP supervised the edits, so this flatters them; ↑",
+        "shows the target emotion to CLIP\N{NO-BREAK SPACE}↑",
+        "by the plain descriptions; CLIP supervised the edits, so this flatters them",
         "%",
     ),
     Measure(
         "clip_direction",
-        "changes as the prompts say",
-        "cosine of CLIP’s change and the prompts’, −1 to 1; what was trained on, so this flatters too; ↑",
+        "changes as the prompts say\N{NO-BREAK SPACE}↑",
+        "cosine of CLIP’s change and the prompts’, −1 to 1; it was trained on, so this flatters too",
     ),
-    Measure("change", "changed by", "mean absolute change of a pixel, of a range of 2"),
+    Measure("change", "pixels changed", "mean absolute change of a pixel, of a range of 2"),
 ]
 """In the order of the table. The paired truth of drawn faces comes first, CLIP's own view after it."""
+
+_FEWEST_FRAMES = 20  # that say whether prompts differ
 
 _COLUMNS = {"edited": "", "unedited": "_source", "truth": "_truth"}
 
@@ -91,7 +103,11 @@ def results_table(summary: Summary) -> Table:
     measures = [m for m in MEASURES if m.key in summary]
     columns = [name for name, end in _COLUMNS.items() if any(m.key + end in summary for m in measures)]
     rows = [Row(m.name, [_cell(summary, m.key + _COLUMNS[name], m.unit) for name in columns], m.note) for m in measures]
-    note = f"Means over {_counted(summary, 'edit')}. {_about_intervals(summary)}" if rows else ""
+    note = (
+        f"Means over {_counted(summary, 'edit')}. {_about_intervals(summary)} ↑ more is better, ↓ less is."
+        if rows
+        else ""
+    )
     if "truth" in columns:
         note += " The column “truth” is the judge on the true edits: what it gets wrong by itself."
     return Table(columns, rows, note)
@@ -102,7 +118,7 @@ def prompts_table(summary: Summary) -> Table:
     kinds = {
         "zero_shot_accuracy": ("plain descriptions", "CLIP as it comes"),
         "prompt_accuracy": ("personalized prompts", "each individual by their own"),
-        "others_prompt_accuracy": ("somebody else’s prompts", "each individual by those of every other, the mean"),
+        "others_prompt_accuracy": ("somebody else’s prompts", "each individual by everybody else’s, on average"),
     }
     rows = [Row(name, [_cell(summary, key, "%")], note) for key, (name, note) in kinds.items() if key in summary]
     note = f"Rates over {_counted(summary, 'unedited frame')}. {_about_intervals(summary)}" if rows else ""
@@ -133,13 +149,10 @@ def limits_in_words(summary: Summary, *, emotions: int, clip: str, drawn: bool, 
             "no prompt can tell more than CLIP sees."
         )
     if clip == "tiny-face" and not drawn:
-        words.append(
-            "tiny-face has seen drawn faces only. For real ones take a larger CLIP, such as "
-            "--clip ViT-B-32 --clip-pretrained openai."
-        )
+        words.append("tiny-face has seen drawn faces only; for real ones, give a larger CLIP with the option --clip.")
     words.append(
         "Training uses the change from one prompt to another rather than the names: how much edits gain from the "
-        "prompts is not measured here; `pcmecl-fast ablate` measures it on drawn faces."
+        "prompts is not measured here; the command ablate measures it on drawn faces."
     )
     if edited and not drawn:
         words.append(
@@ -152,39 +165,30 @@ def limits_in_words(summary: Summary, *, emotions: int, clip: str, drawn: bool, 
 def _gain_in_words(summary: Summary) -> str:
     before, after = summary["zero_shot_accuracy"], summary["prompt_accuracy"]
     shown = f"CLIP names the emotion in {_percent(before)} of the frames by the plain descriptions"
-    if before == after:
-        return f"{shown}, and in just as many by the personalized prompts: here they made no difference."
-    shown += f", and in {_percent(after)} by the personalized prompts"
-    verdict = _verdict(
-        summary,
-        "prompt_gain",
-        "the prompts helped here.",
-        "the prompts did worse here than the plain descriptions.",
-        "the prompts made no difference here that these frames can tell from none.",
-    )
-    return f"{shown}: {verdict}"
+    if abs(summary["prompt_gain"]) < 1e-6:
+        return f"{shown}, and in just as many by the personalized prompts. The prompts made no difference here."
+    verdict = _verdict(summary, "prompt_gain", "The prompts", "did worse here than the plain descriptions")
+    return f"{shown}, and in {_percent(after)} by the personalized prompts: {verdict}"
 
 
 def _personal_gain_in_words(summary: Summary) -> str:
-    own, others = summary["prompt_accuracy"], summary["others_prompt_accuracy"]
-    shown = f"With the prompts of somebody else instead of one’s own it is {_percent(others)}"
-    if own == others:
-        return f"{shown}, the same: personalizing made no difference here."
-    verdict = _verdict(
-        summary,
-        "personal_gain",
-        "personalizing helped here.",
-        "personalizing did harm here.",
-        "personalizing made no difference here that these frames can tell from none.",
-    )
-    return f"{shown}: one’s own are {verdict}"
+    others = summary["others_prompt_accuracy"]
+    shown = f"By the prompts of somebody else instead of one’s own it is {_percent(others)}"
+    if abs(summary["personal_gain"]) < 1e-6:
+        return f"{shown}, the same. Personalizing made no difference here."
+    verdict = _verdict(summary, "personal_gain", "Personalizing", "did harm here")
+    return f"{shown}; one’s own are worth {verdict}"
 
 
-def _verdict(summary: Summary, key: str, better: str, worse: str, neither: str) -> str:
-    """The difference in points with its interval, and which of the three it means."""
+def _verdict(summary: Summary, key: str, subject: str, worse: str) -> str:
+    """The difference in points with its interval, and what it means."""
     low, high = summary["intervals"][key]
-    points = f"{_signed(summary[key])} points (95 % interval {_signed(low)} to {_signed(high)})"
-    return f"{points}; {better if low > 0 else worse if high < 0 else neither}"
+    points = f"{_signed(summary[key])} points (95 % interval {_signed(low)} to {_signed(high)})."
+    if summary["counts"]["frames"] < _FEWEST_FRAMES:
+        return f"{points} So few frames cannot tell whether that is more than chance."
+    if low <= 0 <= high:
+        return f"{points} That is within chance: {subject[0].lower()}{subject[1:]} made no difference here."
+    return f"{points} {subject} {'helped here' if low > 0 else worse}."
 
 
 def _cell(summary: Summary, key: str, unit: str) -> Cell | None:
@@ -201,10 +205,10 @@ def _counted(summary: Summary, thing: str) -> str:
 
 def _about_intervals(summary: Summary) -> str:
     if summary["intervals_over"] == "individuals":
-        drawn = "resampling individuals (bootstrap)"
+        drawn = "resampled individuals (bootstrap)"
     else:
-        drawn = "resampling frames (bootstrap), so they say nothing about other individuals"
-    return f"Below each mean is its 95 % interval, by {drawn}; that of a percentage covers Wilson’s, too."
+        drawn = "resampled frames (bootstrap), which says nothing about other individuals"
+    return f"Below each mean is its 95 % interval, from {drawn}; that of a percentage covers Wilson’s, too."
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def readable(value: object, unit: str = "") -> tuple[str, Literal["number", "tex
     if not math.isfinite(number):
         return "NaN" if math.isnan(number) else "∞" if number > 0 else "−∞", "odd"
     if unit == "%":
-        return f"{_fixed(100 * number, 0)} %", "number"
+        return _percent(number), "number"
     return " ".join(filter(None, [three_digits(number), unit])), "number"
 
 
@@ -243,7 +247,7 @@ def _as_precisely(text: str, bound: float, unit: str) -> str:
     """A bound of an interval with as many decimals as its value is written with."""
     if not math.isfinite(bound):
         return readable(bound)[0]
-    if "e" in text or (text.split()[0] == "0" and unit != "%"):
+    if "e" in text or text.split()[0] == "0":
         return three_digits(bound)
     digits = len(text.split()[0].partition(".")[2])
     return _fixed(100 * bound if unit == "%" else bound, digits)
