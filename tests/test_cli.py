@@ -113,27 +113,43 @@ def test_prompts_writes_a_bank_a_summary_and_a_report(runs):
     summary = json.loads((out / "summary.json").read_text())
     assert {"zero_shot_accuracy", "prompt_accuracy", "individuals", "seconds"} <= summary.keys()
     assert summary["individuals"] == 3
+    low, high = summary["intervals"]["prompt_accuracy"]
+    assert low <= summary["prompt_accuracy"] <= high
+    report = (out / "report.html").read_text()
+    assert "edited no faces" in report
+    assert "CLIP names the emotion in" in report
+    assert 'id="faces"' not in report
 
 
-def test_train_uses_the_prompts_and_writes_a_generator_a_summary_and_a_report(runs):
+def test_train_uses_the_prompts_and_writes_a_generator_a_summary_and_a_report(runs, folder):
     out = runs / "train"
     assert not (out / "prompts").exists()
     assert load_file(out / "generator.safetensors")
     summary = json.loads((out / "summary.json").read_text())
-    assert {"zero_shot_accuracy", "clip_direction", "change", "seconds"} <= summary.keys()
-    assert all(isinstance(value, (int, float)) for value in summary.values())
+    means = {"zero_shot_accuracy", "prompt_accuracy", "prompt_gain", "clip_direction", "change"}
+    assert all(isinstance(summary[name], float) for name in means | {"seconds"})
+    assert means <= summary["intervals"].keys()
+    assert summary["counts"]["individuals"] == 3
+    assert summary["intervals_over"] == "frames"
     with Image.open(out / "faces.png") as grid:
         assert grid.width > 64
     report = (out / "report.html").read_text()
     assert "person-0-000" in report
     assert "stage 2" in report
+    assert f"pcmecl-fast train --data {folder} --holdout 0.3" in report
+    assert f"<dd>{torch.__version__}</dd>" in report
+    assert "Lower row" not in report
+    assert "true edit to compare with" in report
 
 
 def test_evaluate_reproduces_the_measures_of_train(runs, tmp_path):
     assert main(["evaluate", "--run", str(runs / "train"), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
     first, second = (json.loads((out / "summary.json").read_text()) for out in (runs / "train", tmp_path / "again"))
-    del first["seconds"], second["seconds"]
-    assert first == pytest.approx(second, rel=1e-3, abs=1e-3)
+    assert first["counts"] == second["counts"]
+    assert first["intervals"].keys() == second["intervals"].keys()
+    assert {k: first[k] for k in first["intervals"]} == pytest.approx(
+        {k: second[k] for k in first["intervals"]}, rel=1e-3, abs=1e-3
+    )
     assert (tmp_path / "again" / "report.html").is_file()
 
 
@@ -177,7 +193,7 @@ def test_edit_accepts_a_video_and_keeps_its_length_and_rate(runs, tmp_path):
     assert (rate, len(frames)) == (12, 6)
 
 
-def test_demo_on_drawn_faces_reports_every_measure(tmp_path):
+def test_demo_on_drawn_faces_has_every_number_that_a_reader_looks_for(tmp_path, capsys):
     options = [*SYNTHETIC, *SMALL, *SMALL_GENERATOR, "--steps", "2", "--prompt-steps", "2"]
     assert main(["demo", *options, "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -185,8 +201,11 @@ def test_demo_on_drawn_faces_reports_every_measure(tmp_path):
         "emotion_accuracy emotion_accuracy_source expression_error mouth_error identity_similarity "
         "identity_similarity_truth psnr zero_shot_accuracy seconds"
     )
-    assert set(expected.split()) <= summary.keys()
-    assert all(isinstance(value, (int, float)) for value in summary.values())
+    assert all(isinstance(summary[name], float) for name in expected.split())
+    assert set(summary["intervals"]) | {"seconds"} == {k for k, v in summary.items() if isinstance(v, float)}
+    shown = " ".join(capsys.readouterr().out.split())
+    for said in ("edited", "unedited", "truth", "of 12 individuals", "CLIP names the emotion in", "report.html"):
+        assert said in shown, said
     assert summary["emotion_accuracy_source"] <= 0.2
     for name in ("report.html", "faces.png", "config.yaml", "generator.safetensors", "prompts/bank.safetensors"):
         assert (tmp_path / name).stat().st_size > 0
@@ -228,7 +247,7 @@ def test_the_config_that_a_run_writes_repeats_it(runs, tmp_path):
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_options_override_the_file_and_the_file_the_defaults(tmp_path, suffix, monkeypatch):
     seen = []
-    monkeypatch.setitem(COMMANDS, "train", (COMMANDS["train"][0], seen.append))
+    monkeypatch.setitem(COMMANDS, "train", (COMMANDS["train"][0], lambda config, command: seen.append(config)))
     values = {
         "steps": 7,
         "size": 48,

@@ -359,11 +359,11 @@ def summary_of(run):
 def test_every_kind_of_run_ends_in_a_summary_and_can_be_evaluated_again(tmp_path, options):
     summary = run_train(train_config(tmp_path, **options))
     assert all(value == value for value in summary.values())
-    assert summary_of(tmp_path) == pytest.approx(summary)
+    assert summary_of(tmp_path) == summary
     again = run_evaluate(EvaluateConfig(run=tmp_path, device="cpu"))
-    assert {k: v for k, v in again.items() if k != "seconds"} == pytest.approx(
-        {k: v for k, v in summary.items() if k != "seconds"}, rel=1e-3, abs=1e-3
-    )
+    assert again["counts"] == summary["counts"]
+    first, second = ({k: v for k, v in s.items() if isinstance(v, float) and k != "seconds"} for s in (summary, again))
+    assert second == pytest.approx(first, rel=1e-3, abs=1e-3)
 
 
 def test_the_seed_of_an_evaluation_draws_other_targets(stage1, tmp_path):
