@@ -83,7 +83,7 @@ def _files(config: EditConfig) -> list[Path]:
     if not files:
         deeper = not config.recursive and any(is_media(path) for path in config.input.rglob("*"))
         hint = "; --recursive edits what is in its subfolders" if deeper else ""
-        raise ValueError(f"input: {config.input} holds no picture or video{hint}")
+        raise ValueError(f"input: {config.input} contains no picture or video{hint}")
     need_av(files)
     return files
 

@@ -1,4 +1,4 @@
-"""The commands: each reads a config, does its work in one output folder, and returns its summary."""
+"""The commands: each takes a config, works in one output folder, and returns a summary."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from pcmecl_fast.clip import Clip, load_clip
 from pcmecl_fast.data.base import EMOTIONS, FrameDataset, split
 from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
-from pcmecl_fast.evaluate.metrics import NOTES, clip_view, draw_trials, judge_edits
+from pcmecl_fast.evaluate.intervals import summarize
+from pcmecl_fast.evaluate.metrics import clip_view, draw_trials, judge_edits, prompt_view
+from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
+from pcmecl_fast.evaluate.results import limits_in_words, prompts_in_words, prompts_table, results_table
 from pcmecl_fast.files import content_hash
 from pcmecl_fast.models import Generator, load_generator, make_generator, save_generator
 from pcmecl_fast.models.base import generator_config
@@ -42,8 +45,11 @@ from pcmecl_fast.train.prompts import frame_features, learn_prompts
 _EVALUATED_FRAMES = 336
 
 
-def run_prompts(config: PromptsConfig) -> dict[str, Any]:
-    """Stage 1 alone: `prompts.safetensors`, `bank.safetensors`, `report.html`, `summary.json`."""
+def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
+    """Stage 1 alone: `prompts.safetensors`, `bank.safetensors`, `report.html`, `summary.json`.
+
+    Here and below, `command` is what was typed, for the report to repeat.
+    """
     started = time.monotonic()
     check_options(config)
     config = config.located()
@@ -56,20 +62,19 @@ def run_prompts(config: PromptsConfig) -> dict[str, Any]:
         prompts, bank, loop = learn_prompts(clip, dataset, config, begin=folder.begin)
         bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
-        seen = clip_view(lambda frames, target: frames, clip, bank, held, trials)
-        summary: dict[str, Any] = {k: seen[k] for k in ("zero_shot_accuracy", "prompt_accuracy")}
+        summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
         summary |= {"individuals": len(bank.individuals), "seconds": time.monotonic() - started}
-        report = Report("Personalized prompts", summary, NOTES, loop.curves, [], asdict(config))
-        write_report(config.out / "report.html", report)
-        folder.finish(summary)
+        _publish(folder, "Personalized prompts", summary, loop.curves, {}, config, held, command)
     return summary
 
 
-def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL") -> dict[str, Any]:
-    """Stage 2, and stage 1 where no prompts are given, then evaluation and the report."""
+def run_train(
+    config: TrainConfig, title: str = "Expression editing under PCMECL", *, command: str = ""
+) -> dict[str, Any]:
+    """Stage 2, preceded by stage 1 if no prompts are given, then evaluation and the report."""
     started = time.monotonic()
     check_options(config)
-    # Written out in full, so that config.yaml outlives other defaults.
+    # Written out in full, so config.yaml survives changes of defaults.
     options = plain_options(generator_config(config.generator, config.generator_options))
     config = replace(config.located(), generator_options=options)
     with _run_of(config) as folder, ops.use_backend(usable_backend(config.backend)):
@@ -94,24 +99,22 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
         curves |= loop.curves
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
         summary["seconds"] = time.monotonic() - started
-        _publish(folder, title, summary, curves, grids, config)
+        _publish(folder, title, summary, curves, grids, config, held, command)
     return summary
 
 
-def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Judge a finished run again, on its own data or on other data; writes `report.html` and `summary.json`."""
+def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]:
+    """Evaluate a finished run again, on its own or other data; writes `report.html` and `summary.json`."""
     started = time.monotonic()
     check_options(config)
     trained = _config_of(config.run)
-    out = config.out or config.run / "evaluation"
     # Features of the run's own data are in its store already.
-    features = trained.features or (config.run if config.data is None else out) / "features"
-    trained = replace(
-        trained, data=config.data or trained.data, device=config.device, out=out, features=features
-    ).located()
-    config = replace(config, run=config.run.absolute(), data=config.data and trained.data)
+    features = trained.features or (config.run if config.data is None else config.folder) / "features"
+    places: dict[str, Any] = {"data": config.data or trained.data, "out": config.folder, "features": features}
+    trained = replace(trained, device=config.device, backend=config.backend, **places).located()
+    stored = replace(config, run=config.run.absolute(), data=config.data and trained.data)
     with (
-        open_run(out, config, overwrite=config.overwrite) as folder,
+        open_run(config.folder, stored, overwrite=config.overwrite) as folder,
         ops.use_backend(usable_backend(config.backend)),
     ):
         clip = load_clip_for(trained)
@@ -124,16 +127,16 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         folder.begin()
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
         summary["seconds"] = time.monotonic() - started
-        _publish(folder, "Evaluation", summary, {}, grids, trained)
+        _publish(folder, f"Evaluation of {config.run}", summary, {}, grids, trained, held, command)
     return summary
 
 
 def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFolder]:
-    """The run's folder, once nothing in it stands in the way of the run."""
+    """The run's folder, provided nothing in it stands in the way."""
     inner = held_by(config.stage_one().out) if isinstance(config, TrainConfig) and config.prompts is None else None
     if inner is not None and inner.command:
         folder = config.out / "prompts"
-        raise FileExistsError(f"--out: {folder} holds {inner}: take its prompts, --prompts {folder}, or another --out")
+        raise FileExistsError(f"--out: {folder} holds {inner}: use its prompts, --prompts {folder}, or another --out")
     return open_run(config.out, config, resume=config.resume, overwrite=config.overwrite)
 
 
@@ -159,33 +162,33 @@ def evaluate(
     *,
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, FaceGrid]]:
-    """All measures on frames held out of training, and pictures of them."""
+    """The summary of all measures on frames held out of training, and pictures of them."""
     bank = bank_for(bank, prompts, held, clip, config)
     trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
-    torch.manual_seed(seed)  # for generators that draw at random
+    torch.manual_seed(seed)  # for generators that use random numbers
     references = _References(generator, dataset)
 
     def edit(frames: Tensor, target: Tensor) -> Tensor:
         return generator(frames, references(target, frames.device))
 
-    summary: dict[str, Any] = {}
-    if isinstance(held, SyntheticFaces):
-        summary |= judge_edits(edit, held, trials, device=clip.device)
-    summary |= clip_view(edit, clip, bank, held, trials)
-    return summary, {"faces": _face_grid(generator, held, people=8, references=dataset)}
+    values = judge_edits(edit, held, trials, device=clip.device) if isinstance(held, SyntheticFaces) else {}
+    values |= prompt_view(clip, bank, held, trials) | clip_view(edit, clip, bank, held, trials)
+    return summarize(values, held.individual_index[trials.index]), {
+        "faces": _face_grid(generator, held, people=8, references=dataset)
+    }
 
 
 def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
     """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder."""
     if config.data == "synthetic":
         common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.size}
-        lacking = _lacking(config)
+        missing = _missing(config)
         train = SyntheticFaces(
             config.individuals,
             clips=config.clips,
             frames_per_clip=config.frames_per_clip,
-            seed=2 * config.seed + 1,  # odd, so that nobody held out is ever among them
-            missing=lacking,
+            seed=2 * config.seed + 1,  # odd, so that it never draws a held-out person
+            missing=missing,
             **common,
         )
         return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
@@ -193,7 +196,7 @@ def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
     return split(folder, by="frame", fraction=config.holdout)
 
 
-def _lacking(config: RunConfig) -> list[tuple[int, int]]:
+def _missing(config: RunConfig) -> list[tuple[int, int]]:
     emotions = config.emotions or EMOTIONS
     others = [i for i, e in enumerate(emotions) if e != "neutral"]
     if not 0 <= config.missing < len(others):
@@ -222,7 +225,7 @@ def _prompts_for(
 def bank_for(
     bank: PromptBank, prompts: PersonalizedPrompts, dataset: FrameDataset, clip: Clip, config: RunConfig
 ) -> PromptBank:
-    """A bank that knows everyone (or every frame) in `dataset`: rows that it lacks are made from their frames."""
+    """A bank with everyone (or every frame) in `dataset`: missing rows are computed from their frames."""
     wanted = dataset.keys if bank.condition == "frame" else dataset.individuals
     known = set(bank.individuals)
     new = [i for i, name in enumerate(wanted) if name not in known]
@@ -252,13 +255,13 @@ class _References:
 
 @torch.no_grad()
 def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, references: FrameDataset) -> FaceGrid:
-    """One frame of each of the first people, in turns showing another emotion, edited to every emotion."""
+    """One frame of each of the first few people, showing different emotions in turn, edited to every emotion."""
     device = next(generator.parameters()).device
     driver = _References(generator, references)
     chosen: list[Tensor] = []
     for n in dataset.individual_index.unique().tolist()[:people]:
         own = (dataset.individual_index == n).nonzero()[:, 0]
-        # Spread over what the person shows, so that the grid has different sources.
+        # Cycle through the emotions the person shows, so that the grid has varied sources.
         chosen.append(own[(len(own) * len(chosen) // people + len(chosen)) % len(own)])
     index = torch.stack(chosen)
     count, emotions = len(index), len(dataset.emotions)
@@ -267,13 +270,11 @@ def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, refe
     repeated = source.repeat_interleave(emotions, 0)
     edited = generator(repeated.to(device), driver(target, device)).cpu().unflatten(0, (count, emotions))
     truth = None
-    caption = "Top row of each person: edited. The source is on the left."
     if isinstance(dataset, SyntheticFaces):
         truth = dataset.truth(index.repeat_interleave(emotions), target).unflatten(0, (count, emotions))
-        caption = "Each person: edited above, and below it the same frame drawn with that emotion. Source on the left."
     return FaceGrid(
         "People held out of training" if truth is not None else "Frames held out of training",
-        caption,
+        _who_is_shown(count, len(dataset.individual_index.unique()), drawn=truth is not None),
         [dataset.individuals[i] for i in dataset.individual_index[index].tolist()],
         list(dataset.emotions),
         source,
@@ -283,6 +284,16 @@ def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, refe
     )
 
 
+def _who_is_shown(shown: int, held: int, *, drawn: bool) -> str:
+    if held == 1:
+        frames = "One frame of one individual"
+    else:
+        frames = f"One frame of each of {shown} individuals" + (f", of {held}" if shown < held else "")
+    if drawn:
+        return f"{frames}; the true edit is the same frame drawn with the other emotion."
+    return f"{frames}; for real faces there is no true edit to compare with."
+
+
 def _publish(
     folder: RunFolder,
     title: str,
@@ -290,16 +301,30 @@ def _publish(
     curves: dict[str, list[tuple[int, float]]],
     grids: dict[str, FaceGrid],
     config: RunConfig,
+    held: FrameDataset,
+    command: str,
 ) -> None:
     for name, grid in grids.items():
         save_grid_png(folder.path / f"{name}.png", grid)
-    report = Report(title, summary, NOTES, curves, list(grids.values()), asdict(config))
+    drawn = isinstance(held, SyntheticFaces)
+    report = Report(
+        title,
+        lead="" if grids else "Prompts alone: this run learned them and edited no faces.",
+        grids=list(grids.values()),
+        results=results_table(summary),
+        prompts=prompts_table(summary),
+        words=prompts_in_words(summary),
+        limits=limits_in_words(summary, emotions=len(held.emotions), clip=config.clip, drawn=drawn, edited=bool(grids)),
+        curves=curves,
+        origin=origin(command, seconds=summary["seconds"], device=device_named(config.device)),
+        config=asdict(config),
+    )
     write_report(folder.path / "report.html", report)
     folder.finish(summary)
 
 
 def _config_of(run: Path) -> TrainConfig:
-    """What a finished run was told."""
+    """The config of a finished run."""
     path = run / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"run: {run} is not the output folder of `pcmecl-fast train` (no config.yaml)")

@@ -26,10 +26,10 @@ class Stateful(Protocol):
 
 
 class Loop:
-    """Iterates over the steps that are still to do and keeps what is needed to go on after a kill.
+    """Iterates over the remaining steps and saves what is needed to continue after being killed.
 
     Randomness inside a step must come from `generator(step)` alone: then a run that was killed and resumed ends with
-    the same weights, bit for bit, as one that never was (on a CPU).
+    the same weights, bit for bit, as an uninterrupted one (on a CPU).
 
     Args:
         folder: where `<name>.ckpt` and the TensorBoard files go.
@@ -38,12 +38,12 @@ class Loop:
         steps: the total.
         seed: of every step's generator.
         every: steps between checkpoints.
-        resume: go on from the checkpoint where there is one.
+        resume: continue from the checkpoint if there is one.
         signature: what a checkpoint must agree on to be resumed: options by their names, and anything else that
-            changes the result by the words that a message says it with.
+            changes the result under the words that a message uses for it.
 
     Attributes:
-        done: how many steps are done.
+        done: the number of finished steps.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Loop:
         for key, state in self.states.items():
             state.load_state_dict(saved["states"][key])
         self.curves = {k: [(int(s), float(v)) for s, v in points] for k, points in saved["curves"].items()}
-        log.info("%s goes on at step %d of %d", self.name, saved["step"], self.steps)
+        log.info("%s resumes at step %d of %d", self.name, saved["step"], self.steps)
         return int(saved["step"])
 
 
