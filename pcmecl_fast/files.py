@@ -164,7 +164,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # A full disk is told by a write, which knows no name, or under the temporary one.
-        if isinstance(error, OSError) and error.filename in (None, temporary, str(temporary)):
-            error.filename, error.filename2 = str(path), None
+        # A write that finds the disk full does not know the file's name, and others know the temporary one.
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
