@@ -41,7 +41,14 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write one safetensors file with a JSON header that describes the tensors; `kind` is checked on loading."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"pcmecl_fast": kind, "header": json.dumps(header)}))
+    content = memoryview(save(tensors, metadata={"pcmecl_fast": kind, "header": json.dumps(header)}))
+    numbers = 8 + int.from_bytes(content[:8], "little")
+    # safetensors writes the metadata in random order; the same tensors should be the same bytes.
+    entries = json.loads(bytes(content[8:numbers]))
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    with _replacing(Path(path)) as file:
+        file.write(_head_of(entries))
+        file.write(content[numbers:])
 
 
 @contextmanager
@@ -61,19 +68,24 @@ def save_rows(
     size = math.prod(shape) * dtype.itemsize
     entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     metadata = {"pcmecl_fast": kind, "header": json.dumps(header)}
-    # The format: the JSON's length in 8 bytes, the JSON padded with spaces to the numbers' alignment, the numbers.
-    head = json.dumps({"__metadata__": metadata, name: entry}).encode()
-    head += b" " * (-len(head) % 8)
+    head = _head_of({"__metadata__": metadata, name: entry})
     with _replacing(Path(path)) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(head)
 
         def append(rows: Tensor) -> None:
             file.write(rows.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
 
         yield append
-        written = file.tell() - 8 - len(head)
+        written = file.tell() - len(head)
         if written != size:
             raise ValueError(f"rows: {shape} takes {size} bytes, got {written}")
+
+
+def _head_of(entries: dict[str, Any]) -> bytes:
+    """The start of a safetensors file: a JSON text's length in 8 bytes, and the text, padded to a multiple of 8."""
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
