@@ -37,8 +37,11 @@ def read_options(path: str | Path, *, argument: str = "config") -> dict[str, Any
         raise FileNotFoundError(f"{argument}: there is no file {path}")
     try:
         options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{argument}: {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    # Beside its own errors, YAML's reader lets pass those of Python for bytes that are no text, a 13th month, a number
+    # of 5000 digits, or brackets without end.
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{argument}: {path} is neither YAML nor JSON: {why}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{argument}: {path} holds no options, got {type(options).__name__}")
     return options
@@ -81,5 +84,5 @@ def _as_float(value: Any) -> Any:
         return value
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return value  # refused with the option's name, as every wrong type is

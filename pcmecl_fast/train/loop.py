@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,6 +101,10 @@ class Loop:
 
     def _load(self) -> int:
         try:
+            # torch.load does not look at the checksums: it would go on from weights with a flipped bit.
+            with zipfile.ZipFile(self.path) as records:
+                if records.testzip():
+                    raise zipfile.BadZipFile("a wrong checksum")
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             missing = {"step", "states", "curves", "signature"} - set(saved)
         # torch.load raises whatever damaged bytes make it trip over, with pages of advice.
