@@ -245,7 +245,7 @@ def _visible(prefix: int, segment_lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _bicubic(size: int, out: int) -> Array:
-    """The antialiased resize of one side as a matrix (out, size): Keys' kernel with a = −1/2, widened when shrinking."""
+    """The antialiased resize of one side, as a matrix (out, size): Keys' kernel with a = −1/2, widened to shrink."""
     stretch = max(size / out, 1.0)
     weights = np.zeros((out, size))
     for i in range(out):

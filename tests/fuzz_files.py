@@ -291,7 +291,7 @@ def _retype(data: bytearray, random: Random) -> None:
     data[begin:end] = word
     if text[8:9] == b"{":  # a safetensors file: its head begins with the head's length
         length = int.from_bytes(text[:8], "little") + len(word) - (end - begin)
-        data[:8] = length.to_bytes(8, "little", signed=True)
+        data[:8] = (length % 2**64).to_bytes(8, "little")
 
 
 WORDS = [b"null", b"[]", b"{}", b"-1", b"0", b"7", b"1e999", b"NaN", b"0.5", b'"F16"', b'"x"', b"true", b"9" * 30]

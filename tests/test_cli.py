@@ -267,6 +267,17 @@ def test_a_config_file_that_makes_no_sense_is_explained(tmp_path, capsys, conten
     assert says in line
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\xfa", b"steps: 2001-99-99", b"steps: " + b"9" * 5000, b"steps: " + b"[" * 3000],
+    ids=["no text", "no date", "many digits", "many brackets"],
+)
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path, capsys, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    assert wrong(capsys, "train", "--config", path).startswith(f"pcmecl-fast: config: {path} is neither YAML nor JSON")
+
+
 def test_a_config_file_that_is_not_there_is_named(tmp_path, capsys):
     line = wrong(capsys, "train", "--config", tmp_path / "config.yaml")
     assert line.startswith(f"pcmecl-fast: config: there is no file {tmp_path / 'config.yaml'}")
