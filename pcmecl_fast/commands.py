@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, Evalu
 
 @dataclass
 class BackendsConfig:
-    """Show which implementations of the operators can run here, and what the others lack."""
+    """Show which implementations of the operators can run here, and what the others are missing."""
 
     json: bool = False
     """Print JSON instead of a table."""
@@ -36,7 +37,7 @@ class _ConfigFile:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run a command; bad input ends with one line on the error stream and exit status 1."""
+    """Run a command; bad input ends in one line on stderr and exit status 1."""
     name, config = "", None
     try:
         name, config = _parse(list(arguments))
@@ -46,13 +47,13 @@ def run_command(arguments: Sequence[str]) -> int:
             datefmt="[%X]",
             handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
         )
-        COMMANDS[name][1](config)
+        COMMANDS[name][1](config, shlex.join(["pcmecl-fast", *arguments]))
     except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PCMECL_TRACEBACK"):
             raise
         message = missing_library(error) or (error.args[0] if isinstance(error, KeyError) and error.args else error)
         command = f"pcmecl-fast {name}".strip()
-        # One line of its own: libraries write pages, and a progress bar may be standing there.
+        # On a fresh line: a progress bar may still be on this one. And one line only: libraries write pages.
         line = f"{command}: {' '.join(str(message).split())}  (PCMECL_TRACEBACK=1 shows where)"
         tqdm.write(line, file=sys.stderr)
         return 1
@@ -60,7 +61,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[str, Any]:
-    """The command's name and its config: defaults, then the file given as --config, then the other options."""
+    """The command's name and config: defaults, overridden by the --config file, overridden by the other options."""
     file, rest = tyro.cli(_ConfigFile, args=arguments, return_unknown_args=True, add_help=False)
     stored: Any = None
     if file.config and rest[:1] and rest[0] in COMMANDS:
@@ -81,12 +82,12 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
 
 
 def _without_mappings(stored: Any) -> Any:
-    """A mapping given on the command line would replace the file's: so the file's is added afterwards."""
+    """Without the file's mappings: one given on the command line would replace them, so they are merged afterwards."""
     return replace(stored, generator_options={}) if isinstance(stored, TrainConfig) else stored
 
 
 def _with_mappings(config: Any, stored: Any) -> Any:
-    """The options of a generator are of no use to another one."""
+    """Merge the file's generator options, unless another generator was chosen: they would mean nothing to it."""
     if isinstance(stored, TrainConfig) and config.generator == stored.generator:
         config.generator_options = stored.generator_options | config.generator_options
     return config
@@ -125,55 +126,70 @@ def _returning(name: str, config_class: type, default: Any) -> Callable[..., tup
     def command(config: Any) -> tuple[str, Any]:
         return name, config
 
-    # What tyro builds the options from: the dataclass is the one parameter, and its name is left out of them.
+    # tyro builds the options from this signature: the dataclass is the only parameter, and its name is omitted.
     command.__annotations__["config"] = Annotated[config_class, tyro.conf.arg(name="")]
     command.__defaults__ = None if default is None else (default,)
     command.__doc__ = config_class.__doc__
     return command
 
 
-def _show(work: Callable[[Any], dict[str, Any]]) -> Callable[[Any], None]:
-    def command(config: Any) -> None:
-        summary = work(config)
-        table = Table(title=str(getattr(config, "out", "")), show_header=False)
-        for key, value in summary.items():
-            table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
-        Console().print(table)
+def _print_results(out: Path, summary: dict[str, Any]) -> None:
+    """What the report's tables say, and where the report is."""
+    from pcmecl_fast.evaluate.results import prompts_in_words, prompts_table, results_table
 
-    return command
+    console = Console()
+    for content in (results_table(summary), prompts_table(summary)):
+        if not content.rows:
+            continue
+        table = Table("")
+        for column in content.columns:
+            table.add_column(column, justify="right")
+        for row in content.rows:
+            table.add_row(
+                row.name, *("–" if cell is None else f"{cell.text}\n{cell.interval}".strip() for cell in row.cells)
+            )
+        console.print(table, content.note, sep="\n", end="\n\n", highlight=False)
+    for paragraph in prompts_in_words(summary):
+        console.print(paragraph, end="\n\n", highlight=False)
+    console.print(
+        f"{summary['seconds']:.0f} s; faces and curves: {out / 'report.html'}", soft_wrap=True, highlight=False
+    )
 
 
-def _prompts(config: PromptsConfig) -> None:
+def _prompts(config: PromptsConfig, command: str) -> None:
     from pcmecl_fast.run import run_prompts
 
-    _show(run_prompts)(config)
+    _print_results(config.out, run_prompts(config, command=command))
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig, command: str) -> None:
     from pcmecl_fast.run import run_train
 
-    _show(run_train)(config)
+    _print_results(config.out, run_train(config, command=command))
 
 
-def _evaluate(config: EvaluateConfig) -> None:
+def _evaluate(config: EvaluateConfig, command: str) -> None:
     from pcmecl_fast.run import run_evaluate
 
-    _show(run_evaluate)(config)
+    _print_results(config.folder, run_evaluate(config, command=command))
 
 
-def _edit(config: EditConfig) -> None:
+def _edit(config: EditConfig, command: str) -> None:
     from pcmecl_fast.run import run_edit
 
-    _show(run_edit)(config)
+    table = Table(show_header=False)
+    for key, value in run_edit(config).items():
+        table.add_row(key, str(value))
+    Console().print(table)
 
 
-def _ablate(config: AblateConfig) -> None:
+def _ablate(config: AblateConfig, command: str) -> None:
     from pcmecl_fast.ablation import run_ablate
 
     run_ablate(config)
 
 
-def _backends(config: BackendsConfig) -> None:
+def _backends(config: BackendsConfig, command: str) -> None:
     from pcmecl_fast.ops import backend_status
 
     rows = [asdict(status) for status in backend_status()]
@@ -186,7 +202,7 @@ def _backends(config: BackendsConfig) -> None:
     Console().print(table)
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "demo": (DemoConfig, _train),
     "prompts": (PromptsConfig, _prompts),
     "train": (TrainConfig, _train),

@@ -346,6 +346,8 @@ def _drive(folder: Path, seed: int, keep: Path | None, bar: Any, numbers: range)
         if not worker.alive:
             worker = None
     if worker:
+        worker.ours.close()
+        worker.process.join(10)
         worker.end()
     return outcomes
 
@@ -392,7 +394,10 @@ def _serve(pipe: Connection, folder: str) -> None:
         assert whole == "read", f"{kind}, undamaged: {whole}"
     pipe.send(kinds)
     while True:
-        number, seed, keep = pipe.recv()
+        try:
+            number, seed, keep = pipe.recv()
+        except EOFError:
+            return
         kind = kinds[number % len(kinds)]
         name, content, _ = reader.files[kind]
         content = damaged(content, np.random.default_rng([seed, number]))

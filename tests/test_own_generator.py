@@ -1,4 +1,4 @@
-"""Anybody's own generator trains, resumes, evaluates and edits like the built-in one; this one is the document's."""
+"""A user's own generator trains, resumes, evaluates and edits like the built-in one; this one is from the docs."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def train(out, *options):
 
 
 def killed_after(steps, out, *options, monkeypatch):
-    """A training that ends in the middle, as a kill would end it."""
+    """A training run that ends in the middle, as if killed."""
     from pcmecl_fast.train.loop import Loop
 
     record = Loop.record
@@ -107,7 +107,7 @@ def test_it_trains_resumes_evaluates_and_edits_from_a_file_outside_the_package(t
     assert (type(generator).__name__, generator.config.width, generator.emotions) == ("Residual", 8, EMOTIONS)
 
 
-def test_one_that_draws_at_random_resumes_and_edits_the_same(tmp_path, monkeypatch):
+def test_one_that_uses_random_numbers_resumes_and_edits_the_same(tmp_path, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ["--generator", "noisy:Noisy", "--steps", "6", "--checkpoint-every", "2"]
     assert train(whole, *options) == 0
@@ -124,7 +124,7 @@ def test_one_that_draws_at_random_resumes_and_edits_the_same(tmp_path, monkeypat
     assert edited["first"] == edited["again"] != edited["other"]
 
 
-def test_the_emotion_that_it_says_is_shown_is_taught(tmp_path):
+def test_recognition_of_the_shown_emotion_is_trained(tmp_path):
     assert train(tmp_path, "--generator", "noisy:Noisy", "--steps", "1") == 0
     curves = torch.load(tmp_path / "stage-2.ckpt", weights_only=True)["curves"]
     assert "stage 2/recognition" in curves
@@ -157,7 +157,7 @@ def test_another_generator_on_the_command_line_does_not_get_the_files_options(tm
     assert "hidden" not in line
 
 
-# What a mistake gets
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_another_generator_on_the_command_line_does_not_get_the_files_options(tm
         ),
     ],
 )
-def test_one_that_cannot_be_made_is_explained_before_anything_is_trained(options, says, here, tmp_path, capsys):
+def test_one_that_cannot_be_created_is_explained_before_training(options, says, here, tmp_path, capsys):
     (here / "broken.py").write_text("1 / 0\n")
     line = wrong(capsys, *TRAIN, *options, "--out", tmp_path / "out")
     assert line.startswith(f"pcmecl-fast train: {'generator: ' if options[0] == '--generator' else options[0][2:11]}")
@@ -195,7 +195,7 @@ def test_one_that_cannot_be_made_is_explained_before_anything_is_trained(options
         ("Edit(frames, {'size': frames})", "the penalty 'size' must be a tensor of one number"),
     ],
 )
-def test_an_edit_that_is_none_is_explained(returned, says, here, tmp_path, capsys):
+def test_an_invalid_edit_is_explained(returned, says, here, tmp_path, capsys):
     (here / "odd.py").write_text(
         "from residual import Residual\n"
         "from pcmecl_fast.models import Edit\n"
@@ -206,7 +206,7 @@ def test_an_edit_that_is_none_is_explained(returned, says, here, tmp_path, capsy
     assert says in line
 
 
-def test_a_file_whose_generator_is_gone_or_has_changed_says_so(here, tmp_path):
+def test_a_file_whose_generator_is_gone_or_has_changed_is_explained(here, tmp_path):
     path = tmp_path / "generator.safetensors"
     save_generator(path, make_generator("residual:Residual", EMOTIONS, 32, {"width": 8}))
     source = (here / "residual.py").read_text()

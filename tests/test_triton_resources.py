@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, and keeps all it works on in registers."""
+"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, and keeps its working set in registers."""
 
 import importlib.util
 import os
