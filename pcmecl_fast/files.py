@@ -107,7 +107,23 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         raise ValueError(f"path: {path} is not a whole safetensors file ({error})") from error
     if metadata.get("pcmecl_fast") != kind:
         raise ValueError(f"path: {path} holds {metadata.get('pcmecl_fast', 'something else')!r}, not {kind!r}")
-    return tensors, json.loads(metadata["header"])
+    with naming_damage(path):
+        header = json.loads(metadata["header"])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is {type(header).__name__}")
+    return tensors, header
+
+
+@contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """Whatever the content of a damaged file makes its reader trip over becomes a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"path: {path} is damaged, or another version of pcmecl_fast wrote it ({why[:300]})"
+        ) from error
 
 
 def content_hash(path: str | Path) -> str:
@@ -141,7 +157,7 @@ class MappedTensor:
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[name]
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a tensor wants a writable buffer
-        dtype = next(d for d, known in _SAFETENSORS_NAMES.items() if known == entry["dtype"])
+        dtype = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}[entry["dtype"]]
         begin, count = 8 + length + entry["data_offsets"][0], math.prod(entry["shape"])
         self.tensor = torch.empty(entry["shape"], dtype=dtype)
         if count:

@@ -284,6 +284,34 @@ def test_an_invalid_config_file_is_explained(tmp_path, capsys, content, says):
     assert says in line
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\xfa", b"steps: 2001-99-99", b"steps: " + b"9" * 5000, b"steps: " + b"[" * 3000],
+    ids=["no text", "no date", "many digits", "many brackets"],
+)
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path, capsys, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    assert wrong(capsys, "train", "--config", path).startswith(f"pcmecl-fast: config: {path} is neither YAML nor JSON")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("emotions: happy", 'field "emotions" - should be "list" instead of value "happy"'),
+        ("mouth_box: {left: 1}", 'field "mouth_box" - should be "list" instead of value "{\'left\': 1}"'),
+        ("lr: 1" + "0" * 400, 'field "lr" - should be "float"'),
+    ],
+    ids=["a word", "a mapping", "a number beyond floats"],
+)
+def test_an_option_of_another_shape_is_named(tmp_path, capsys, content, says):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    line = wrong(capsys, "train", "--config", path)
+    assert line.startswith(f"pcmecl-fast: config: {path}: ")
+    assert says in line
+
+
 def test_a_missing_config_file_is_named(tmp_path, capsys):
     line = wrong(capsys, "train", "--config", tmp_path / "config.yaml")
     assert line.startswith(f"pcmecl-fast: config: there is no file {tmp_path / 'config.yaml'}")

@@ -488,7 +488,7 @@ def test_a_checkpoint_of_another_tower_is_rejected(clip, other_clip, tmp_path, f
         learn_prompts(other_clip, few_faces(), prompts_config(tmp_path, resume=True))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another file of torch"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another file of torch", "a flipped bit"])
 def test_a_broken_checkpoint_is_named_in_one_line(clip, tmp_path, few_faces, damage):
     learn_prompts(clip, few_faces(), prompts_config(tmp_path, steps=2))
     path = tmp_path / "stage-1.ckpt"
@@ -496,7 +496,10 @@ def test_a_broken_checkpoint_is_named_in_one_line(clip, tmp_path, few_faces, dam
         torch.save({"weights": torch.ones(1)}, path)
     else:
         content = path.read_bytes()
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello there"}[damage])
+        weight = content.index(torch.load(path, weights_only=True)["states"]["prompts"]["context"].numpy().tobytes())
+        flipped = content[:weight] + bytes([content[weight] ^ 1]) + content[weight + 1 :]
+        cut = content[: len(content) // 2]
+        path.write_bytes({"cut": cut, "empty": b"", "text": b"hello there", "a flipped bit": flipped}[damage])
     with pytest.raises(ValueError, match=r"--resume: .*stage-1.ckpt is not a .*; --overwrite starts again") as caught:
         learn_prompts(clip, few_faces(), prompts_config(tmp_path, steps=2, resume=True))
     assert "\n" not in str(caught.value)

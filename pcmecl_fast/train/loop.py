@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is broken, or something else.
     """
     try:
+        # torch.load does not check the checksums: it would resume from weights with a flipped bit.
+        with zipfile.ZipFile(path) as records:
+            if records.testzip():
+                raise zipfile.BadZipFile("a wrong checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"step", "states", "curves", "signature"} - set(saved)
     # torch.load raises whatever damaged bytes make it trip over, with pages of advice.
