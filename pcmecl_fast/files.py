@@ -137,7 +137,7 @@ def content_hash(path: str | Path) -> str:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing in a folder. Only for one who has the folder to themselves."""
-    for path in folder.glob(f".*{_UNFINISHED}"):
+    for path in list(folder.glob(f".*{_UNFINISHED}")):
         path.unlink(missing_ok=True)
 
 

@@ -148,7 +148,8 @@ def open_run(
     with _locked(path, config.command):
         held = held_by(path)
         _check_held(path, config, held, resume=resume, overwrite=overwrite, extend=extend)
-        remove_unfinished(path)
+        for inner in (path, *path.glob("prompts"), *path.glob("prompts/*"), *path.glob("trainings/*")):
+            remove_unfinished(inner)
         folder = RunFolder(path, config, replaces=held is not None and overwrite, resumes=resume)
         if held is not None and held.finished and resume:
             log.info("%s holds %s: nothing is left to do; --overwrite runs it again", path, held)

@@ -214,7 +214,8 @@ def test_a_folder_made_for_a_run_that_never_began_is_removed_again(tmp_path):
 
 def test_what_a_killed_run_was_writing_is_removed_by_the_next(runs):
     (runs / "train" / "summary.json").unlink()
-    (runs / "train" / ".stage-2.ckpt.0123456789ab.unfinished").write_bytes(b"half")
+    for name in (".stage-2.ckpt.0123456789ab.unfinished", "prompts/.bank.safetensors.0123456789ab.unfinished"):
+        (runs / "train" / name).write_bytes(b"half")
     assert run(*TRAIN, "--out", runs / "train", "--resume") == 0
     assert not list(runs.rglob("*.unfinished"))
 
