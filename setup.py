@@ -72,7 +72,7 @@ def _asked(variable: str) -> str:
 
 
 def _missing() -> str | None:
-    """Why there is nothing to build with."""
+    """Why the extensions cannot be built, or None if they can."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -85,7 +85,7 @@ def _missing() -> str | None:
 
 
 def _cuda_missing() -> str | None:
-    """Why the CUDA extension cannot be built; where it can, the variables that the build reads are set."""
+    """Why the CUDA extension cannot be built, or None; if it can, sets the variables that the build reads."""
     import torch
 
     if torch.version.cuda is None:
@@ -98,17 +98,17 @@ def _cuda_missing() -> str | None:
         return f"there is no nvcc {where}; install the CUDA toolkit {major}.x"
     said = re.search(r"release (\d+)\.(\d+)", _output(nvcc, "--version"))
     if said is None:
-        return f"{nvcc} does not say its version"
+        return f"{nvcc} does not report its version"
     version = int(said[1]), int(said[2])
     if version[0] != major:
         return (
             f"{nvcc} is of CUDA {version[0]}.{version[1]} and torch {torch.__version__} of CUDA {torch.version.cuda}; "
-            f"the major versions have to agree: install the toolkit {major}.x, or a torch for CUDA {version[0]}"
+            f"the major versions must agree: install the toolkit {major}.x, or a torch for CUDA {version[0]}"
         )
     if version < OLDEST_NVCC:
-        return f"{nvcc} is of CUDA {version[0]}.{version[1]}; it has to be {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer"
+        return f"{nvcc} is of CUDA {version[0]}.{version[1]}; it must be {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer"
 
-    # nvcc may be a script that calls another: it knows where its toolkit is.
+    # nvcc may be a wrapper script around another: ask it where its toolkit is.
     top = re.search(r"TOP=(\S+)", _output(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
     os.environ["CUDA_HOME"] = str(Path(top[1] if top else Path(nvcc).parents[1]).resolve())
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
@@ -118,7 +118,7 @@ def _cuda_missing() -> str | None:
 
 def _output(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr  # a dry run is told on stderr
+    return done.stdout + done.stderr  # a dry run prints to stderr
 
 
 def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
         def build_extensions(self) -> None:
             asked: list[Any] = self.extensions
             built: list[Any] = []
-            for extension in asked:  # one by one, so that the GPU's may fail alone
+            for extension in asked:  # one by one, so that the GPU's can fail alone
                 self.extensions = [extension]
                 try:
                     super().build_extensions()
@@ -143,7 +143,7 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
                         _say(_failed(error))
                         break
                     _say_without_cuda(_failed(error))
-            asked[:] = built  # what was not built is not copied beside the sources
+            asked[:] = built  # only what was built is copied next to the sources
             self.extensions = asked
 
     version = f'-DPCMECL_TORCH_VERSION="{torch.__version__}"'
@@ -170,7 +170,7 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
 
 
 class _ForOneTorch(Distribution):
-    """A wheel with extensions carries the torch and the CUDA that it was built for in its local version."""
+    """The local version of a wheel with extensions names the torch and the CUDA it was built for."""
 
     def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
         super().parse_config_files(*args, **kwargs)

@@ -2,8 +2,8 @@
 
     pytest bench --benchmark-only
 
-"compiled" is torch.compile of the reference. Before anything is timed, the result and the gradients have to be finite
-and agree with float64.
+"compiled" is torch.compile of the reference. Before anything is timed, the result and the gradients must be finite and
+agree with float64.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from bench.compare import finished, relative_error
 from pcmecl_fast.ops import backend_status
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Triton runs on a CPU too, in its interpreter, which is there for tests and says nothing about speed.
+# Triton also runs on a CPU in its interpreter, but that is for tests and says nothing about speed.
 RUN_HERE = ("reference", "triton", "cuda") if DEVICE.type == "cuda" else ("reference", "cpu")
 SIDES = [*(b.name for b in backend_status() if b.available and b.name in RUN_HERE), "compiled"]
 NAMES = [name for name in CASES if name not in NOT_BY_THE_REFERENCE[DEVICE.type]]

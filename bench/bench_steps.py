@@ -2,7 +2,7 @@
 
     pytest bench --benchmark-only
 
-The pairs are those of `bench.compare`, which shows more of them; both sides have to agree before they are timed.
+The pairs are those of `bench.compare`, which shows more of them; both sides must agree before they are timed.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The operators' work, for everything that measures them: inputs at the sizes of real training, the call, its cost.
+"""The operators' workloads for all benchmarks: inputs at the sizes of real training, the call, its cost.
 
-`CASES` is the table; a builder makes the same work at another size, for curves. Each case runs on any backend, so that
+`CASES` is the table; a builder makes the same workload at another size, for curves. Each case runs on any backend, so
 the plain side of a measurement is the reference that the tests compare with.
 """
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from pcmecl_fast import ops
 from pcmecl_fast.ops import PromptTree
 
-SOURCES = ("pcmecl_fast/ops/**/*.py", "csrc/**/*", "kernels/*.py")  # the files whose change makes a time old
+SOURCES = ("pcmecl_fast/ops/**/*.py", "csrc/**/*", "kernels/*.py")  # changing these files makes a measured time stale
 D, E = 512, 7  # ViT-B-32's features, MEAD's emotions
 PEOPLE = 48  # MEAD's
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-PEERS_SCALE = 20.0  # the logit scale that other people's losses are given too
+PEERS_SCALE = 20.0  # the logit scale used for other libraries' losses too
 NAMES = (2,) * E  # one word and EOS for each emotion
 SHARED = PromptTree(1 + 8, NAMES)
 PER_EMOTION = PromptTree(1, tuple(8 + n for n in NAMES))
@@ -38,9 +38,9 @@ class Case:
     inputs: tuple[Tensor, ...]
     """What is differentiated."""
     weight: Tensor | None = None
-    """The gradient of the result, where it is not a number."""
+    """The gradient of the result, unless the result is a scalar."""
     moved: float = 0.0
-    """Bytes that have to be read and written, forward and backward."""
+    """Bytes that must be read and written, forward and backward."""
     operations: float = 0.0
     """Multiplications and additions of the matrix products, forward and backward."""
 
@@ -81,7 +81,7 @@ def direction(
     logits: bool = False,
     edited_alone: bool = False,
 ) -> Case:
-    """Edits against a bank; `edited_alone`: differentiated in the edited frames' features alone, as in stage 2."""
+    """Edits against a bank; `edited_alone`: differentiated only with respect to the edited features, as in stage 2."""
     random = torch.Generator().manual_seed(0)
     source = torch.randn(samples, D, generator=random)
     edited = source + 0.3 * torch.randn(samples, D, generator=random)
@@ -115,13 +115,13 @@ def correlation(
     negatives: str = "all",
     missing: float = 0.0,
 ) -> Case:
-    """Changes of the face against changes of the text; `missing`: the share of emotions that are not there."""
+    """Changes of the face against changes of the text; `missing`: the fraction of missing emotions."""
     random = torch.Generator().manual_seed(0)
     features = torch.randn(2, individuals, emotions, D, generator=random)
     visual, text = F.normalize(features, dim=-1).to(device, dtype)
     mask = torch.rand(individuals, emotions, generator=random).to(device) >= missing if missing else None
     call = partial(ops.correlation_loss, scale=scale, mask=mask, negatives=negatives)
-    # Forward one product of V and T, backward the same again and one for each gradient.
+    # Forward: one product of V and T; backward: the same again and one for each gradient.
     return Case(call, (visual, text), operations=4 * 2.0 * (individuals * emotions) ** 2 * D)
 
 
@@ -142,7 +142,7 @@ def attention(
 
 
 def frames(count: int, device: torch.device, dtype: torch.dtype, *, side: int, size: int = 224) -> Case:
-    """Square frames as CLIP takes them."""
+    """Square frames to CLIP's input."""
     random = torch.Generator().manual_seed(0)
     pictures = (torch.rand(count, 3, side, side, generator=random) * 2 - 1).to(device, dtype)
     weight = torch.randn(count, 3, size, size, generator=random).to(device, dtype)
@@ -169,4 +169,4 @@ CASES: dict[str, Sized] = {
     "clip_frames_enlarged": Sized(partial(frames, side=64), cpu=16, cuda=16),
 }
 NOT_BY_THE_REFERENCE = {"cpu": ("correlation_loss_memory",), "cuda": ()}
-"""Cases whose logits, copied as the reference does, exceed the memory of a usual machine."""
+"""Cases where the reference's copies of the logits exceed the memory of a typical machine."""

@@ -3,10 +3,10 @@
     python -m bench.compare text_tower stage1_step [--device cuda] [--dtype bfloat16] [--json FILE]
     python -m bench.compare --all
 
-Both sides get the same inputs. Before anything is timed their results and gradients have to agree; that they do not is
-the only thing that makes the exit status 1. Then the sides run in turns, and the table shows medians, quartiles, the
-ratio to ours, peak extra memory, and the limit of the machine: the bytes that must be moved over its measured copy
-bandwidth, or the operations over its measured matrix-product rate, whichever is longer.
+Both sides get the same inputs. Before anything is timed their results and gradients must agree; only a disagreement
+makes the exit status 1. Then the sides run in turns, and the table shows medians, quartiles, the ratio to ours, peak
+extra memory, and the machine's limit: the bytes that must be moved divided by its measured copy bandwidth, or the
+operations divided by its measured matrix-product rate, whichever is longer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Side:
 
     name: str
     run: Callable[[], Sequence[Tensor]]
-    """Does it once, forward and backward; returns the result and the gradients."""
+    """Runs it once, forward and backward; returns the result and the gradients."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Comparison:
 
     sides: Sequence[Side]
     moved: float = 0.0
-    """Bytes that have to be read and written."""
+    """Bytes that must be read and written."""
     operations: float = 0.0
-    """Multiplications and additions that have to be done."""
+    """Multiplications and additions that must be done."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Sides that do not run here, and why."""
 
@@ -78,7 +78,7 @@ Build = Callable[[torch.device, torch.dtype], Comparison]
 
 @dataclass(frozen=True)
 class Entry:
-    """A comparison by name, with the ratios that it is meant to reach and the files whose speed it shows."""
+    """A comparison by name, with its target ratios and the files whose speed it measures."""
 
     build: Build
     what: str
@@ -95,10 +95,10 @@ def comparison(
     """Register a comparison.
 
     Args:
-        name: what it is called on the command line.
+        name: its name on the command line.
         what: the work, in a few words.
-        sources: globs of the files whose change makes a measured result old.
-        targets: by kind of device and name of a side, how many times as long it should take as ours.
+        sources: globs of the files whose changes make a measured result stale.
+        targets: by device type and side, how many times as long as ours the side should take.
     """
 
     def register(build: Build) -> Build:
@@ -110,7 +110,7 @@ def comparison(
 
 @dataclass
 class Row:
-    """What was measured of one side."""
+    """The measurements of one side."""
 
     comparison: str
     side: str
@@ -119,15 +119,15 @@ class Row:
     high_ms: float
     runs: int
     ratio: float
-    """Its median over ours."""
+    """Its median divided by ours."""
     target: float | None
-    """What the ratio should be at least."""
+    """The smallest acceptable ratio."""
     error: float
     """Largest relative error of its results and gradients against the first side's."""
     peak_mb: float
-    """Memory needed beside the inputs, at the peak."""
+    """Peak memory in addition to the inputs."""
     limit_ms: float | None
-    """How long the machine needs for the bytes or the operations alone."""
+    """The time the machine needs for the bytes or the operations alone."""
     note: str = ""
 
 
@@ -142,11 +142,11 @@ class Options:
     device: str = "auto"
     """cpu or cuda; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the inputs and the towers."""
+    """Data type of the inputs and the towers."""
     seconds: float = 20.0
-    """Time for each comparison, at least; slow sides take three runs whatever that takes."""
+    """Minimum time per comparison; slow sides run three times however long that takes."""
     json: Path | None = None
-    """A file for the results; those of other comparisons that it holds already stay."""
+    """A file for the results; those of other comparisons already in it are kept."""
 
 
 def main() -> int:
@@ -176,7 +176,7 @@ def main() -> int:
 def compare(
     name: str, device: torch.device, dtype: torch.dtype, *, seconds: float = 20.0
 ) -> tuple[list[Row], str | None]:
-    """Run one comparison: its rows, and what is wrong where the sides disagree (then nothing is timed)."""
+    """Run one comparison: its rows, and what is wrong if the sides disagree (then nothing is timed)."""
     entry = COMPARISONS[name]
     work = entry.build(device, dtype)
     errors = {side.name: 0.0 for side in work.sides}
@@ -210,7 +210,7 @@ def compare(
 
 
 def alternate(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> list[list[float]]:
-    """Times of each, sorted, from runs in turns; a fast one runs several times in its turn. All are warm already."""
+    """Sorted times of each, run in turns; a fast one runs several times per turn. All must be warm already."""
     once = [timed(run, device) for run in runs]
     turns = [max(1, min(50, round(0.2 / max(t, 1e-6)))) for t in once]
     times: list[list[float]] = [[] for _ in runs]
@@ -222,7 +222,7 @@ def alternate(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: 
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call; on a GPU between two events on its stream."""
+    """Seconds taken by one call; on a GPU, between two events on its stream."""
     if device.type != "cuda":
         begin = time.perf_counter()
         run()
@@ -237,7 +237,7 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def finished(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` that returns when its work is done, for clocks that do not know of GPUs."""
+    """`run`, returning only when its work is done, for timers unaware of GPUs."""
     if not torch.cuda.is_available():
         return run
 
@@ -250,7 +250,7 @@ def finished(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
-    """Megabytes that one call needs at its peak beyond what was held before; NaN where the system does not tell."""
+    """Peak megabytes of one call beyond what was allocated before; NaN if the system does not report it."""
     _forget(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -267,7 +267,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual − expected| / |expected| as vectors, in float64; infinite where one is not finite."""
+    """|actual − expected| / |expected| as vectors, in float64; infinite if either is not finite."""
     difference = (actual.detach().double() - expected.double()).norm()
     error = float(difference / expected.double().norm().clamp(min=1e-30))
     return error if error == error else float("inf")
@@ -282,7 +282,7 @@ def machine_limit(work: Comparison, device: torch.device, dtype: torch.dtype) ->
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written in a second by a copy that fits no cache."""
+    """Bytes read and written per second by a copy too large for any cache."""
     source = torch.randn(1 << (26 if device.type == "cpu" else 28), device=device)
     target = torch.empty_like(source)
     best = min(timed(lambda: target.copy_(source), device) for _ in range(12))
@@ -291,7 +291,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 @cache
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiplications and additions in a second by the fastest large matrix product that PyTorch has."""
+    """Multiplications and additions per second in PyTorch's fastest large matrix product."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     products: list[Callable[[], Tensor]] = [lambda: a @ b]
@@ -344,7 +344,7 @@ def show(console: Console, name: str, rows: Sequence[Row], failure: str | None) 
 def keep(
     path: Path, name: str, rows: Sequence[Row], failure: str | None, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Write a comparison's results beside those that the file holds already."""
+    """Write a comparison's results, keeping those already in the file."""
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     results[f"{name} {str(dtype).removeprefix('torch.')}"] = {
         "what": COMPARISONS[name].what,
@@ -357,7 +357,7 @@ def keep(
 
 
 def sources_digest(name: str, kind: str) -> str:
-    """A hash of the files whose speed a comparison shows on a kind of device: another one means old results."""
+    """A hash of the files whose speed a comparison measures on a device type: if it changes, results are stale."""
     return files_digest(COMPARISONS[name].sources, kind)
 
 
@@ -391,7 +391,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def load_all() -> None:
     """Import the files that register comparisons."""
-    # Run with -m this file is __main__; they register with the module of its own name.
+    # Run with -m, this file is __main__, but they register with the module bench.compare.
     sys.modules.setdefault("bench.compare", sys.modules[__name__])
     for module in sorted(Path(__file__).parent.glob("compare_*.py")):
         importlib.import_module(f"bench.{module.stem}")
@@ -407,7 +407,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _forget(device: torch.device) -> None:
-    """Give memory back that nobody holds, so that a peak is one run's own."""
+    """Release unused memory, so that a peak is one run's own."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -67,7 +67,7 @@ def clip_frames(device: torch.device, dtype: torch.dtype) -> Comparison:
 
 
 def _compared(name: str, device: torch.device, dtype: torch.dtype) -> Comparison:
-    """The reference, the reference compiled, and what `auto` takes; the last alone where the others do not fit."""
+    """The reference, the compiled reference, and what `auto` chooses; only the last if the others do not fit."""
     case = CASES[name].on(device, dtype)
     fused = Side("fused", partial(case.run, "auto"))
     if name in NOT_BY_THE_REFERENCE[device.type]:

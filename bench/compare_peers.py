@@ -1,8 +1,8 @@
-"""Other people's kernels on the part of our work that they can do, on equal inputs; one that wins is shown winning.
+"""Other libraries' kernels on the part of our work they can do, on equal inputs; if a peer wins, the table shows it.
 
-The contrastive losses are handed what they need, the difference features, and take each change of an individual's face
-against each change of all texts: the loss of `ops.correlation_loss` with negatives="all". The difference features
-are made inside every side, since the gradient has to reach the features.
+The contrastive losses get what they need, the difference features, and contrast each change of an individual's face
+with each change of all texts: the loss of `ops.correlation_loss` with negatives="all". Every side computes the
+difference features itself, since the gradient must reach the features.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def tree_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
 def _those_that_run(
     candidates: dict[str, Callable[[], Callable[[], list[Tensor]]]],
 ) -> tuple[list[Side], dict[str, str]]:
-    """Sides that can be built and run here once, and why the others cannot."""
+    """The sides that can be built and run here, tried once, and why the others cannot."""
     sides, skipped = [], {}
     for name, build in candidates.items():
         try:
@@ -101,7 +101,7 @@ def _those_that_run(
 
 
 class _Missing(Exception):
-    """What a peer needs and this machine lacks."""
+    """Something a peer needs that this machine lacks."""
 
 
 def _cross_entropy(a: Tensor, b: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _flex(tree: PromptTree, device: torch.device) -> Callable[[Tensor], Tensor]:
 def _xformers(tree: PromptTree, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     peer = _import("xformers", device)
     operators = importlib.import_module(f"{peer.__name__}.ops")
-    # Its kernels want the mask's rows aligned to eight elements.
+    # Its kernels need the mask's rows aligned to eight elements.
     length = 8 * math.ceil(tree.length / 8)
     bias = torch.zeros(1, 8, length, length, device=device, dtype=dtype)
     bias.masked_fill_(~F.pad(tree.mask(device), (0, length - tree.length) * 2, value=True), -torch.inf)

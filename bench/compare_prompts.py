@@ -188,7 +188,7 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
 
 @cache
 def _tower(device: torch.device, dtype: torch.dtype) -> Clip:
-    logging.getLogger("pcmecl_fast").setLevel(logging.ERROR)  # random weights are known to be meant here
+    logging.getLogger("pcmecl_fast").setLevel(logging.ERROR)  # random weights are intended here
     return load_clip(TOWER, device=device, dtype=dtype)
 
 
@@ -196,7 +196,7 @@ def _prompts(clip: Clip, descriptions: list[str], context: str, n_ctx: int) -> P
     torch.manual_seed(0)
     prompts = PersonalizedPrompts(clip, descriptions, n_ctx=n_ctx, context=context).to(clip.device)
     with torch.no_grad():
-        next(prompts.condition_net[2].parameters()).normal_(std=0.02)  # zero at first, and so would gradients be
+        next(prompts.condition_net[2].parameters()).normal_(std=0.02)  # initially zero, which would make gradients zero
     return prompts
 
 

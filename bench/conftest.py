@@ -1,4 +1,4 @@
-"""What a measured time depends on besides the code, kept beside it in the results."""
+"""Records in the results what a measured time depends on besides the code."""
 
 from typing import Any
 
@@ -12,6 +12,6 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 
 
 def pytest_configure(config: Any) -> None:
-    if hasattr(config.option, "benchmark_columns"):  # pytest-benchmark is there
+    if hasattr(config.option, "benchmark_columns"):  # pytest-benchmark is installed
         config.option.benchmark_columns = ["median", "iqr", "rounds"]
         config.option.benchmark_sort = "median"

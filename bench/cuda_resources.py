@@ -3,7 +3,7 @@
     python -m bench.cuda_resources            print the tables
     python -m bench.cuda_resources --write    and put them into docs/kernels-cuda.md
 
-It needs the extension and cuobjdump, which is in the CUDA toolkit and in Triton's wheel; no GPU.
+Needs the extension and cuobjdump, which comes with the CUDA toolkit and with Triton's wheel; no GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ BEGIN, END = "<!-- resources: begin -->", "<!-- resources: end -->"
 
 @dataclass
 class Kernel:
-    """What one kernel takes of a multiprocessor on one architecture, and what its machine code looks like."""
+    """The resources one kernel uses on one architecture, and statistics of its machine code."""
 
     arch: str
     name: str
     registers: int
-    shared: int  # bytes besides what the launch asks for
+    shared: int  # bytes besides what the launch requests
     spills: int  # loads and stores of local memory
     wide_loads: int  # of 16 bytes from global memory
     loads: int  # from global memory
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 
 def cuobjdump() -> str | None:
-    """The tool's path: the toolkit's, else that in Triton's wheel."""
+    """The tool's path: in the toolkit, else in Triton's wheel."""
     found = shutil.which("cuobjdump")
     if found is not None:
         return found
@@ -116,7 +116,7 @@ def _usage(text: str) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def _readable(names: list[str]) -> dict[str, str]:
-    """`forward_kernel<float, 4, 8>` of a mangled name; the file that a kernel is in tells two of one name apart."""
+    """`forward_kernel<float, 4, 8>` from a mangled name; a kernel's file tells apart two with the same name."""
     if shutil.which("c++filt") is None:
         return {name: name for name in names}
     demangled = _output("c++filt", *names).splitlines()

@@ -1,4 +1,4 @@
-"""Draws the README's picture, docs/images/demo.webp: people whom a demo run has never seen, before and after its edits.
+"""Draws the README's picture, docs/images/demo.webp: people unseen by a demo run, before and after its edits.
 
     python -m bench.demo_picture [--run runs/demo]
 
@@ -19,15 +19,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bench.compare import ROOT
+from pcmecl_fast import cli
 from pcmecl_fast.data.base import EMOTIONS
 from pcmecl_fast.data.media import read_frames, write_frames
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.run import run_edit
 from pcmecl_fast.synthetic import SyntheticFaces
-from pcmecl_fast.train.config import EditConfig
 
 EDITED = tuple(emotion for emotion in EMOTIONS if emotion != "neutral")
-HELD_OUT_SEED = 2  # that of the faces which a run is judged on
+HELD_OUT_SEED = 2  # the seed of the faces that runs are evaluated on
 SIDE, GAP, HEADER = 112, 6, 26  # pixels
 GREY = (128, 128, 128, 255)  # legible on white and on black
 
@@ -49,13 +48,13 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         faces = edited_faces(options.run, options.people, Path(folder))
         picture = Path(folder, "picture.webp")
-        drawn(faces).save(picture, quality=90, method=6)  # a fifth of what PNG takes
+        drawn(faces).save(picture, quality=90, method=6)  # a fifth of the size of PNG
         write_atomically(options.out, picture.read_bytes())
     return 0
 
 
 def edited_faces(run: Path, people: int, folder: Path) -> dict[str, list[Image.Image]]:
-    """A neutral frame of each person and its edits, by the name of the column."""
+    """A neutral frame of each person and its edits, by column name."""
     drawn_people = SyntheticFaces(people, clips=1, frames_per_clip=1, seed=HELD_OUT_SEED)
     neutral = (drawn_people.emotion_index == drawn_people.emotions.index("neutral")).nonzero()[:, 0]
     sources = folder / "source"
@@ -65,13 +64,15 @@ def edited_faces(run: Path, people: int, folder: Path) -> dict[str, list[Image.I
 
     faces = {"source": _pictures(sources, drawn_people.size)}
     for emotion in EDITED:
-        run_edit(EditConfig(input=sources, emotion=emotion, run=run, out=folder / emotion))
+        words = ["edit", "--input", sources, "--emotion", emotion, "--run", run, "--out", folder / emotion]
+        if cli.main([str(word) for word in words]) != 0:
+            raise SystemExit(f"no picture without edits to {emotion}")
         faces[emotion] = _pictures(folder / emotion, drawn_people.size)
     return faces
 
 
 def drawn(faces: dict[str, list[Image.Image]]) -> Image.Image:
-    """A labelled column for each name, on a transparent ground."""
+    """A labelled column for each name, on a transparent background."""
     rows = len(next(iter(faces.values())))
     pitch = SIDE + GAP
     picture = Image.new("RGBA", (len(faces) * pitch - GAP, HEADER + rows * pitch - GAP))

@@ -1,10 +1,10 @@
-"""Counts the instructions of the CPU kernels' cores and compares them with those of the last accepted ones.
+"""Counts the instructions of the CPU kernels' cores and compares them with the last accepted counts.
 
-    python -m bench.instructions            fails where a kernel takes more than 3 % more, or less, than it did
-    python -m bench.instructions --accept   writes the present counts to bench/instructions.json
+    python -m bench.instructions            fails if a kernel's count changed by more than 3 % either way
+    python -m bench.instructions --accept   writes the current counts to bench/instructions.json
 
-Times on shared machines swing by more than any change worth seeing; valgrind's counts do not. They are of the AVX2
-path, the most that valgrind knows, and belong to one compiler: another one has nothing to compare with, and is told so.
+Times on shared machines vary by more than any change worth seeing; valgrind's counts do not. They are for the AVX2
+path, the widest that valgrind supports, and for one compiler; others have nothing to compare with and get a message.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Options:
     """Count the instructions of the CPU kernels."""
 
     accept: bool = False
-    """Keep the present counts as those to compare with."""
+    """Save the current counts as the ones to compare with."""
     compiler: str = "c++"
     """Command of the C++ compiler."""
 
@@ -59,7 +59,7 @@ def main() -> int:
         write_atomically(ACCEPTED, (json.dumps(accepted | {compiler: counts}, indent=1) + "\n").encode())
         return 0
     if compiler not in accepted:
-        print(f"bench.instructions: no counts of {compiler!r} to compare with; --accept keeps these", file=sys.stderr)
+        print(f"bench.instructions: no counts for {compiler!r} to compare with; --accept saves these", file=sys.stderr)
         return 0
     return show(counts, accepted[compiler])
 
@@ -86,7 +86,7 @@ def show(counts: dict[str, int], accepted: dict[str, int]) -> int:
         )
     Console().print(table)
     if failed:
-        print("More: find out why. Fewer, or meant: python -m bench.instructions --accept", file=sys.stderr)
+        print("More: find out why. Fewer, or intended: python -m bench.instructions --accept", file=sys.stderr)
     return int(failed)
 
 

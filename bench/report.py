@@ -2,8 +2,8 @@
 
     python -m bench.report [--check]
 
-No number is copied by hand: the same files give the same bytes. A result whose sources have changed since it was
-measured is marked as such. `--check` writes nothing and fails where something would change.
+No number is copied manually: the same files give the same bytes. A result whose sources have changed since it was
+measured is marked as such. `--check` writes nothing and fails if something would change.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Options:
     """Write docs/performance.md, the README's headlines and the tables of docs/ablation.md from bench/results/."""
 
     check: bool = False
-    """Write nothing; fail where something would change."""
+    """Write nothing; fail if something would change."""
 
 
 def main() -> int:
@@ -107,7 +107,7 @@ def main() -> int:
     files = {path: content for path, content in pages()}
     changed = [path for path, content in files.items() if not path.exists() or path.read_bytes() != content]
     if options.check:
-        print("\n".join(f"{path.relative_to(ROOT)} is not what bench/results/ says" for path in changed))
+        print("\n".join(f"{path.relative_to(ROOT)} does not match bench/results/" for path in changed))
         return 1 if changed else 0
     for path in changed:
         write_atomically(path, files[path])
@@ -115,7 +115,7 @@ def main() -> int:
 
 
 def pages() -> Iterator[tuple[Path, bytes]]:
-    """Every file that is made from results, and its content."""
+    """Every file generated from results, and its content."""
     parts = [METHOD, "## At a glance\n", *overview_table(), ""]
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
@@ -187,7 +187,7 @@ def scaling_section(results: dict[str, Any], exponents: dict[str, str], picture:
 
 
 def _measured_apart(points: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each curve with points that come from another run than the file's."""
+    """A line for each curve with points from a different run than the rest of the file."""
     apart = [point for point in points if "measured" in point]
     lines = []
     for (name, grows, when), group in groupby(apart, lambda p: (p["name"], p["grows"], p["measured"])):
@@ -197,7 +197,7 @@ def _measured_apart(points: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def filled(page: Path, lines: Sequence[str]) -> str:
-    """The page with what stands between its markers replaced."""
+    """The page with the text between its markers replaced."""
     text = page.read_text()
     if BEGIN not in text or END not in text:
         raise ValueError(f"{page.name}: lacks the markers {BEGIN} and {END}")
@@ -220,7 +220,7 @@ def overview_table() -> list[str]:
 
 
 def ablation_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each regime every measure of every supervision, and what each idea changes."""
+    """For each regime, every measure of every supervision, and what each idea changes."""
     lines: list[str] = []
     for regime, group in groupby(rows, lambda row: row["regime"]):
         own = list(group)
@@ -258,7 +258,7 @@ def _table(first: str, measures: Sequence[str], rows: dict[str, list[str]]) -> l
 
 
 def draw_steps(rows: Sequence[dict[str, Any]]) -> bytes:
-    """One panel a tower: a bar for each stage and side, its parts stacked."""
+    """One panel per tower: a bar for each stage and side, its parts stacked."""
     towers = list(dict.fromkeys(row["tower"] for row in rows))
     figure, axes = plt.subplots(1, len(towers), figsize=(3.6 * len(towers), 3.4), layout="constrained", squeeze=False)
     for axis, tower in zip(axes[0], towers, strict=True):
@@ -278,7 +278,7 @@ def draw_steps(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def draw_scaling(points: Sequence[dict[str, Any]]) -> tuple[bytes, dict[str, str]]:
-    """Time and memory against size, one column a series, on logarithmic axes; and the exponents."""
+    """Time and memory against size, one column per series, on logarithmic axes; and the exponents."""
 
     def panel(point: dict[str, Any]) -> tuple[str, str]:
         return point["name"], point["grows"]
@@ -295,7 +295,7 @@ def draw_scaling(points: Sequence[dict[str, Any]]) -> tuple[bytes, dict[str, str
             for axis, measure in zip(axes[:, column], ("median_ms", "peak_mb"), strict=True):
                 values = [max(p.get(measure, math.nan), 1e-3) for p in curve]
                 axis.loglog(sizes, values, "o-", color=colour, label=side, markersize=3)
-            # A few microseconds are the call, less than a megabyte is the allocator.
+            # A few microseconds are call overhead, and less than a megabyte is the allocator's.
             kept = (("median_ms", 0.02), ("peak_mb", 0.5))
             fits = [_exponent(sizes, [p.get(m, math.nan) for p in curve], least) for m, least in kept]
             exponents[f"{name} with {grows} | {side}"] = " | ".join(fits)
@@ -369,7 +369,7 @@ def _mean_and_sem(value: dict[str, Any]) -> str:
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Seed by seed: the data and the people are the same on both sides. One of them may have more seeds."""
+    """Paired by seed: data and people are the same on both sides. One of them may have more seeds."""
     change = np.array([b - a for a, b in zip(before["values"], after["values"], strict=False)])
     if len(change) < 2:
         return f"{change.mean():+.4f}"

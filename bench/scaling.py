@@ -2,8 +2,8 @@
 
     python -m bench.scaling --json FILE [--seconds 2]
 
-Each series varies one size and keeps the others; individuals go up to 4,096, which have 3e10 logits. `bench.report`
-draws them with the exponents of their last half.
+Each series varies one size and fixes the others; individuals go up to 4,096, with 3e10 logits. `bench.report` draws
+them with exponents fitted to the larger half.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pcmecl_fast.files import write_atomically
 
 SIDES = {"reference": "reference", "pcmecl_fast": "auto"}
 LARGEST_LOGITS = {"cpu": 4e7, "cuda": 4e9}
-"""How many logits the reference may hold at a time: it keeps several copies of them."""
+"""How many logits the reference may hold at once: it keeps several copies of them."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Options:
     """Measure how cost grows."""
 
     seconds: float = 2.0
-    """For each point; slow ones take three runs."""
+    """Time per point; slow ones run three times."""
     device: str = "auto"
     """cpu or cuda; auto takes a GPU where there is one."""
     only: str = ""

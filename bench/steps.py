@@ -2,9 +2,9 @@
 
     python -m bench.steps --json FILE [--towers ViT-B-32 ViT-B-16 ViT-L-14] [--individuals 4]
 
-Stage 1 is a step on every emotion of some individuals, stage 2 PCMECL on as many edited frames as there are
-individuals × 4, with prompts conditioned on the frame. The gradient is stopped between the parts and handed over by
-hand, so that each part's forward and backward are timed together; the sum is the step.
+Stage 1 is a step on every emotion of some individuals, stage 2 PCMECL on 4 edited frames per individual, with prompts
+conditioned on the frame. The graph is cut between the parts and gradients are passed across explicitly, so each part's
+forward and backward are timed together; the sum is the step.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Options:
     """Split training steps into their parts."""
 
     towers: list[str] = field(default_factory=lambda: ["ViT-B-32", "ViT-B-16", "ViT-L-14"])
-    """Names of open_clip's models."""
+    """Names of open_clip models."""
     individuals: int = 4
-    """Of a step of stage 1."""
+    """Individuals per step of stage 1."""
     rounds: int = 3
-    """Steps timed after one to warm up; medians are kept."""
+    """Steps timed after one warm-up step; medians are reported."""
     device: str = "auto"
     """cpu or cuda; auto takes a GPU where there is one."""
     json: Path | None = None
@@ -89,8 +89,8 @@ def main() -> None:
 
 
 def measure(step: Callable[[Clock], None], rounds: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of each part, medians, and the memory of a step in megabytes."""
-    peak = peak_memory(lambda: step(Clock(device)), device)  # and warm
+    """Median milliseconds of each part, and a step's memory in megabytes."""
+    peak = peak_memory(lambda: step(Clock(device)), device)  # also warms up
     clocks = [Clock(device) for _ in range(rounds)]
     for clock in clocks:
         step(clock)
@@ -128,7 +128,7 @@ def stage_one(clip: Clip, options: Options) -> dict[str, Callable[[Clock], None]
 
 
 def stage_two(clip: Clip, options: Options) -> dict[str, Callable[[Clock], None]]:
-    """The criterion's part of a step: what a generator costs is the generator's."""
+    """The criterion's part of a step, without the generator's own cost."""
     count = 4 * options.individuals
     prompts, _ = _prompts(clip)
     pixels, stored = _pixels_and_features(clip, count)
@@ -189,7 +189,7 @@ def _prompts(clip: Clip) -> tuple[PersonalizedPrompts, torch.optim.Optimizer]:
 
 
 def _pixels_and_features(clip: Clip, count: int) -> tuple[Tensor, Tensor]:
-    """uint8 frames on the CPU, as a data set keeps them, and features as a store does."""
+    """uint8 frames on the CPU, as data sets keep them, and features as a store keeps them."""
     generator = torch.Generator().manual_seed(0)
     side = clip.image_size
     pixels = torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=generator)

@@ -1,9 +1,9 @@
 """Registers, shared memory, spills and instructions of every Triton kernel, compiled ahead of time.
 
-    python -m bench.triton_resources          print the table of docs/kernels.md: what is launched first
+    python -m bench.triton_resources          print the table of docs/kernels.md: the default launch configurations
     python -m bench.triton_resources all      every configuration that is ever tried
 
-It needs Triton and cuobjdump, which is in the CUDA toolkit and in Triton's wheel; no GPU.
+Needs Triton and cuobjdump, which comes with the CUDA toolkit and with Triton's wheel; no GPU.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class Variant:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one program (block) of a compiled kernel needs."""
+    """The resources that one program (block) of a compiled kernel needs."""
 
-    registers: int  # a thread
-    spilled: int  # bytes a thread
+    registers: int  # per thread
+    spilled: int  # bytes per thread
     shared: int  # bytes
     instructions: int  # in the whole kernel
 
 
 def variants(*, everything: bool = False) -> Iterator[Variant]:
-    """Every kernel at sizes of training (D = 512, E = 7) as launched first; `everything`: all that is ever tried."""
+    """Every kernel at training sizes (D = 512, E = 7) as launched first; `everything`: every one ever tried."""
     for variant in _all_variants():
         if everything or variant.main:
             yield variant
@@ -151,7 +151,7 @@ def _correlation_variants() -> Iterator[Variant]:
         **dict.fromkeys(numbers.split(), "i32"),
         **{"counter": "*i32", "scale_number": "fp32"},
     }
-    # One inner stride is 1, as Triton sees by itself at a launch: S = V Tᵀ, dV = dS T, dT = dSᵀ V.
+    # One inner stride is 1, which Triton detects itself at launch: S = V Tᵀ, dV = dS T, dT = dSᵀ V.
     for product, inner in (
         ("VTᵀ", ("left_k", "right_k")),
         ("dS T", ("left_k", "right_n")),
@@ -253,7 +253,7 @@ def _variant(
 def _cuobjdump(what: str, cubin: Path) -> str:
     tool = cuobjdump()
     if tool is None:
-        raise FileNotFoundError("cuobjdump: neither on the path nor in Triton's wheel")
+        raise FileNotFoundError("cuobjdump: neither on the PATH nor in Triton's wheel")
     return subprocess.run([tool, what, str(cubin)], check=True, capture_output=True, text=True).stdout
 
 

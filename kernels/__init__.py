@@ -1,4 +1,5 @@
-"""The operators as Triton kernels, one file each, named like the operator's file in `pcmecl_fast/ops`.
+"""The operators as Triton kernels, in files named like the operator's in `pcmecl_fast/ops`.
 
-Nothing here is imported before an operator first runs on the backend "triton": `pcmecl_fast/ops/backends/triton.py`.
+A file has the operator's forward and backward on tensors; kernels that fill a file themselves are in `*_kernels.py`
+beside it. Nothing here is imported before an operator first runs on the backend "triton".
 """

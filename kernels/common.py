@@ -33,7 +33,7 @@ class Config:
     blocks: dict[str, int] = field(default_factory=dict)
 
     def options(self) -> dict[str, int | bool]:
-        """As keyword arguments of a launch. Fused multiply-adds are asked for: Triton's default differs by version."""
+        """As keyword arguments of a launch. Fused multiply-adds explicitly: Triton's default differs by version."""
         return {**self.blocks, "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -101,7 +101,7 @@ def _announce(device: torch.device) -> None:
     if device not in _announced:
         _announced.add(device)
         logger.info(
-            "compiling Triton kernels for %s; the first call of each takes some seconds",
+            "compiling Triton kernels for %s; the first call of each takes a few seconds",
             torch.cuda.get_device_name(device),
         )
 
@@ -126,7 +126,7 @@ def load_scale(scale, scale_number):
 def sum_over_grid(partial, counter, first, second, BLOCK: tl.constexpr):
     """The sums of two numbers over all programs of a one-dimensional grid, in a fixed order: (last, sum, sum).
 
-    Only the program that ends last has them, and `last` says whether this is the one. `partial` holds two numbers for
+    Only the program that finishes last has them; `last` tells whether this is the one. `partial` holds two numbers for
     each program; `counter` is 0 before and after.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)

@@ -11,7 +11,7 @@ are taken in groups of G = min(64 // Q, 32 // E), so that a group's pairs fill a
     backward  prepare and product again, then
     fold      the logits again, their gradients, folded to gradients of S in S's place: Aᵀ G A, A[ab] = e_b − e_a
     product   dV = dS T and dT += dSᵀ V of the chunk
-    gradient  minus what the norms take: Σ over pairs of ρ/|Δ|² · A Aᵀ times the features, ρ = Σ dloss/dl · l
+    gradient  less the part through the norms: Σ over pairs of ρ/|Δ|² · A Aᵀ times the features, ρ = Σ dloss/dl · l
 
 Operations: 2·(N·E)²·D for each product, one forward and three backward; N²·Q² logits at about 20 (forward) and 40
 (backward) operations and two exponentials. Bytes: S is written and read within L2; the rest is O(N). Bound by the

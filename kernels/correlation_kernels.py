@@ -150,7 +150,7 @@ def sums_kernel(
 
 @triton.jit
 def _slot_rows(slot, E: tl.constexpr, Q: tl.constexpr, G: tl.constexpr):
-    """The rows of a and of b in their group, for each slot; 0 for the slots that are left over."""
+    """The rows of a and of b in their group, for each slot; 0 for unused slots."""
     a, b = _emotions_of(slot % Q, E)
     first_row = slot // Q * E
     filled = slot < G * Q
@@ -159,7 +159,7 @@ def _slot_rows(slot, E: tl.constexpr, Q: tl.constexpr, G: tl.constexpr):
 
 @triton.jit
 def _emotions_of(pair, E: tl.constexpr):
-    """(a, b) with a < b of a pair's number, a changing slowest."""
+    """The emotions (a, b), a < b, of a pair's number; a changes slowest."""
     a = tl.zeros_like(pair)
     before = tl.zeros_like(pair)  # the number of the first pair that begins with a
     for begins in tl.static_range(1, E - 1):
@@ -227,7 +227,7 @@ def loss_kernel(
     G: tl.constexpr,  # individuals in a group
     SLOTS: tl.constexpr,  # room for a group's pairs, a power of two
 ):
-    """A program owns a group: it adds its strips up, and the last one writes the loss. The launch bounds it."""
+    """A program owns a group: it adds its strips up, and the last program writes the loss. The launch bounds it."""
     group = tl.program_id(0)
     slot = tl.arange(0, SLOTS)
     offset = group * SLOTS + slot
@@ -288,7 +288,7 @@ def fold_kernel(
 ):
     """A program owns a strip of the chunk's rows by a strip of columns, as in the forward, and walks over its tiles.
 
-    It makes a tile's logits again from S, turns them into their gradients, and writes Aᵀ G A where S stood. About 40
+    It recomputes a tile's logits from S, turns them into their gradients, and writes Aᵀ G A where S stood. About 40
     operations and two exponentials a logit, and a tile's two products in two parts each, bound it.
     """
     row_strip, column_strip = tl.program_id(0), tl.program_id(1)
@@ -398,7 +398,7 @@ def gradient_kernel(
     BLOCK_Q: tl.constexpr,  # Q rounded up to a power of two
     BLOCK_D: tl.constexpr,  # features that are worked on at a time
 ):
-    """A program owns one side of one individual and finishes its gradient: what the norms take is subtracted.
+    """A program owns one side of one individual and subtracts from its gradient what goes through the norms.
 
     Bytes bound it: 2·E·D numbers read, the features once for each pair from L1; E·D written.
     """

@@ -60,7 +60,7 @@ def loss_kernel(
     BLOCK_D: tl.constexpr,  # features that are worked on at a time
     ALL: tl.constexpr,  # whether the contrast needs all rows of an individual, not the target's alone
 ):
-    """A program walks over samples and adds their losses up; the last to end reduces all programs' sums."""
+    """A program walks over samples and adds their losses up; the last to finish reduces all programs' sums."""
     s = load_scale(scale, scale_number)
     total = 0.0
     count = 0.0

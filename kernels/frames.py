@@ -2,11 +2,11 @@
 
 y = a · L x Rᵀ + b: L and R hold how much each old row and column adds to each new one, a = 1/(2 std),
 b = (½ − mean)/std (the weights of a new pixel add up to one, so the range can change last). The backward is a · Lᵀ g R:
-the transposed weights, no atomics. Both are banded: a program owns a tile of new pixels, takes the old rows and columns
+the transposed weights, no atomics. Both are banded: a program owns a tile of new pixels, loads the old rows and columns
 between its first and last weight in blocks, and multiplies them by the two bands with tl.dot, columns first.
 
 A frame of H × W becomes n × n: w·3·(H·W + n²) bytes; with tiles of 32 and blocks of K, 64·K² + 2048·K operations for
-each block that a tile takes. float32 frames in 3xTF32; half frames, which TF32 holds exactly, in TF32 with weights
+each block that a tile loads. float32 frames in 3xTF32; half frames, which TF32 holds exactly, in TF32 with weights
 rounded to 2⁻¹¹.
 """
 
@@ -102,7 +102,7 @@ def _resample(x: Tensor, out: Tensor, rows: _Bands, columns: _Bands, gain: list[
 
 
 def block_for(span: int, *, half: bool) -> int:
-    """Old pixels taken at once: a tile's whole span, up to what spills no register."""
+    """Old pixels loaded at once: a tile's whole span, up to what spills no register."""
     return min(power_of_2(span, least=16), 64 if half else 32)
 
 

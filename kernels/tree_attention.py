@@ -334,11 +334,11 @@ def keys_kernel(
     WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
     """A program owns a block of keys: dk and dv, summed over the queries that see it."""
+    first = tl.program_id(1) * BLOCK
+    key = first + tl.arange(0, BLOCK)
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
     at = _head_offset(tokens, heads, stride, WIDTH)
     out_at = _head_offset(tokens, heads, out_stride, WIDTH)
-    first = tl.program_id(1) * BLOCK
-    key = first + tl.arange(0, BLOCK)
     k = _load(qkv + at + out_stride, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
     v = _load(qkv + at + 2 * out_stride, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
     grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)

@@ -1,8 +1,8 @@
-"""What each idea of the supervision is worth: the same generator, data and steps under each, judged on paired truth.
+"""What each part of the supervision contributes: same generator, data and steps for each, judged on paired truth.
 
 direct        loss = 1 − cos(v', that[n, b])                           features must match
 differencing  ops.direction_loss                                       changes of features must match
-generic       that[n, e] = unit(text_tower(description e))             the same for everybody
+generic       that[n, e] = unit(text_tower(description e))             the same for everyone
 personalized  prompts conditioned on the individual, learned in stage 1
 """
 
@@ -51,22 +51,22 @@ REGIMES = {"every emotion": 0, "scarcity": 2}
 """Emotions that each individual lacks in training; scarcity is judged on exactly these."""
 
 _UNSEEN = 40
-"""People whom no training has seen."""
+"""People that no training run has seen."""
 _TRIALS = 1680
-"""Edits that are judged: 40 people × 7 emotions shown × 6 emotions asked for."""
+"""Edits judged: 40 people × 7 source emotions × 6 target emotions."""
 
 MEASURES = {
     "personal_style_error": "Error of a person's mean action units over all edits to an emotion, against their own",
-    "style_correlation": "Correlation of the same means, less everybody's mean for the emotion, with the truth's",
+    "style_correlation": "Correlation of the same means, minus the population mean for the emotion, with the truth's",
     "expression_error": "Mean absolute error of the action units read from the edit, against the true ones",
     "emotion_accuracy": "Edits in which the independent classifier sees the target emotion",
     "identity_similarity": "Cosine of identity vectors read from edit and source",
-    "edit_strength": "How far the read change of action units goes along the true one; 1 is as far",
+    "edit_strength": "How far the measured change of action units goes along the true one; 1: just as far",
     "mouth_error": "Mouth openness and spread read from the edit, against the source's speech",
-    "direction_top1": "Visual changes whose own individual's and emotion's text change is the nearest of all",
-    "direction_cosine": "Mean cosine of a visual change and the same person's same change of text",
-    "gap": "Distance of the mean image feature from the mean text feature",
-    "gap_of_changes": "The same of unit changes of features: what is left of the gap after differencing",
+    "direction_top1": "Share of visual changes whose nearest text change is that of the same individual and emotions",
+    "direction_cosine": "Mean cosine between a visual change and the same person's matching text change",
+    "gap": "Distance between the mean image feature and the mean text feature",
+    "gap_of_changes": "The same for unit feature changes: what is left of the gap after differencing",
 }
 
 OF_PROMPTS = ("direction_top1", "direction_cosine", "gap", "gap_of_changes")
@@ -82,7 +82,7 @@ class Supervision:
     differencing: bool = True
     nothing: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    """Of `TrainConfig`, other than the defaults."""
+    """Options of `TrainConfig` that differ from the defaults."""
 
 
 MAIN = (
@@ -105,7 +105,7 @@ AROUND = (
 
 
 class DirectCriterion(nn.Module):
-    """1 − cos(CLIP(edited), bank[n, b]), the mean over samples whose target is another emotion than the source's."""
+    """1 − cos(CLIP(edited), bank[n, b]), averaged over samples whose target emotion differs from the source's."""
 
     def __init__(self, clip: Clip, bank: PromptBank) -> None:
         super().__init__()
@@ -121,23 +121,23 @@ class DirectCriterion(nn.Module):
         *,
         source_features: Tensor | None = None,
     ) -> Tensor:
-        wanted = self.bank.lookup(individual, self.clip.device).float()
-        wanted = wanted[torch.arange(len(wanted)), target_emotion]
-        asked = (source_emotion != target_emotion).float()
-        cosine = F.cosine_similarity(self.clip.encode_image(edited_frames).float(), wanted)
-        return ((1 - cosine) * asked).sum() / asked.sum().clamp(min=1)
+        text = self.bank.lookup(individual, self.clip.device).float()
+        text = text[torch.arange(len(text)), target_emotion]
+        valid = (source_emotion != target_emotion).float()
+        cosine = F.cosine_similarity(self.clip.encode_image(edited_frames).float(), text)
+        return ((1 - cosine) * valid).sum() / valid.sum().clamp(min=1)
 
 
 def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
-    """Train and judge every supervision; writes `summary.json`, `ablation.svg` and one file for each training.
+    """Train and judge every supervision; writes `summary.json`, `ablation.svg` and one file per training run.
 
-    A run that was killed goes on with the trainings that are missing.
+    An interrupted run picks up with the training runs that are missing.
     """
     if make_generator(config.generator, EMOTIONS, config.size, config.generator_options).driven_by != "emotion":
-        raise ValueError("generator: the ablation judges generators that are driven by an emotion, not by a reference")
+        raise ValueError("generator: the ablation judges generators driven by an emotion, not by a reference")
     config.out.mkdir(parents=True, exist_ok=True)
     seeds = range(1 if config.quick else config.seeds)
-    # The main ones come first: they can be read before the rest is done. What is around them needs one regime.
+    # The main ones come first, so they can be read before the rest is done. The variations need only one regime.
     plan = [(regime, each, seed) for seed in seeds for regime in REGIMES for each in MAIN]
     if not config.quick:
         around = seeds[: config.around_seeds]
@@ -157,7 +157,7 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
 
 
 def summarize(results: dict[tuple[str, str], list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A row for each regime and supervision: every measure's mean, standard deviation and standard error over seeds."""
+    """One row per regime and supervision: each measure's mean, standard deviation and standard error over seeds."""
     rows = []
     for (regime, name), measured in results.items():
         row: dict[str, Any] = {"regime": regime, "supervision": name, "seeds": len(measured)}
@@ -172,7 +172,7 @@ def summarize(results: dict[tuple[str, str], list[dict[str, float]]]) -> list[di
 
 
 def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) -> dict[str, float]:
-    """One training, and every measure of it."""
+    """One training run and all its measures."""
     with ops.use_backend(config.backend):
         clip = load_clip_for(config)
         dataset, _ = open_data(config)
@@ -186,7 +186,7 @@ def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) 
         emotions = len(dataset.emotions)
         clips = max(1, _TRIALS // (config.individuals * emotions * (emotions - 1)))  # few people, but as many edits
         everyone = SyntheticFaces(config.individuals, clips=clips, seed=2 * config.seed + 1, **common)
-        # Other people for each seed, so that the error bars tell how much they matter; nobody trains on even seeds.
+        # Different people for each seed, so the error bars cover them too; training seeds are never even.
         unseen = SyntheticFaces(_UNSEEN, clips=1, seed=2 * config.seed + 1000, **common)
         measures = judge_style(generator, everyone, _targets(dataset, everyone, regime), device=clip.device)
         unseen_measures = judge_style(generator, unseen, _targets(None, unseen, regime), device=clip.device)
@@ -210,7 +210,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Error bars of the two errors that the supervision is to lower, one panel for each regime and measure."""
+    """Error bars of the two errors the supervision should lower, one panel per regime and measure."""
     shown = ("personal_style_error", "expression_error")
     regimes = {regime: [row for row in rows if row["regime"] == regime] for regime in REGIMES}
     heights = [len(own) for own in regimes.values()]
@@ -230,7 +230,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                 errors = [row[prefix + measure]["sem"] or 0.0 for row in trained]
                 places = [k + offset for k in range(len(trained))]
                 axis.errorbar(means, places, xerr=errors, fmt="o", capsize=3, markersize=4, label=people)
-            # Far off to the right: they would press all others together.
+            # Far off to the right: they would squeeze all the others together.
             aside = ", ".join(f"{row['supervision']} {row[measure]['mean']:.3f}" for row in own if row not in trained)
             beyond = f"\n(beyond: {aside})" if aside else ""
             axis.set(title=f"{regime}: {measure.replace('_', ' ')}{beyond}", yticks=range(len(trained)))
@@ -252,7 +252,7 @@ class _Job:
 
 
 def _measured(config: AblateConfig, jobs: list[_Job]) -> Iterator[tuple[int, dict[str, float]]]:
-    """Each job's index and measures, in the order in which they become known."""
+    """Each job's index and measures, in order of completion."""
     threads = torch.get_num_threads()
     workers = config.workers or (1 if _on_gpu(config) else min(threads, 8))
     if workers == 1:
@@ -282,7 +282,7 @@ def _on_gpu(config: AblateConfig) -> bool:
 
 @contextmanager
 def _silent_children() -> Iterator[None]:
-    """Processes that are started in here draw no progress bars: one bar is enough."""
+    """Child processes started in this block draw no progress bars: one bar is enough."""
     before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:
@@ -295,7 +295,7 @@ def _silent_children() -> Iterator[None]:
 
 
 def _kept(job: _Job) -> dict[str, float]:
-    """The measures of one training: from its file, or made now."""
+    """The measures of one training run: read from its file, or computed now."""
     config, supervision = job.config, job.supervision
     options = {f.name: getattr(config, f.name) for f in TrainConfig.__dataclass_fields__.values()}
     name = f"{job.regime} - {supervision.name} - {job.seed}".replace(" ", "-").replace(",", "")
@@ -327,7 +327,7 @@ def _kept(job: _Job) -> dict[str, float]:
 
 
 def _digest(config: RunConfig) -> str:
-    """Of what a training depends on: where its files are is not part of it."""
+    """A hash of everything a training run depends on; the location of its files is not part of it."""
     options = sorted((k, v) for k, v in asdict(config).items() if k not in ("out", "features", "prompts"))
     return hashlib.blake2b(repr(options).encode(), digest_size=8).hexdigest()
 
@@ -339,9 +339,9 @@ def _bank(
         return None, _generic(clip, dataset)
     stage1 = config.stage_one()
     stage1.out.mkdir(parents=True, exist_ok=True)
-    # Supervisions that share their prompts learn them once, whichever process comes first.
+    # Supervisions that share their prompts learn them once, in whichever process gets there first.
     with FileLock(stage1.out / "lock"):
-        file = stage1.out / "prompts.safetensors"  # what is written last
+        file = stage1.out / "prompts.safetensors"  # written last
         if not file.exists():
             return learn_prompts(clip, dataset, stage1)[:2]
         prompts, _ = load_prompts(file, clip)
@@ -350,20 +350,20 @@ def _bank(
 
 def _generic(clip: Clip, dataset: FrameDataset) -> PromptBank:
     features = zero_shot_features(clip, dataset.emotions)
-    everybody = features.expand(len(dataset.individuals), -1, -1).clone()
-    return PromptBank(everybody, dataset.individuals, dataset.emotions, tower=Tower.of(clip))
+    shared = features.expand(len(dataset.individuals), -1, -1).clone()
+    return PromptBank(shared, dataset.individuals, dataset.emotions, tower=Tower.of(clip))
 
 
 def _targets(trained_on: SyntheticFaces | None, faces: SyntheticFaces, regime: str) -> Trials:
-    """Every frame with every other emotion; under scarcity, people of the training with those that they lack there."""
+    """Every frame with every other emotion; under scarcity, training people with the emotions they lack in training."""
     emotions = len(faces.emotions)
     index = torch.arange(len(faces)).repeat_interleave(emotions)
     target = torch.arange(emotions).repeat(len(faces))
     wanted = faces.emotion_index[index] != target
     if regime == "scarcity" and trained_on is not None:
-        lacks = ~trained_on.available()
-        wanted &= lacks[faces.individual_index[index], target]
-    chosen = wanted.nonzero()[:_TRIALS, 0]  # whole people, one after the other
+        unavailable = ~trained_on.available()
+        wanted &= unavailable[faces.individual_index[index], target]
+    chosen = wanted.nonzero()[:_TRIALS, 0]  # one person after another, each with all their frames
     return Trials(index[chosen], target[chosen])
 
 

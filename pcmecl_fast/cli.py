@@ -1,4 +1,4 @@
-"""The entry point `pcmecl-fast`: the commands themselves, or one line where their libraries are not installed."""
+"""The entry point `pcmecl-fast`: the commands, or a one-line message if their libraries are not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pcmecl_fast.libraries import missing_library
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command and return its exit status."""
     try:
         from pcmecl_fast.commands import run_command
     except ModuleNotFoundError as error:

@@ -40,11 +40,11 @@ def load_clip(
             `"ViT-B-32"`.
         pretrained: a weights tag of open_clip (`"openai"`, `"laion2b_s34b_b79k"`, …) or a local checkpoint file.
             None gives random weights, the same in every process, and a warning.
-        device: where the model lies; None is the CPU.
+        device: where to put the model; None means the CPU.
         dtype: dtype of its parameters.
 
     Raises:
-        ValueError: `name` or `pretrained` is unknown; the message has the closest known ones.
+        ValueError: `name` or `pretrained` is unknown; the message lists the closest matches.
         RuntimeError: the weights could not be fetched or read.
     """
     if name == TINY_FACE:
@@ -63,7 +63,7 @@ def load_clip(
     else:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:4]) or "a local file"
         log.warning("%s has random weights, so its features mean nothing: pass pretrained= (%s).", name, tags)
-    # The same random tower in every process: a bank made with one must fit the other.
+    # The same random tower in every process: a bank built in one must be valid in the others.
     with torch.random.fork_rng(devices=[]), _quiet_root(logging.ERROR if pretrained is None else logging.WARNING):
         torch.manual_seed(0)
         try:
@@ -71,7 +71,7 @@ def load_clip(
         except Exception as error:
             raise RuntimeError(
                 f"pretrained: the weights {pretrained!r} of {name!r} could not be loaded ({_first_line(error)}). "
-                "They are fetched from a hub at first use; without a network pass the path of a downloaded file."
+                "They are downloaded from a hub on first use; without a network, pass the path of a downloaded file."
             ) from error
     preprocessing = open_clip.get_model_preprocess_cfg(model)
     return Clip(
@@ -85,7 +85,7 @@ def load_clip(
 
 
 class Clip(nn.Module):
-    """A frozen CLIP model in eval mode: `train()` leaves it there and its parameters never require gradients."""
+    """A frozen CLIP model in eval mode: `train()` has no effect and its parameters never require gradients."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Clip(nn.Module):
         return self._text_hash
 
     def image_hash(self) -> str:
-        """A hash of all that makes image features what they are: weights, dtype and preprocessing."""
+        """A hash of everything that determines image features: weights, dtype and preprocessing."""
         if self._visual_hash is None:
             self._visual_hash = self._hash(visual=True)
         how = f"{self._visual_hash} {self.dtype} bicubic {self.image_size} {self.mean} {self.std}"
@@ -177,7 +177,7 @@ class Clip(nn.Module):
 
 @contextmanager
 def _quiet_root(level: int) -> Iterator[None]:
-    """Drop what open_clip logs, below `level`, to the root logger: every step, and our own warning a second time."""
+    """Drop open_clip's root-logger messages below `level`: it logs every step, and repeats our own warning."""
 
     def important(record: logging.LogRecord) -> bool:
         return record.levelno >= level
@@ -223,7 +223,7 @@ def tiny_face_model() -> Any:
 
 
 def tiny_face_state(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of the model from the stored half-precision tensors.
+    """The model's state dict, from the stored half-precision tensors.
 
     The 49,408 token embeddings, most of the model at this size, are stored as a product of two thin factors.
     """

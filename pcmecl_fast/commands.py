@@ -24,7 +24,7 @@ from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, Evalu
 
 @dataclass
 class BackendsConfig:
-    """Show which implementations of the operators can run here, and what the others lack."""
+    """Show which implementations of the operators can run here, and what the others are missing."""
 
     json: bool = False
     """Print JSON instead of a table."""
@@ -36,7 +36,7 @@ class _ConfigFile:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run a command; bad input ends with one line on the error stream and exit status 1."""
+    """Run a command; bad input ends in one line on stderr and exit status 1."""
     name, config = "", None
     try:
         name, config = _parse(list(arguments))
@@ -52,7 +52,7 @@ def run_command(arguments: Sequence[str]) -> int:
             raise
         message = missing_library(error) or (error.args[0] if isinstance(error, KeyError) and error.args else error)
         command = f"pcmecl-fast {name}".strip()
-        # One line of its own: libraries write pages, and a progress bar may be standing there.
+        # On a fresh line: a progress bar may still be on this one. And one line only: libraries write pages.
         line = f"{command}: {' '.join(str(message).split())}  (PCMECL_TRACEBACK=1 shows where)"
         tqdm.write(line, file=sys.stderr)
         return 1
@@ -60,7 +60,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[str, Any]:
-    """The command's name and its config: defaults, then the file given as --config, then the other options."""
+    """The command's name and config: defaults, overridden by the --config file, overridden by the other options."""
     file, rest = tyro.cli(_ConfigFile, args=arguments, return_unknown_args=True, add_help=False)
     stored: Any = None
     if file.config and rest[:1] and rest[0] in COMMANDS:
@@ -81,12 +81,12 @@ def _parse(arguments: list[str]) -> tuple[str, Any]:
 
 
 def _without_mappings(stored: Any) -> Any:
-    """A mapping given on the command line would replace the file's: so the file's is added afterwards."""
+    """Without the file's mappings: one given on the command line would replace them, so they are merged afterwards."""
     return replace(stored, generator_options={}) if isinstance(stored, TrainConfig) else stored
 
 
 def _with_mappings(config: Any, stored: Any) -> Any:
-    """The options of a generator are of no use to another one."""
+    """Merge the file's generator options, unless another generator was chosen: they would mean nothing to it."""
     if isinstance(stored, TrainConfig) and config.generator == stored.generator:
         config.generator_options = stored.generator_options | config.generator_options
     return config
@@ -125,7 +125,7 @@ def _returning(name: str, config_class: type, default: Any) -> Callable[..., tup
     def command(config: Any) -> tuple[str, Any]:
         return name, config
 
-    # What tyro builds the options from: the dataclass is the one parameter, and its name is left out of them.
+    # tyro builds the options from this signature: the dataclass is the only parameter, and its name is omitted.
     command.__annotations__["config"] = Annotated[config_class, tyro.conf.arg(name="")]
     command.__defaults__ = None if default is None else (default,)
     command.__doc__ = config_class.__doc__

@@ -1,4 +1,4 @@
-"""PCMECL as one loss that plugs into any model that edits the expression of a talking face."""
+"""PCMECL as a single loss that plugs into any model that edits the expression of a talking face."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from pcmecl_fast.prompts.bank import PromptBank
 
 
 class PCMECLCriterion(nn.Module):
-    """direction_loss on frames: CLIP's view of the edit must change as the individual's prompts change.
+    """direction_loss on frames: an edit must change CLIP's image features the way the individual's prompts change.
 
         loss = direction_loss(CLIP(source), CLIP(edited), bank, individual, a, b)        (ops.direction_loss)
              + strength · mean relu(1 − ⟨unit(CLIP(edited)) − unit(CLIP(source)), unit(d)⟩ / length)
         d      = bank[individual, b] − bank[individual, a]
-        length = lengths[individual, a, b], or lengths[a, b] for everybody
+        length = lengths[individual, a, b], or lengths[a, b] for everyone
 
-    A direction says nothing about how far to go, so whatever keeps the frames as they are shortens the edits for free.
-    The second term, off by default, asks for as much of the text's direction as real changes have: those of the same
-    individual (`personal_lengths`) or everybody's (`real_lengths`).
+    A direction says nothing about how far to go, so any term that preserves the frames shortens the edits at no cost.
+    The second term, off by default, asks for edits to go as far along the text's direction as real changes do: the
+    individual's own (`personal_lengths`) or the population's (`real_lengths`).
 
-    The bank is a buffer (one on disk stays there: a call reads its rows), the clip is frozen; nothing is trained here.
-    Gradients reach the edited frames only: source features are computed without a graph.
+    The bank is a buffer (one on disk stays there: each call reads the rows it needs), the clip is frozen and nothing
+    here is trained. Gradients reach only the edited frames: source features are computed without a graph.
 
     Args:
-        clip: the model that the bank was made with.
+        clip: the model the bank was built with.
         bank: text features of every individual and emotion.
         contrast: weight of the contrast with the other target emotions, at least 0.
-        scale: logit scale of that contrast; None takes CLIP's own.
-        strength: weight of edits that fall short of `lengths`, at least 0.
-        lengths: how far changes from emotion a to b go, (E, E) or, for each row of the bank, (N, E, E); needed where
+        scale: logit scale of that contrast; None means CLIP's own.
+        strength: weight of the penalty on edits that fall short of `lengths`, at least 0.
+        lengths: how far changes from emotion a to b go, (E, E) or, per row of the bank, (N, E, E); required if
             `strength` is not 0.
         backend: which implementation runs; None leaves the choice to `use_backend`.
 
     Raises:
-        ValueError: the bank belongs to another text tower; `lengths` missing, of another shape or not positive.
+        ValueError: the bank belongs to another text tower; `lengths` is missing, misshapen or not positive.
 
     Source: the paper's abstract (personalized prompts, feature differencing); contrast and strength are ours.
     """
 
-    features: Tensor  # (N, E, D); without rows where the bank is on disk
+    features: Tensor  # (N, E, D); no rows if the bank is on disk
     lengths: Tensor | None  # (N, E, E)
 
     def __init__(
@@ -65,12 +65,12 @@ class PCMECLCriterion(nn.Module):
         self.clip = clip
         rows, emotions = bank.features.shape[:2]
         if strength and lengths is None:
-            raise ValueError("lengths: strength needs them; `real_lengths` measures them on a data set")
+            raise ValueError("lengths: required when strength is not 0; `real_lengths` measures them on a data set")
         if lengths is not None:
-            takes = (emotions, emotions), (rows, emotions, emotions)
-            if tuple(lengths.shape) not in takes or not bool((lengths > 0).all()):
+            shapes = (emotions, emotions), (rows, emotions, emotions)
+            if tuple(lengths.shape) not in shapes or not bool((lengths > 0).all()):
                 raise ValueError(
-                    f"lengths: takes {takes[0]} or {takes[1]} positive numbers, got {tuple(lengths.shape)}"
+                    f"lengths: takes {shapes[0]} or {shapes[1]} positive numbers, got {tuple(lengths.shape)}"
                 )
         self.contrast = contrast
         self.strength = strength
@@ -91,12 +91,12 @@ class PCMECLCriterion(nn.Module):
         source_emotion: Tensor,  # (B,) int
         target_emotion: Tensor,  # (B,) int
         *,
-        source_features: Tensor | None = None,  # (B, D) or (B, T, D): CLIP(source_frames) where it is known
+        source_features: Tensor | None = None,  # (B, D) or (B, T, D): CLIP(source_frames), if already known
     ) -> Tensor:  # ()
         """The mean loss over samples (and frames of a clip) whose target differs from their source emotion.
 
         Raises:
-            ValueError: frames of another rank or of different shapes, features that do not belong to them.
+            ValueError: frames of the wrong rank or of different shapes, or features that do not match them.
         """
         if edited_frames.ndim not in (4, 5) or edited_frames.shape[-3] != 3:
             raise ValueError(f"edited_frames: takes (B, 3, H, W) or (B, T, 3, H, W), got {tuple(edited_frames.shape)}")
@@ -106,9 +106,9 @@ class PCMECLCriterion(nn.Module):
                 f"got {tuple(source_frames.shape)}"
             )
         if source_features is not None:
-            takes = (*edited_frames.shape[:-3], self.features.shape[-1])
-            if source_features.shape != takes:
-                raise ValueError(f"source_features: takes {takes}, got {tuple(source_features.shape)}")
+            expected = (*edited_frames.shape[:-3], self.features.shape[-1])
+            if source_features.shape != expected:
+                raise ValueError(f"source_features: takes {expected}, got {tuple(source_features.shape)}")
             source_features = source_features.detach()
         if edited_frames.ndim == 5:
             clips, length = edited_frames.shape[:2]
@@ -146,37 +146,37 @@ class PCMECLCriterion(nn.Module):
         if self.strength and self.lengths is not None:
             lengths = self.lengths[row, source_emotion, target_emotion]
             direction = bank[individual, target_emotion] - bank[individual, source_emotion]
-            lacking = _lacking(source_features, edited_features, direction, lengths)
-            asked = (source_emotion != target_emotion).to(lacking)
-            loss = loss + self.strength * (lacking * asked).sum() / asked.sum().clamp(min=1)
+            shortfall = _shortfall(source_features, edited_features, direction, lengths)
+            valid = (source_emotion != target_emotion).to(shortfall)
+            loss = loss + self.strength * (shortfall * valid).sum() / valid.sum().clamp(min=1)
         return loss
 
     @staticmethod
     def _per_frame(name: str, index: Tensor, clips: int, length: int) -> Tensor:
         if index.shape != (clips,):
-            raise ValueError(f"{name}: takes one index a clip, ({clips},), got {tuple(index.shape)}")
+            raise ValueError(f"{name}: takes one index per clip, ({clips},), got {tuple(index.shape)}")
         return index.repeat_interleave(length)
 
 
-def _lacking(
+def _shortfall(
     source: Tensor,  # (B, D)
     edited: Tensor,  # (B, D)
     direction: Tensor,  # (B, D)
     lengths: Tensor,  # (B,)
 ) -> Tensor:  # (B,)
-    """The part of each length by which a change falls short along its direction; 0 beyond it."""
+    """The fraction of each length by which a change falls short along its direction; 0 beyond it."""
     change = F.normalize(edited, dim=-1) - F.normalize(source, dim=-1)
     return F.relu(1 - (change * F.normalize(direction, dim=-1)).sum(-1) / lengths)
 
 
 @contextmanager
 def _attention_of_training() -> Iterator[None]:
-    """Without PyTorch's fused attention for inference, which rounds otherwise than the one that has a gradient.
+    """Disables PyTorch's fused inference attention, whose rounding differs from that of the differentiable one.
 
-    An edit that changes nothing would else change 1e-7 of the features, in a direction made of noise, and have the
+    Otherwise an edit that changes nothing would change features by 1e-7, in a direction made of noise, and get the
     huge gradient that goes with so small a change.
     """
-    if torch.compiler.is_compiling():  # which cannot trace the switch
+    if torch.compiler.is_compiling():  # the switch cannot be traced
         yield
         return
     enabled = torch.backends.mha.get_fastpath_enabled()

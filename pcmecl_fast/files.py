@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Write one safetensors file with a JSON header that says what the tensors are; `kind` is checked on loading."""
+    """Write one safetensors file with a JSON header that describes the tensors; `kind` is checked on loading."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomically(path, save(tensors, metadata={"pcmecl_fast": kind, "header": json.dumps(header)}))
 
@@ -50,15 +50,15 @@ def save_rows(
     dtype: torch.dtype,
     header: dict[str, Any],
 ) -> Iterator[Callable[[Tensor], None]]:
-    """`save_tensors` for one tensor that is larger than memory: the block's function appends rows, first to last.
+    """`save_tensors` for one tensor larger than memory: the function that the block gets appends rows, in order.
 
     Raises:
-        ValueError: at the end of the block, rows that do not make up `shape`; the old file stays.
+        ValueError: at the end of the block, if the rows do not add up to `shape`; the old file stays.
     """
     size = math.prod(shape) * dtype.itemsize
     entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     metadata = {"pcmecl_fast": kind, "header": json.dumps(header)}
-    # The format: the JSON's length in 8 bytes, the JSON, padded with spaces to where numbers may begin, the numbers.
+    # The format: the JSON's length in 8 bytes, the JSON padded with spaces to the numbers' alignment, the numbers.
     head = json.dumps({"__metadata__": metadata, name: entry}).encode()
     head += b" " * (-len(head) % 8)
     with _replacing(Path(path)) as file:
@@ -80,7 +80,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         FileNotFoundError: no such file.
         ValueError: the file is broken or holds something else.
 
-    The tensors are memory-mapped: what is never looked at is never read.
+    The tensors are memory-mapped: what is never accessed is never read.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
@@ -96,14 +96,14 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 
 class MappedTensor:
-    """One tensor of a safetensors file as a memory map, read by rows; between two reads it takes no memory.
+    """One tensor of a safetensors file as a memory map, read by rows; it takes no memory between reads.
 
     Args:
         path: a file that `save_tensors` or `save_rows` wrote.
         name: the tensor.
 
     Attributes:
-        tensor: the whole of it, on the CPU, read-only.
+        tensor: the whole tensor, on the CPU, read-only.
     """
 
     def __init__(self, path: str | Path, name: str) -> None:
@@ -126,7 +126,7 @@ class MappedTensor:
         rows = self.tensor.new_empty(len(flat), *self.tensor.shape[1:])
         for part in torch.arange(len(flat)).split(128):
             rows[part] = self.tensor[flat[part]]
-            # A kernel may map megabytes around each row, and count them as ours until they are given back.
+            # The OS may map megabytes around each row, and count them as ours until they are released.
             if hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
         return rows.view(*index.shape, *self.tensor.shape[1:])
@@ -136,7 +136,7 @@ class MappedTensor:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file under a temporary name, which takes the old one's place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile's: it makes files that only their owner can read, whatever the umask says.
+    # Not tempfile: its files are readable only by their owner, whatever the umask.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
         with open(temporary, "xb") as file:

@@ -23,15 +23,15 @@ def real_lengths(
 
         lengths[a, b] = mean ⟨v̄[n, b] − v, unit(that[n, b] − that[n, a])⟩
 
-    over the frames v of emotion a by people n who show b too. Frames are unpaired: v̄ is the mean feature of a person's
-    frames with an emotion, so that speech and pose average out. A change that never occurs, or goes against its
-    direction, takes the mean of the others.
+    over the frames v of emotion a of people n who also show b. Frames are unpaired: v̄ is a person's mean feature for
+    an emotion, so speech and pose average out. A change that never occurs, or goes against its direction,
+    gets the mean of the others.
 
     Args:
-        features: of every frame, in the data set's order.
-        dataset: whose frames.
-        bank: whose directions; it has a row for each individual, or for each frame.
-        individuals: how many people of the data set are looked at, the first ones.
+        features: features of every frame, in the data set's order.
+        dataset: the data set they come from.
+        bank: the prompt bank; it has a row for each individual, or for each frame.
+        individuals: how many people to look at, counted from the data set's first.
 
     Raises:
         ValueError: no change of emotion in the data set follows the bank's directions.
@@ -77,16 +77,16 @@ def personal_lengths(
 
         lengths[n, a, b] = ⟨v̄[n, b] − v̄[n, a], unit(that[n, b] − that[n, a])⟩
 
-    Not every face moves CLIP's features as far as every other with the same expression: by everybody's length
-    (`real_lengths`) some would be asked for too much and some for too little. A change that n does not show, or against
-    its direction, takes everybody's length times the mean ratio of n's lengths to everybody's. None is below a fifth of
-    everybody's; rows of the bank that the data set knows nothing of are everybody's.
+    The same expression moves CLIP's features further on some faces than on others: the population's lengths
+    (`real_lengths`) would ask too much of some and too little of others. A change that n does not show, or that goes
+    against its direction, gets the population's length times the mean ratio of n's lengths to the population's. None is
+    below a fifth of the population's; rows of the bank that are not in the data set get the population's.
 
     Raises:
-        ValueError: the bank has a row for each frame; or as `real_lengths`.
+        ValueError: the bank has a row for each frame; or as for `real_lengths`.
     """
     if bank.condition == "frame":
-        raise ValueError("bank: has a row for each frame; lengths of each individual need a bank of individuals")
+        raise ValueError("bank: has a row for each frame; personal lengths need a bank of individuals")
     everybody = real_lengths(features, dataset, bank)
     emotions = len(everybody)
     rows = bank.rows(dataset.individuals)

@@ -1,4 +1,4 @@
-"""What to install where a library of the commands is missing: the package itself needs none of them."""
+"""What to install when a library the commands need is missing: the package itself needs none of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ LIBRARIES = {
     **dict.fromkeys(("dacite", "jinja2", "matplotlib", "rich", "tensorboard", "torchmetrics", "tyro", "yaml"), "train"),
     "av": "video",
 }
-"""Modules, and the extra that brings each: pyproject.toml has the versions."""
+"""Modules, and the extra that installs each: pyproject.toml has the versions."""
 
 
 def missing_library(error: BaseException) -> str | None:
-    """The sentence that says which extra brings the module that could not be imported; None for other errors."""
+    """A message naming the extra that installs the module that could not be imported; None for other errors."""
     name = (getattr(error, "name", None) or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or name not in LIBRARIES:
         return None

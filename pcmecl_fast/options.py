@@ -1,4 +1,4 @@
-"""Dataclasses of options from mappings and from YAML or JSON files: strictly typed, and a mistake is one line."""
+"""Dataclasses of options from mappings and from YAML or JSON files: strictly typed, with one-line error messages."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ T = TypeVar("T")
 
 
 def read_config(config_class: type[T], path: str | Path, *, argument: str = "config") -> T:
-    """The options in a YAML or JSON file, which `plain_options` may have written; others keep their defaults.
+    """The options in a YAML or JSON file, such as `plain_options` writes; others keep their defaults.
 
     Args:
         config_class: a dataclass.
         path: the file.
-        argument: what errors call it, the option that led to the file.
+        argument: the option that named the file, for error messages.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no mapping, or an option in it is unknown or of the wrong type.
+        ValueError: the file does not hold a mapping, or an option in it is unknown or of the wrong type.
     """
     return from_options(config_class, read_options(path, argument=argument), source=f"{argument}: {path}")
 
 
 def read_options(path: str | Path, *, argument: str = "config") -> dict[str, Any]:
-    """`read_config` before anything is made of the options."""
+    """The raw mapping behind `read_config`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}")
@@ -45,10 +45,10 @@ def read_options(path: str | Path, *, argument: str = "config") -> dict[str, Any
 
 
 def from_options(config_class: type[T], options: Mapping[str, Any], *, source: str) -> T:
-    """A dataclass with these options; a path may be a string, a float an integer or a string such as 1e-3.
+    """A dataclass with these options; a path may be given as a string, a float as an integer or a string such as 1e-3.
 
     Raises:
-        ValueError: an option is unknown, missing or of the wrong type; begins with `source`, where they are from.
+        ValueError: an option is unknown, missing or of the wrong type; the message begins with `source`.
     """
     as_typed = dacite.Config(strict=True, cast=[tuple], type_hooks={Path: _as_path, float: _as_float})
     try:
@@ -82,4 +82,4 @@ def _as_float(value: Any) -> Any:
     try:
         return float(value)
     except ValueError:
-        return value  # refused with the option's name, as every wrong type is
+        return value  # rejected later with the option's name, like any wrong type

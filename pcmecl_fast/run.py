@@ -1,4 +1,4 @@
-"""The commands: each reads a config, does its work in one output folder, and returns its summary."""
+"""The commands: each takes a config, works in one output folder, and returns a summary."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def run_prompts(config: PromptsConfig) -> dict[str, Any]:
 
 
 def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL") -> dict[str, Any]:
-    """Stage 2, and stage 1 where no prompts are given, then evaluation and the report."""
+    """Stage 2, preceded by stage 1 if no prompts are given, then evaluation and the report."""
     started = time.monotonic()
-    # Checked before stage 1 spends its time, and written out in full, so that config.yaml outlives other defaults.
+    # Checked before spending time on stage 1, and written out in full, so config.yaml survives changes of defaults.
     options = plain_options(generator_config(config.generator, config.generator_options))
     config = replace(config, generator_options=options)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
 
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Judge a finished run again, on its own data or on other data; writes `summary.json` and `report.html`."""
+    """Evaluate a finished run again, on its own or other data; writes `summary.json` and `report.html`."""
     started = time.monotonic()
     trained = _config_of(config.run)
     if config.data is not None:
@@ -115,7 +115,7 @@ def run_edit(config: EditConfig) -> dict[str, Any]:
     target = _target_of(generator, config)
     files = sorted(p for p in config.input.iterdir() if is_media(p)) if config.input.is_dir() else [config.input]
     if not files:
-        raise ValueError(f"input: {config.input} holds no picture or video")
+        raise ValueError(f"input: {config.input} contains no picture or video")
     config.out.mkdir(parents=True, exist_ok=True)
     written = 0
     torch.manual_seed(config.seed)
@@ -155,7 +155,7 @@ def evaluate(
     """All measures on frames held out of training, and pictures of them."""
     bank = bank_for(bank, prompts, held, clip, config)
     trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
-    torch.manual_seed(seed)  # for generators that draw at random
+    torch.manual_seed(seed)  # for generators that use random numbers
     references = _References(generator, dataset)
 
     def edit(frames: Tensor, target: Tensor) -> Tensor:
@@ -172,13 +172,13 @@ def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
     """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder."""
     if config.data == "synthetic":
         common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.size}
-        lacking = _lacking(config)
+        missing = _missing(config)
         train = SyntheticFaces(
             config.individuals,
             clips=config.clips,
             frames_per_clip=config.frames_per_clip,
-            seed=2 * config.seed + 1,  # odd, so that nobody held out is ever among them
-            missing=lacking,
+            seed=2 * config.seed + 1,  # odd, so that it never draws a held-out person
+            missing=missing,
             **common,
         )
         return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
@@ -186,7 +186,7 @@ def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
     return split(folder, by="frame", fraction=config.holdout)
 
 
-def _lacking(config: RunConfig) -> list[tuple[int, int]]:
+def _missing(config: RunConfig) -> list[tuple[int, int]]:
     emotions = config.emotions or EMOTIONS
     others = [i for i, e in enumerate(emotions) if e != "neutral"]
     if not 0 <= config.missing < len(others):
@@ -218,7 +218,7 @@ def _prompts_for(
 def bank_for(
     bank: PromptBank, prompts: PersonalizedPrompts, dataset: FrameDataset, clip: Clip, config: RunConfig
 ) -> PromptBank:
-    """A bank that knows everyone (or every frame) in `dataset`: rows that it lacks are made from their frames."""
+    """A bank with everyone (or every frame) in `dataset`: missing rows are computed from their frames."""
     wanted = dataset.keys if bank.condition == "frame" else dataset.individuals
     known = set(bank.individuals)
     new = [i for i, name in enumerate(wanted) if name not in known]
@@ -248,13 +248,13 @@ class _References:
 
 @torch.no_grad()
 def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, references: FrameDataset) -> FaceGrid:
-    """One frame of each of the first people, in turns showing another emotion, edited to every emotion."""
+    """One frame of each of the first few people, showing different emotions in turn, edited to every emotion."""
     device = next(generator.parameters()).device
     driver = _References(generator, references)
     chosen: list[Tensor] = []
     for n in dataset.individual_index.unique().tolist()[:people]:
         own = (dataset.individual_index == n).nonzero()[:, 0]
-        # Spread over what the person shows, so that the grid has different sources.
+        # Cycle through the emotions the person shows, so that the grid has varied sources.
         chosen.append(own[(len(own) * len(chosen) // people + len(chosen)) % len(own)])
     index = torch.stack(chosen)
     count, emotions = len(index), len(dataset.emotions)
@@ -266,7 +266,7 @@ def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, refe
     caption = "Top row of each person: edited. The source is on the left."
     if isinstance(dataset, SyntheticFaces):
         truth = dataset.truth(index.repeat_interleave(emotions), target).unflatten(0, (count, emotions))
-        caption = "Each person: edited above, and below it the same frame drawn with that emotion. Source on the left."
+        caption = "Each person: edited frame above, the same frame drawn with that emotion below. Source on the left."
     return FaceGrid(
         "People held out of training" if truth is not None else "Frames held out of training",
         caption,
@@ -306,7 +306,7 @@ def _file(argument: str, folder: Path, name: str) -> Path:
 
 
 def _config_of(run: Path) -> TrainConfig:
-    """What a finished run was told."""
+    """The config of a finished run."""
     path = run / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"run: {run} is not the output folder of `pcmecl-fast train` (no config.yaml)")

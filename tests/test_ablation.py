@@ -67,7 +67,7 @@ def test_supervisions_with_the_same_prompts_learn_them_once(tmp_path, monkeypatc
 
 
 def test_a_generator_driven_by_a_reference_is_refused_before_anything_is_trained(tmp_path):
-    with pytest.raises(ValueError, match="generator: the ablation judges generators that are driven by an emotion"):
+    with pytest.raises(ValueError, match="generator: the ablation judges generators driven by an emotion"):
         run_ablate(small(tmp_path / "out", generator_options={"driven_by": "reference"}))
     assert not (tmp_path / "out").exists()
 

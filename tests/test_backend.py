@@ -178,7 +178,7 @@ def test_a_named_backend_that_does_not_take_the_tensors_says_why():
 def test_a_named_backend_without_this_operator_says_so():
     BACKENDS["cpu"] = Backend("cpu", missing=lambda: None)
     with pytest.raises(
-        RuntimeError, match=r"cpu.* cannot run _double: it has no implementation of _double; take backend="
+        RuntimeError, match=r"cpu.* cannot run _double: it has no implementation of _double; use backend="
     ):
         double(backend="cpu")
 
@@ -215,7 +215,7 @@ def test_explain_says_what_would_run_and_why_not_the_others(caplog):
         "cuda": "it is not here", "triton": "it is not here", "reference": "slower than cpu"
     }  # fmt: skip
     assert str(explanation).startswith("_double runs on cpu (cuda: it is not here; ")
-    assert explain(double, backend="reference").why_not["cpu"] == "reference was asked for"
+    assert explain(double, backend="reference").why_not["cpu"] == "reference was requested"
     with use_backend("reference"):
         assert explain(double).backend == "reference"
 

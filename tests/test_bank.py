@@ -212,7 +212,7 @@ def test_the_same_tower_in_another_dtype_is_not_another_tower(clip, tmp_path):
 
 
 def test_a_bank_that_does_not_know_its_tower_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="tower: this bank does not know its CLIP model"):
+    with pytest.raises(ValueError, match="tower: this bank's CLIP model is unknown"):
         PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS).save(tmp_path / "bank")
     assert not list(tmp_path.iterdir())
 

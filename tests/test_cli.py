@@ -378,7 +378,7 @@ def test_prompts_of_another_tower_are_refused(runs, folder, tmp_path, capsys):
 def test_prompts_for_other_emotions_are_refused(runs, tmp_path, capsys):
     options = ["--prompts", runs / "prompts", "--out", tmp_path, *SYNTHETIC, *SMALL, *SMALL_GENERATOR]
     line = wrong(capsys, "train", *options)
-    assert "bank: is for the emotions ['neutral', 'happy', 'sad'], the data set has ['neutral', 'happy']" in line
+    assert "bank: has the emotions ['neutral', 'happy', 'sad'], the data set has ['neutral', 'happy']" in line
 
 
 @pytest.mark.parametrize("command", ["train", "prompts"])
@@ -410,12 +410,12 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp
     line = wrong(capsys, *edit, "--input", folder, "--emotion", "bored")
     assert "emotion: this generator knows neutral, happy, sad, got 'bored'" in line
     line = wrong(capsys, *edit, "--input", folder, "--emotion", "sad")
-    assert "holds no picture or video" in line
+    assert "contains no picture or video" in line
     line = wrong(capsys, *edit, "--input", tmp_path / "face.png", "--emotion", "sad")
     assert "input: there is no file" in line
     (tmp_path / "face.txt").write_text("hello")
     line = wrong(capsys, *edit, "--input", tmp_path / "face.txt", "--emotion", "sad")
-    assert "is no picture or video" in line
+    assert "is not a picture or video" in line
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_lengths_are_positive_and_of_every_pair(clip, lengths):
 
 
 def test_strength_needs_lengths(clip):
-    with pytest.raises(ValueError, match="lengths: strength needs them"):
+    with pytest.raises(ValueError, match="lengths: required when strength is not 0"):
         PCMECLCriterion(clip, bank_for(clip), strength=1.0)
 
 
@@ -354,5 +354,5 @@ def test_a_clip_of_frames_has_one_index(criterion, name):
     source, edited, *labels = sample(2, 3, 3, 8, 8)
     position = ("individual", "source_emotion", "target_emotion").index(name)
     labels[position] = labels[position].repeat_interleave(3)
-    with pytest.raises(ValueError, match=rf"{name}: takes one index a clip, \(2,\), got \(6,\)"):
+    with pytest.raises(ValueError, match=rf"{name}: takes one index per clip, \(2,\), got \(6,\)"):
         criterion(source, edited, *labels)

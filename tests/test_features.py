@@ -158,7 +158,7 @@ def test_a_truncated_shard_is_computed_again(clip, tmp_path, few_faces, caplog):
     stored = FeatureStore(tmp_path, clip)(again, batch_size=6)
     assert again.read == 6
     assert torch.equal(stored[EVERY(len(faces))], unit_features(clip, faces, batch_size=6))
-    assert caplog.text.count("a broken shard of features is computed again") == 1
+    assert caplog.text.count("recomputing a broken shard of features") == 1
     assert broken not in shards(tmp_path)
 
 

@@ -146,5 +146,5 @@ def test_a_second_derivative_says_who_has_one(name):
     call, floats = make(name)
     result = call(*floats, backend="triton").square().sum()
     gradient, *_ = torch.autograd.grad(result, floats, create_graph=True)
-    with pytest.raises(NotImplementedError, match=f"{name}: .* no second derivative; take backend='reference'"):
+    with pytest.raises(NotImplementedError, match=f"{name}: .* no second derivative; use backend='reference'"):
         gradient.sum().backward()

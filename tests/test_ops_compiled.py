@@ -133,12 +133,12 @@ def test_a_scale_that_float64_cannot_hold_says_so():
     visual, text, _ = make("correlation_loss").floats
     with pytest.raises(RuntimeError, match="scale: got 2000; supports at most 1000"):
         correlation_loss(visual, text, scale=2000)
-    with pytest.raises(ValueError, match="scale: got 2000; the cpu backend .* at most 1000"):
+    with pytest.raises(ValueError, match=r"scale: got 2000; the cpu backend .* at most 1000"):
         correlation_loss(visual, text, scale=torch.tensor(2000.0))
     assert correlation_loss(visual, text, scale=2000, backend="auto").isfinite()
 
 
-def test_more_emotions_than_it_takes_go_to_the_reference():
+def test_more_emotions_than_it_supports_go_to_the_reference():
     visual, text = (torch.randn(1, 33, 4) for _ in range(2))
     with pytest.raises(RuntimeError, match="emotions: got 33; supports at most 32"):
         correlation_loss(visual, text)

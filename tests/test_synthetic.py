@@ -280,7 +280,7 @@ def test_the_mouth_follows_the_speech_and_nothing_else_does():
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"emotions": ["happy", "bored"]}, r"emotions: \['bored'\] cannot be drawn; takes names out of \['neutral'"),
+        ({"emotions": ["happy", "bored"]}, r"emotions: \['bored'\] cannot be drawn; takes names from \['neutral'"),
         ({"emotions": []}, "emotions: takes a sequence of different names, at least one, got"),
         ({"emotions": ["sad", "sad"]}, "emotions: takes a sequence of different names"),
         ({"emotions": "sad"}, "emotions: takes a sequence of different names, at least one, got 'sad'"),

@@ -253,9 +253,12 @@ auto for_computing(bool twice, F&& f) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> correlation_loss(
-    const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale, double scale_number,
-    const std::optional<Tensor>& mask, const std::string& negatives) {
+std::tuple<Tensor, Tensor, Tensor> correlation_loss(  // the loss, (), and the sums of rows and of columns, (N, Q)
+    const Tensor& visual,                             // (N, E, D)
+    const Tensor& text,                               // (N, E, D)
+    const std::optional<Tensor>& scale, double scale_number,
+    const std::optional<Tensor>& mask,  // (N, E) bool
+    const std::string& negatives) {
   const double value = checked(number(scale, scale_number));
   const int64_t pairs = visual.size(1) * (visual.size(1) - 1) / 2;
   const at::TensorOptions wide = visual.options().dtype(visual.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -273,9 +276,10 @@ std::tuple<Tensor, Tensor, Tensor> correlation_loss(
 }
 
 Gradients correlation_loss_backward(
-    const Tensor& grad, const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale,
-    double scale_number, const std::optional<Tensor>& mask, const std::string& negatives, const Tensor& row_sum,
-    const Tensor& column_sum, const Needs& needs) {
+    const Tensor& grad,  // ()
+    const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale, double scale_number,
+    const std::optional<Tensor>& mask, const std::string& negatives, const Tensor& row_sum, const Tensor& column_sum,
+    const Needs& needs) {
   const double value = checked(number(scale, scale_number));
   Gradients gradients(3);
   if (is_empty(visual)) {
@@ -295,5 +299,7 @@ Gradients correlation_loss_backward(
   if (needs[2]) gradients[2] = gradients[2]->to(scale->scalar_type());
   return gradients;
 }
+
+PCMECL_BIND(correlation_loss)
 
 }  // namespace pcmecl::cpu

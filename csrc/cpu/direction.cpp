@@ -138,8 +138,12 @@ Direction<T> make_loss_arguments(
 }  // namespace
 
 Tensor direction_logits(
-    const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize) {
+    const Tensor& source,          // (B, D)
+    const Tensor& edited,          // (B, D)
+    const Tensor& bank,            // (N, E, D)
+    const Tensor& individual,      // (B,) int64
+    const Tensor& source_emotion,  // (B,) int64
+    bool normalize) {
   Tensor logits = at::empty({source.size(0), bank.size(1)}, source.options());
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
@@ -152,7 +156,8 @@ Tensor direction_logits(
 }
 
 Gradients direction_logits_backward(
-    const Tensor& grad, const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
+    const Tensor& grad,  // (B, E)
+    const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, bool normalize, const Needs& needs) {
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
@@ -164,10 +169,12 @@ Gradients direction_logits_backward(
   return gradients;
 }
 
-std::tuple<Tensor, Tensor> direction_loss(
+std::tuple<Tensor, Tensor> direction_loss(  // the loss, () or (B,), and the number it is divided by, ()
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
-    double contrast, bool normalize, const std::string& reduction) {
+    const Tensor& source_emotion,
+    const Tensor& target_emotion,        // (B,) int64
+    const std::optional<Tensor>& scale,  // ()
+    double scale_number, double contrast, bool normalize, const std::string& reduction) {
   const at::TensorOptions wide = computing(source);
   Tensor losses = at::empty({source.size(0)}, wide), divisor = at::empty({}, wide), loss = losses;
   for_dtype(source, [&](auto zero) {
@@ -196,7 +203,8 @@ std::tuple<Tensor, Tensor> direction_loss(
 }
 
 Gradients direction_loss_backward(
-    const Tensor& grad, const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
+    const Tensor& grad,  // () or (B,)
+    const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
     double contrast, bool normalize, const std::string& reduction, const Tensor& divisor, const Needs& needs) {
   Gradients gradients;
@@ -223,5 +231,8 @@ Gradients direction_loss_backward(
   });
   return gradients;
 }
+
+PCMECL_BIND(direction_logits)
+PCMECL_BIND(direction_loss)
 
 }  // namespace pcmecl::cpu

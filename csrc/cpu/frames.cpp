@@ -107,8 +107,9 @@ std::vector<double> gains(const std::vector<double>& std) { return {0.5 / std[0]
 }  // namespace
 
 // Weights sum to 1, so ((x + 1) / 2 − mean) / std after the resize is a gain and a bias.
-Tensor clip_frames(
-    const Tensor& frames, int64_t size, const std::vector<double>& mean, const std::vector<double>& std) {
+Tensor clip_frames(  // (B, 3, size, size)
+    const Tensor& frames,  // (B, 3, H, W)
+    int64_t size, const std::vector<double>& mean, const std::vector<double>& std) {
   Tensor out = at::empty({frames.size(0), 3, size, size}, frames.options());
   std::vector<double> bias;
   for (int64_t channel = 0; channel < 3; ++channel) bias.push_back((0.5 - mean[channel]) / std[channel]);
@@ -117,13 +118,15 @@ Tensor clip_frames(
 }
 
 Gradients clip_frames_backward(
-    const Tensor& grad, const Tensor& frames, int64_t size, const std::vector<double>&, const std::vector<double>& std,
-    const Needs&) {
+    const Tensor& grad,  // (B, 3, size, size)
+    const Tensor& frames, int64_t size, const std::vector<double>&, const std::vector<double>& std, const Needs&) {
   Tensor of_frames = at::empty(frames.sizes(), frames.options());
   resize_any(
       grad, of_frames, transposed(cubic_weights(frames.size(2), size)), transposed(cubic_weights(frames.size(3), size)),
       gains(std), {0, 0, 0});
   return {of_frames};
 }
+
+PCMECL_BIND(clip_frames)
 
 }  // namespace pcmecl::cpu

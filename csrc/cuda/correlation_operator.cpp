@@ -208,4 +208,6 @@ Gradients correlation_loss_backward(
   return Run(visual, text, scale_argument, mask, negatives).backward(grad, visual, scale, row_sum, column_sum, needs);
 }
 
+PCMECL_BIND(correlation_loss)
+
 }  // namespace pcmecl::cuda

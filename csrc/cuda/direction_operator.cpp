@@ -127,4 +127,7 @@ Gradients direction_loss_backward(
   return gradients;
 }
 
+PCMECL_BIND(direction_logits)
+PCMECL_BIND(direction_loss)
+
 }  // namespace pcmecl::cuda

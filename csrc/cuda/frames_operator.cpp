@@ -57,4 +57,6 @@ Gradients clip_frames_backward(
   return {of_frames};
 }
 
+PCMECL_BIND(clip_frames)
+
 }  // namespace pcmecl::cuda

@@ -41,7 +41,7 @@ struct Direction {
   T* grad_source;        // (B, D) or null
   T* grad_edited;        // (B, D) or null
   float* grad_scale;     // (B,) or null
-  // The bank's gradient: added up where it lies, or from what is written down of each sample, (B, 2E + 2): along[E],
+  // The bank's gradient: added up in place, or later from what is stored of each sample, (B, 2E + 2): along[E],
   // across[E], 1/|source|, 1/|edited|, with grad d[e] = along[e]·δ − across[e]·d[e]. Both may be null.
   float* grad_bank;     // (N, E, D), holds zeros
   float* coefficients;  // (B, 2E + 2)

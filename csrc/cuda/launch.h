@@ -32,10 +32,10 @@ __device__ inline float exp2_fast(float x) { return std::exp2(x); }
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared > (48 << 10))  // more has to be asked for
+  if (shared > (48 << 10))  // more has to be requested
     C10_CUDA_CHECK(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  kernel<<<grid, threads, shared, c10::cuda::getCurrentCUDAStream()> > >(arguments...);
+  kernel<<<grid, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

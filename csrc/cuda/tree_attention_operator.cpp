@@ -51,4 +51,6 @@ Gradients tree_attention_backward(
   return {of_qkv};
 }
 
+PCMECL_BIND(tree_attention)
+
 }  // namespace pcmecl::cuda

@@ -1,4 +1,4 @@
-"""What every data set of labelled faces has in common: its labels, its frames, and how it is divided."""
+"""What all data sets of labelled faces share: labels, frames, and how they are split."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EMOTIONS = ("neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised"
 """The seven emotions of MEAD, in the order that data sets and reports use."""
 
 KNOWN_EMOTIONS = (*EMOTIONS, "contempt", "calm")
-"""`EMOTIONS`, MEAD's eighth (contempt) and the one that only RAVDESS has (calm)."""
+"""`EMOTIONS`, MEAD's eighth (contempt) and the one found only in RAVDESS (calm)."""
 
 Indices = Tensor | Sequence[int]
 
@@ -35,8 +35,8 @@ class Sample(TypedDict):
 class FrameDataset(Dataset[Sample], ABC):
     """L square frames, each of one individual showing one emotion.
 
-    A data set sets the five attributes below when it is made and implements `frames`; the rest follows. Names are
-    strings only in `individuals` and `emotions`: everywhere else an individual or an emotion is its position there.
+    A data set sets the five attributes below in its constructor and implements `frames`; the rest follows. Names appear
+    only in `individuals` and `emotions`: everywhere else an individual or an emotion is its index there.
     """
 
     individuals: list[str]  # N names
@@ -49,13 +49,13 @@ class FrameDataset(Dataset[Sample], ABC):
     def frames(self, indices: Indices) -> Tensor:
         """The frames at `indices`, in that order: (len(indices), 3, S, S) float32 in [-1, 1].
 
-        `indices` are read by `as_indices`, which says what it takes and raises.
+        `indices` are parsed by `as_indices`, which documents what it accepts and raises.
         """
 
     def stamps(self) -> list[str]:
-        """What each frame is made from, L strings: one that stays the same promises the same pixels.
+        """What each frame is made from, L strings: an unchanged stamp guarantees unchanged pixels.
 
-        This one reads every frame. Data sets that know more cheaply what their frames come from say it themselves.
+        This default reads every frame. Data sets with a cheaper way to identify their frames override it.
         """
         return [
             hashlib.blake2b(frame.numpy().tobytes(), digest_size=16).hexdigest()
@@ -82,8 +82,7 @@ class FrameDataset(Dataset[Sample], ABC):
     def subset(self, indices: Indices) -> FrameDataset:
         """A view of the frames at `indices` that shares this set's pixels and keeps its individuals and emotions.
 
-        An individual or emotion without frames in the view stays in the lists, so that an index means the same in
-        both.
+        An individual or emotion without frames in the view stays in the lists, so indices mean the same in both.
         """
         return FrameSubset(self, as_indices(indices, len(self)))
 
@@ -123,24 +122,24 @@ def split(
     fraction: float = 0.2,
     seed: int = 0,
 ) -> tuple[FrameDataset, FrameDataset]:
-    """Divide a data set in two, the same way on every machine and whatever the order of its frames (ours).
+    """Split a data set in two, the same way on every machine and for any order of its frames (ours).
 
-    Each individual or frame gets a number in [0, 1) from a hash of the seed and of its name or key; low numbers are
-    held out.
+    Each individual or frame gets a number in [0, 1) from a hash of the seed and its name or key; low numbers are held
+    out.
 
     - ``by="individual"``: the `fraction` of the individuals with the lowest numbers, rounded, at least one and never
-      all. Says how well new people are handled. More frames of an individual move nobody; one more individual moves
-      at most one other, the price of an exact count where people are few.
-    - ``by="frame"``: every frame whose number is below `fraction`, so the count only comes near it, and a frame's
-      side does not depend on the others. One exception keeps every (individual, emotion) in the training part: where
-      all its frames would be held out, the one with the highest number stays, as a frame without company does.
-      Neighbouring frames of a video are near copies, so this says how well known people are fitted.
+      all. Measures generalization to new people. Adding frames moves nobody; adding an individual moves at most one
+      other, the price of an exact count when people are few.
+    - ``by="frame"``: every frame whose number is below `fraction`, so the count is approximate, and a frame's side
+      does not depend on the others. One exception keeps every (individual, emotion) in the training part: if all its
+      frames would be held out, the one with the highest number stays; so does an only frame. Neighbouring frames of a
+      video are near copies, so this measures how well known people are fitted.
 
     Args:
-        dataset: any data set of frames, itself a subset or not.
-        by: what is held out as a whole.
-        fraction: the part to hold out, in (0, 1).
-        seed: another seed, another division.
+        dataset: any data set of frames, subsets included.
+        by: the unit that is held out as a whole.
+        fraction: the fraction to hold out, in (0, 1).
+        seed: each seed gives another split.
 
     Returns:
         (train, held_out): views with the data set's individuals and emotions, frames in their original order.
@@ -149,7 +148,7 @@ def split(
         ValueError: `by` or `fraction` out of range, or nothing to hold out: one individual, or no frame to spare.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction: the part to hold out lies between 0 and 1, got {fraction}")
+        raise ValueError(f"fraction: takes a number between 0 and 1, the part to hold out, got {fraction}")
     if by == "individual":
         held = _held_individuals(dataset, fraction, seed)
     elif by == "frame":
@@ -160,12 +159,12 @@ def split(
 
 
 def check_trainable(dataset: FrameDataset) -> None:
-    """Refuse a data set that nothing can be learned from, and log what in it will not contribute (ours).
+    """Reject a data set that nothing can be learned from, and log what in it will not contribute (ours).
 
-    Learning compares the change between two emotions of one person, so somebody must show two. Whoever shows one
-    emotion is kept, since their frames still teach which prompt matches, and logged by name: they contribute no
-    differences. With a single individual training works too, and it is logged that no other person's changes serve
-    as negatives. An individual without frames, as a subset has, is not counted.
+    Learning compares changes between two emotions of one person, so somebody must show two. People who show only one
+    are kept, since their frames still teach which prompt matches, but logged by name: they contribute no differences.
+    Training also works with a single individual; the log then notes that no other person's changes serve as negatives.
+    Individuals without frames, as in a subset, are not counted.
 
     Raises:
         ValueError: there are no frames, or no individual shows two emotions.
@@ -189,7 +188,7 @@ def check_trainable(dataset: FrameDataset) -> None:
 def as_indices(indices: Indices, length: int) -> Tensor:
     """Indices as (len(indices),) int64 on the CPU, within [0, length).
 
-    Takes integers (negative ones count from the end) or a (length,) bool mask.
+    Accepts integers (negative ones count from the end) or a (length,) bool mask.
 
     Raises:
         TypeError: neither integers nor bool.
@@ -204,7 +203,7 @@ def as_indices(indices: Indices, length: int) -> Tensor:
             raise ValueError(f"indices: a mask has one entry for each of the {length} frames, got {len(rows)}")
         return rows.nonzero().squeeze(1)
     if len(rows) == 0:
-        # An empty list says nothing about its type, and torch makes it float.
+        # An empty list has no element type, and torch defaults to float.
         return rows.long()
     if rows.is_floating_point() or rows.is_complex():
         raise TypeError(f"indices: takes integers or a bool mask, got {rows.dtype}")
@@ -216,7 +215,7 @@ def as_indices(indices: Indices, length: int) -> Tensor:
 
 
 def name_some(names: Sequence[str], limit: int = 10) -> str:
-    """The first names for a message, and how many were left out."""
+    """The first few names, and how many were left out, for a message."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -225,7 +224,7 @@ def _held_individuals(dataset: FrameDataset, fraction: float, seed: int) -> Tens
     """Which frames are held out with their individual: (L,) bool."""
     present = dataset.individual_index.unique().tolist()
     if len(present) < 2:
-        raise ValueError(f'dataset: by="individual" needs two individuals with frames or more, got {len(present)}')
+        raise ValueError(f'dataset: by="individual" needs at least two individuals with frames, got {len(present)}')
     rank = sorted(present, key=lambda n: _number(seed, dataset.individuals[n]))
     count = min(max(int(fraction * len(present) + 0.5), 1), len(present) - 1)
     return torch.isin(dataset.individual_index, torch.tensor(rank[:count]))
@@ -253,8 +252,8 @@ def _groups(dataset: FrameDataset) -> Iterable[tuple[int, int]]:
 
 
 def _number(seed: int, name: str) -> float:
-    """A number in [0, 1) that depends on the seed and the name only."""
-    # Systems differ in how they compose accents in file names; `random` promises no sequence across versions.
+    """A number in [0, 1) that depends only on the seed and the name."""
+    # Systems differ in how they compose accents in file names; `random` guarantees no sequence across versions.
     text = f"{seed}/{unicodedata.normalize('NFC', name)}"
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48

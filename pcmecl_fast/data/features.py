@@ -1,7 +1,7 @@
-"""Unit image features of frames: a frozen tower gives the same frame the same features, so it need see it only once.
+"""Unit image features of frames: a frozen tower maps a frame to the same features every time, so it runs only once.
 
-`FeatureStore` keeps them on disk, shared by every run and process; `LiveFeatures` computes them whenever they are asked
-for, as a plain trainer does. Both are read alike: `features[index]`.
+`FeatureStore` keeps them on disk, shared by all runs and processes; `LiveFeatures` computes them on every access, like
+a plain trainer. Both are read the same way: `features[index]`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _FLUSH_SECONDS = 60.0
 
 
 class Features(Protocol):
-    """Unit image features of a data set's L frames: a (L, D) tensor is one too."""
+    """Unit image features of a data set's L frames; an (L, D) tensor qualifies too."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Those of the frames at `index` (any shape, int64), (*index.shape, D) float32 on the clip's device."""
+        """The features of the frames at `index` (any shape, int64): (*index.shape, D) float32 on the clip's device."""
         ...
 
 
@@ -48,20 +48,20 @@ class FeatureStore:
 
         <root>/<tower>-<dtype>-<hash>/<shard>.safetensors      features (n, D) and the digests of their n frames
 
-    The hash is that of the image tower's weights and of its preprocessing; a digest is that of a frame's key and stamp
-    (`FrameDataset.stamps`: where it comes from, its size and time stamp). So nothing in a store is ever out of date:
-    what has changed has another name. Several data sets may share one root. Shards are memory-mapped, written under
-    another name and renamed, and never changed afterwards, so that any number of processes may read while one fills; a
-    second one that wants to fill waits for the first and finds its work done.
+    The hash covers the image tower's weights and preprocessing; a digest covers a frame's key and stamp
+    (`FrameDataset.stamps`: where it comes from, its size and time stamp). So a store is never out of date: whatever
+    changes gets another name. Several data sets may share one root. Shards are memory-mapped, written under a temporary
+    name, renamed and never changed afterwards, so any number of processes may read while one fills; a second that wants
+    to fill waits for the first and finds the work done.
 
     Args:
-        root: the folder; made where it is missing.
+        root: the folder; created if missing.
         clip: the frozen model.
-        dtype: of the features on disk: float32, float16 or bfloat16. They are given back in float32.
-        shard_frames: frames in a shard, at most. A fill that is killed loses less than one, and less than a minute.
+        dtype: dtype of the features on disk: float32, float16 or bfloat16. They are returned in float32.
+        shard_frames: maximum frames per shard. An interrupted fill loses less than one shard, and less than a minute.
 
     Raises:
-        ValueError: another dtype, or `shard_frames` below 1.
+        ValueError: an unsupported dtype, or `shard_frames` below 1.
 
     Source: ours.
     """
@@ -85,12 +85,12 @@ class FeatureStore:
         self._digests: dict[Path, np.ndarray] = {}
 
     def __call__(self, dataset: FrameDataset, *, batch_size: int = 64, backend: str | None = None) -> StoredFeatures:
-        """The features of a data set's frames, from the disk; those it lacks are computed first, with a progress bar.
+        """The features of a data set's frames, read from disk; missing ones are computed first, with a progress bar.
 
         Args:
             dataset: any data set of frames.
-            batch_size: frames that the tower sees at once.
-            backend: of `ops.clip_frames`.
+            batch_size: frames per batch of the tower.
+            backend: backend of `ops.clip_frames`.
         """
         frames = _digests(dataset)
         if self._missing(frames).size:
@@ -124,7 +124,7 @@ class FeatureStore:
         self._open(path)
 
     def _missing(self, frames: np.ndarray, *, remove_broken: bool = False) -> np.ndarray:
-        """Which frames no shard holds; looks for shards that other processes have written."""
+        """Which frames are in no shard, after looking for shards written by other processes."""
         for path in sorted(self.folder.glob("*.safetensors")):
             if path not in self._shards:
                 try:
@@ -133,7 +133,7 @@ class FeatureStore:
                     continue
                 except ValueError as error:
                     if remove_broken:
-                        log.warning("a broken shard of features is computed again: %s", error)
+                        log.warning("recomputing a broken shard of features: %s", error)
                         path.unlink(missing_ok=True)
         held = np.concatenate([*self._digests.values(), frames[:0]])
         return np.flatnonzero(~np.isin(frames, held))
@@ -145,7 +145,7 @@ class FeatureStore:
 
 
 class StoredFeatures:
-    """What `FeatureStore` returns: features of L frames, memory-mapped, read by index."""
+    """What `FeatureStore` returns: memory-mapped features of L frames, read by index."""
 
     def __init__(
         self, shards: dict[Path, Tensor], digests: dict[Path, np.ndarray], frames: np.ndarray, clip: Clip
@@ -174,7 +174,7 @@ class StoredFeatures:
 
 
 class LiveFeatures:
-    """Features that are computed from the frames every time they are asked for."""
+    """Features computed from the frames on every access."""
 
     def __init__(self, clip: Clip, dataset: FrameDataset) -> None:
         self.clip, self.dataset = clip, dataset
@@ -194,7 +194,7 @@ def unit_features(
     batch_size: int = 64,
     backend: str | None = None,
 ) -> Tensor:  # (L, D)
-    """Unit image features of all L frames in float32, on the clip's device, kept nowhere."""
+    """Unit image features of all L frames in float32, on the clip's device; nothing is stored."""
     if not len(dataset):
         return torch.empty(0, clip.embed_dim, device=clip.device)
     chunks = torch.arange(len(dataset)).split(batch_size)
@@ -207,14 +207,14 @@ def individual_conditions(
     individual_index: Tensor,  # (L,) int
     individuals: int,
 ) -> Tensor:  # (N, D)
-    """The condition of each individual: the mean of its unit image features, zero for one without frames."""
+    """The condition of each individual: the mean of its unit image features, or zero if it has no frames."""
     total: Tensor | None = None
     for index, part in _in_parts(features):
         who = individual_index[index].to(part.device)
         total = part.new_zeros(individuals, part.shape[1]) if total is None else total
         total.index_add_(0, who, part)
     if total is None:
-        raise ValueError("features: there are none to take a mean of")
+        raise ValueError("features: got none; takes at least one frame's")
     return total / torch.bincount(individual_index, minlength=individuals).clamp(min=1)[:, None].to(total.device)
 
 
@@ -233,7 +233,7 @@ def _encode(clip: Clip, dataset: FrameDataset, index: Tensor, backend: str | Non
 
 
 def _digests(dataset: FrameDataset) -> np.ndarray:
-    """A name for each frame that says what it is made from: (L,) of 16 bytes."""
+    """A name for each frame, a hash of what it is made from: (L,) of 16 bytes."""
     pairs = zip(dataset.keys, dataset.stamps(), strict=True)
     names = (f"{key}\0{stamp}".encode("utf-8", "surrogateescape") for key, stamp in pairs)
     whole = b"".join(hashlib.blake2b(name, digest_size=_DIGEST).digest() for name in names)

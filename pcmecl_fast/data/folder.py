@@ -25,30 +25,30 @@ logger = logging.getLogger(__name__)
 class FolderFaces(FrameDataset):
     """Pictures and videos laid out as `<root>/<individual>/<emotion>/<file>`, as square frames.
 
-    Individuals may have different counts and lack emotions. Individuals and files are in natural order (2 before
-    10), emotions in the order of `KNOWN_EMOTIONS`. Hidden names (a leading "." or "__"), files that are neither
-    pictures nor videos, and folders of individuals without any are left out, the last with a warning.
+    Individuals may have different numbers of files and lack emotions. Individuals and files are in natural order (2
+    before 10), emotions in the order of `KNOWN_EMOTIONS`. Hidden names (a leading "." or "__"), files that are neither
+    pictures nor videos, and individuals' folders without any are skipped, the last with a warning.
 
-    A frame is turned upright (EXIF, video rotation), put on black where it is transparent, cropped to the centred
-    square and resized with an antialiasing Lanczos filter. Every file is decoded once on opening, since only that
-    finds a truncated one (but WebM and Matroska cut between two frames pass for shorter videos). The first frames,
-    up to `cache_bytes`, are kept as uint8; the others are decoded again when asked for, in a video from its
-    beginning: long ones want memory, or a larger `video_stride`.
+    A frame is turned upright (EXIF, video rotation), composited onto black if transparent, cropped to the centred
+    square and resized with an antialiasing Lanczos filter. Every file is decoded once on opening, the only way to find
+    truncated ones (but WebM and Matroska files cut between two frames pass for shorter videos). The first frames, up
+    to `cache_bytes`, are kept as uint8; the others are decoded again on access, a video from its beginning: long ones
+    need memory, or a larger `video_stride`.
 
     Args:
         root: the folder of individuals.
         size: S, a frame's side in pixels.
-        emotions: the emotions and their order, where folders have other names than `KNOWN_EMOTIONS` or an emotion
-            without frames needs its place. By default those of `KNOWN_EMOTIONS` that have frames.
-        skip_broken: leave broken files out, with a warning that names them, instead of raising.
+        emotions: the emotions in order, for folders whose names are not in `KNOWN_EMOTIONS` or to reserve an index for
+            an emotion without frames. By default those of `KNOWN_EMOTIONS` that have frames.
+        skip_broken: skip broken files, with a warning that names them, instead of raising.
         video_stride: k takes frames 0, k, 2k, … of a video.
         cache: keep decoded frames in memory.
-        cache_bytes: at most so many bytes of them (a frame takes 3·S²).
+        cache_bytes: maximum size of that cache (a frame takes 3·S² bytes).
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is missing or no folder.
+        FileNotFoundError, NotADirectoryError: `root` is missing or not a folder.
         ImportError: there are videos and PyAV, which reads them, is not installed.
-        ValueError: an argument out of range; a folder that is no known emotion; files at the wrong level; broken
+        ValueError: an argument out of range; a folder that is not a known emotion; files at the wrong level; broken
             files, all in one message; nothing to read.
     """
 
@@ -128,7 +128,7 @@ class _Place:
 
     file: _File
     number: int  # in the file: 0 for a picture
-    stamp: str  # of the file when it was opened
+    stamp: str  # the file's, when it was opened
 
     def key(self, root: Path) -> str:
         name = self.file.path.relative_to(root).as_posix()
@@ -137,18 +137,18 @@ class _Place:
 
 def _check_arguments(size: int, emotions: Sequence[str] | None, video_stride: int, cache_bytes: int) -> None:
     if size < 1:
-        raise ValueError(f"size: a frame's side is at least 1 pixel, got {size}")
+        raise ValueError(f"size: takes a side of at least 1 pixel, got {size}")
     if video_stride < 1:
         raise ValueError(f"video_stride: takes 1 or more, got {video_stride}")
     if cache_bytes < 0:
         raise ValueError(f"cache_bytes: takes 0 or more, got {cache_bytes}")
-    # A string is a sequence of strings too: its letters.
+    # A string is itself a sequence of strings, its letters.
     if emotions is not None and (isinstance(emotions, str) or not emotions or len(set(emotions)) != len(emotions)):
         raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
 
 
 def _list_files(root: Path, known: tuple[str, ...], *, explicit: bool) -> list[_File]:
-    """All pictures and videos in order, or one error that says how the layout differs from the one expected."""
+    """All pictures and videos in order, or one error that explains how the layout differs from the expected one."""
     if not root.exists():
         raise FileNotFoundError(f"root: {root} does not exist; it takes a folder laid out as {LAYOUT}")
     if not root.is_dir():
@@ -186,7 +186,7 @@ def _check_no_media(folder: Path, where: str) -> None:
 
 
 def _check_levels(root: Path, people: list[Path], known: tuple[str, ...]) -> None:
-    """Emotions where individuals belong: the root is too deep by one, or the two levels are swapped."""
+    """Find emotions where individuals belong: the root is one level too deep, or the two levels are swapped."""
     for folder in people:
         if folder.name not in known:
             continue
@@ -221,7 +221,7 @@ def _explain_unknown(root: Path, unknown: list[Path], known: tuple[str, ...], *,
     advice = "" if explicit else "; rename them, or pass emotions= with the names you use"
     where = unknown[0].relative_to(root).as_posix()
     return (
-        f"{'emotions' if explicit else 'root'}: folders in {root} that are no known emotion: {name_some(hints)}, "
+        f"{'emotions' if explicit else 'root'}: folders in {root} that are not known emotions: {name_some(hints)}, "
         f"first at {where}; known: {', '.join(known)}{advice}. Expected {LAYOUT}"
     )
 
@@ -235,7 +235,7 @@ def _media(folder: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> tuple[list[str | int], str]:
-    """Sort key: numbers by value, letters without case; the name itself decides between 1.jpg and 01.jpg."""
+    """Sort key: numbers by value, letters case-insensitively; the name itself breaks ties such as 1.jpg and 01.jpg."""
     parts: list[str | int] = list(re.split(r"([0-9]+)", path.name.casefold()))
     parts[1::2] = [int(digits) for digits in parts[1::2]]
     return parts, path.name
@@ -248,14 +248,14 @@ def _open_all(
     need_av([file.path for file in files])
     places: list[_Place] = []
     broken: list[str] = []
-    # A bytearray grows in place, so that no second copy is ever held.
+    # A bytearray grows in place, so there is never a second copy.
     pixels = bytearray()
     every = range(0, 2**62, video_stride)
     for file in tqdm(files, desc="reading faces", unit="file", disable=len(files) <= 500):
         start, stored, stamp = len(places), len(pixels), _stamp(file.path)
         try:
             for number, frame in decode(file.path, size, every):
-                # Once a frame does not fit none after it does: the kept frames are the first ones.
+                # Once one frame does not fit, later ones do not either: the cached frames are the first ones.
                 if len(pixels) + frame.nbytes <= cache_bytes:
                     pixels += frame.tobytes()
                 places.append(_Place(file, number, stamp))
@@ -271,15 +271,15 @@ def _open_all(
             "cache_bytes=%d holds %d of %d frames; the others are decoded again", cache_bytes, kept, len(places)
         )
     shape = (kept, size, size, 3)
-    # frombuffer refuses an empty buffer.
+    # frombuffer rejects an empty buffer.
     return places, torch.frombuffer(pixels, dtype=torch.uint8).view(shape) if kept else torch.empty(shape).byte()
 
 
 def _stamp(path: Path) -> str:
-    """Where a file lies, its size and its time stamp: what changes when the file does."""
+    """A file's path, size and modification time: what changes when the file does."""
     try:
         stat = path.stat()
-    except OSError:  # decoding says why
+    except OSError:  # decoding reports why
         return ""
     return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 

@@ -1,4 +1,4 @@
-"""Reading and writing pictures and videos, one square face a frame."""
+"""Reading and writing pictures and videos, one square face per frame."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ VIDEOS = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm"})
 
 
 def read_frames(path: Path, size: int) -> tuple[Fraction | None, Tensor]:
-    """All frames of a picture or video, centre-cropped to squares: (frames a second or None, (T, 3, S, S) in [-1, 1]).
+    """All frames of a picture or video, centre-cropped to squares: (frame rate or None, (T, 3, S, S) in [-1, 1]).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither a picture nor a video, or a broken one.
-        ImportError: a video, and PyAV is not installed.
+        ValueError: the file is neither a picture nor a video, or it is broken.
+        ImportError: the file is a video and PyAV is not installed.
     """
     if not path.is_file():
         raise FileNotFoundError(f"input: there is no file {path}")
     if not is_media(path):
-        raise ValueError(f"input: {path} is no picture or video; takes {', '.join(sorted(IMAGES | VIDEOS))}")
+        raise ValueError(f"input: {path} is not a picture or video; takes {', '.join(sorted(IMAGES | VIDEOS))}")
     need_av([path])
     frames = [torch.from_numpy(pixels) for _, pixels in decode(path, size, range(2**62))]
     return _rate(path), torch.stack(frames).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
@@ -47,7 +47,7 @@ def write_frames(
     frames: Tensor,  # (T, 3, H, W) in [-1, 1]
     rate: Fraction | None,
 ) -> None:
-    """Write a picture (rate None, T = 1) or a video, in the format that the suffix names."""
+    """Write a picture (rate None, T = 1) or a video, in the format given by the suffix."""
     pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     buffer = io.BytesIO()
     if rate is None:
@@ -63,21 +63,21 @@ def decode(
     size: int,
     numbers: Sequence[int],  # ascending: the frames wanted
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The wanted frames of a file with their numbers, each (S, S, 3) uint8; ValueError names a file that is broken."""
+    """The wanted frames of a file with their numbers, each (S, S, 3) uint8; ValueError names a broken file."""
     try:
         if path.stat().st_size == 0:
             raise ValueError("empty file")
         images = _read_video(path, numbers) if is_video(path) else _read_picture(path, size)
         for number, image in images:
             yield number, np.array(_square(image, size))
-    # Decoders raise whatever a damaged header makes them trip over: OSError, SyntaxError, struct.error, …
+    # A damaged header can make decoders raise anything: OSError, SyntaxError, struct.error, …
     except Exception as error:
         raise ValueError(f"{path} ({error})") from error
 
 
 def _read_picture(path: Path, size: int) -> Iterator[tuple[int, Image.Image]]:
     with Image.open(path) as image:
-        # JPEG only: decode at a half, a quarter or an eighth where that still leaves three times the side.
+        # JPEG only: decode at 1/2, 1/4 or 1/8 scale if that still leaves three times the side.
         image.draft(None, (3 * size, 3 * size))
         yield 0, _to_rgb(ImageOps.exif_transpose(image))
 
@@ -88,7 +88,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64) // 257
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # What lies under transparent pixels is arbitrary, and dropping alpha would show it.
+        # The colours of transparent pixels are arbitrary, and dropping alpha would reveal them.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return image.convert("RGB")
@@ -99,23 +99,23 @@ def _read_video(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, Image
 
     with av.open(str(path)) as container:
         if not container.streams.video:
-            raise ValueError("no video in it")
+            raise ValueError("it contains no video")
         number = -1
         for number, frame in enumerate(_video_frames(container)):
             if number in numbers:
                 image = frame.to_image()
-                # Phones store frames sideways with an angle, counterclockwise; PyAV tells it since version 14.
+                # Phones store frames sideways with a counterclockwise angle, which PyAV exposes since version 14.
                 angle = getattr(frame, "rotation", 0)
                 yield number, image.rotate(angle, expand=True) if angle else image
             if number >= numbers[-1]:
                 return
         if number < 0:
-            raise ValueError("no frames in it")
+            raise ValueError("it contains no frames")
 
 
 def _video_frames(container: InputContainer) -> Iterator[VideoFrame]:
     for packet in container.demux(container.streams.video[0]):
-        # A decoder shrugs off the half packet that a truncated file ends with.
+        # Decoders silently ignore the partial packet at the end of a truncated file.
         if packet.is_corrupt:
             raise ValueError("cut short, or damaged")
         yield from packet.decode()
@@ -130,7 +130,7 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 
 
 def need_av(files: Sequence[Path]) -> None:
-    """Raise ImportError, saying what to install, where there are videos and PyAV is missing."""
+    """Raise ImportError, saying what to install, if there are videos and PyAV is missing."""
     videos = [file.name for file in files if is_video(file)]
     if videos and importlib.util.find_spec("av") is None:
         raise ImportError(

@@ -1,4 +1,4 @@
-"""How good edits are: against paired truth where faces are drawn, by CLIP's own view where they are real."""
+"""How good edits are: against paired truth for drawn faces, in CLIP's own view for real ones."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ NOTES = {
     "emotion_accuracy_source": "The same classifier and targets on the unedited frames; near 0 by construction",
     "emotion_accuracy_truth": "The same on the true frames of the same person with the target emotion; a ceiling",
     "expression_error": "Mean absolute error of the action units read from the edit, against the true ones; 0–1.5, ↓",
-    "expression_error_source": "The same for unedited frames: what doing nothing scores",
-    "expression_error_truth": "The same for the true frames: what the reader itself gets wrong",
-    "mouth_error": "Mouth openness and spread read from the edit, against the source's speech; part of their range, ↓",
-    "mouth_error_truth": "The same for the true frames: what the reader itself gets wrong",
+    "expression_error_source": "The same for unedited frames: the score of doing nothing",
+    "expression_error_truth": "The same for the true frames: the reader's own error",
+    "mouth_error": "Mouth openness and spread read from the edit, against the source's; fraction of their range, ↓",
+    "mouth_error_truth": "The same for the true frames: the reader's own error",
     "identity_similarity": "Cosine of identity vectors read from edit and source; up to 1, ↑",
     "identity_similarity_truth": "The same for true frames and sources",
     "psnr": "Edited against true frames, dB, ↑",
-    "psnr_source": "Unedited against true frames, dB: what doing nothing scores",
+    "psnr_source": "Unedited against true frames, dB: the score of doing nothing",
     "zero_shot_accuracy": "Emotion of the source frames by CLIP and the plain descriptions; 0–1",
     "prompt_accuracy": "The same with the personalized prompts; 0–1, ↑",
     "clip_direction": "Mean cosine between the edit's change of CLIP features and its prompts' change; -1–1, ↑",
-    "change": "Mean absolute change of a pixel by the edit, of a range of 2",
+    "change": "Mean absolute change of a pixel by the edit, on a scale of 2",
     "seconds": "Wall time of the whole run",
 }
 
 
 @dataclass(frozen=True)
 class Trials:
-    """Edits to be judged: frames of a data set and the emotion each shall show."""
+    """Edits to be judged: frames of a data set and the target emotion of each."""
 
     index: Tensor  # (T,) int
     target: Tensor  # (T,) int
 
 
 def draw_trials(dataset: FrameDataset, count: int, *, seed: int = 0) -> Trials:
-    """`count` frames spread evenly over the data set, each with a target other than its own emotion."""
+    """`count` frames spread evenly over the data set, each with a target that differs from its own emotion."""
     emotions = len(dataset.emotions)
     generator = torch.Generator().manual_seed(seed)
     index = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
@@ -63,7 +63,7 @@ def draw_trials(dataset: FrameDataset, count: int, *, seed: int = 0) -> Trials:
 def judge_edits(
     edit: Edit, faces: SyntheticFaces, trials: Trials, *, device: torch.device, batch_size: int = 64
 ) -> dict[str, float]:
-    """Everything the paired truth can tell about drawn faces; keys are explained in `NOTES`."""
+    """Everything that paired truth reveals about edits of drawn faces; `NOTES` explains the keys."""
     judge = load_judge(device)
     columns = emotion_columns(faces.emotions).to(device)
     sums: dict[str, float] = {}
@@ -97,7 +97,7 @@ def judge_edits(
 def clip_view(
     edit: Edit, clip: Clip, bank: PromptBank, dataset: FrameDataset, trials: Trials, *, batch_size: int = 64
 ) -> dict[str, float]:
-    """What CLIP itself sees in the edits: works for real faces too, and flatters an edit that was trained on it."""
+    """What CLIP itself sees in the edits: works for real faces too, but flatters edits trained against CLIP."""
     bank = bank.to(clip.device)
     rows = (
         bank.rows([dataset.keys[i] for i in trials.index.tolist()])
@@ -125,6 +125,6 @@ def clip_view(
 
 @torch.no_grad()
 def zero_shot_features(clip: Clip, descriptions: list[str]) -> Tensor:
-    """Unit text features of the plain descriptions, (E, D): CLIP as it comes."""
+    """Unit text features of the plain descriptions, (E, D): off-the-shelf CLIP."""
     tokens = clip.tokenizer(descriptions).to(clip.device)
     return F.normalize(clip.model.encode_text(tokens).float(), dim=-1)

@@ -1,7 +1,7 @@
-"""Results on one page: metrics, training curves and the faces themselves, in a single file that needs nothing else.
+"""Results on one page: metrics, training curves and the faces themselves, in a single self-contained file.
 
-The page is for looking at after a run and for sending to someone: no scripts, no network, light and dark, printable.
-Its words and its look are in `report.html` beside this file; here are the numbers, the charts and the pictures.
+The page is for reading after a run and for sharing: no scripts, no network, light and dark, printable.
+Its text and style are in `report.html` beside this file; the numbers, charts and pictures are made here.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pcmecl_fast.files import write_atomically
 class FaceGrid:
     """Faces edited to each emotion: a row for each of R individuals, a column for each of C target emotions.
 
-    The source frame stands once at the left of its row; each cell shows the edited frame above its truth. A frame
-    that is NaN throughout counts as absent (the truth of an emotion that was never recorded) and leaves its place
-    empty. Frames wider than 128 pixels are shrunk to that.
+    The source frame appears once, at the left of its row; each cell shows the edited frame above its truth. A frame
+    that is all NaN counts as absent (the truth of an emotion that was never recorded) and leaves its cell empty.
+    Frames wider than 128 pixels are shrunk to that.
 
     Raises:
-        ValueError: a tensor's shape, or the number of labels, does not fit the rows and columns.
+        ValueError: a tensor's shape, or the number of labels, does not match the rows and columns.
     """
 
     title: str
@@ -76,12 +76,12 @@ class Report:
     notes: dict[str, str]  # metric name -> one line: what it measures, its range, which way is better
     curves: dict[str, list[tuple[int, float]]]  # "group/name" -> (step, value)
     grids: list[FaceGrid]
-    config: dict[str, Any]  # nested; anything that YAML has no word for is shown as text
+    config: dict[str, Any]  # nested; anything YAML cannot represent is shown as text
     warnings: list[str] = field(default_factory=list)
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the report as one HTML file that is whole or, where writing fails, as it was.
+    """Write the report as one HTML file; if writing fails, an old file stays as it was.
 
     Raises:
         OSError: the file cannot be written.
@@ -94,7 +94,7 @@ def write_report(path: Path, report: Report) -> None:
         grids=[_grid_view(grid) for grid in report.grids],
         config=yaml.safe_dump(_plain(report.config), sort_keys=False, allow_unicode=True) if report.config else "",
     )
-    # Folder names that are not valid UTF-8 reach Python as lone surrogates, which no encoding takes.
+    # Folder names that are not valid UTF-8 reach Python as lone surrogates, which cannot be encoded.
     write_atomically(path, page.encode("utf-8", errors="replace"))
 
 
@@ -108,7 +108,7 @@ def save_grid_png(path: Path, grid: FaceGrid) -> None:
 
 
 def grid_image(grid: FaceGrid) -> Tensor:
-    """The grid as one labelled picture, (3, H, W) float32 in [0, 1]: what TensorBoard's `add_image` takes."""
+    """The grid as one labelled picture, (3, H, W) float32 in [0, 1]: as TensorBoard's `add_image` expects."""
     return torch.from_numpy(np.array(_draw_grid(grid))).permute(2, 0, 1).float() / 255
 
 
@@ -124,7 +124,7 @@ def _template() -> jinja2.Template:
 
 
 def _value(value: object) -> tuple[str, str]:
-    """How a value reads, and its kind: "number", "text", or "odd" for one that deserves a second look."""
+    """A value as text, and its kind: "number", "text", or "odd" for one that deserves a second look."""
     if value is None:
         return "none", "odd"
     if isinstance(value, bool | np.bool_):
@@ -132,7 +132,7 @@ def _value(value: object) -> tuple[str, str]:
     if isinstance(value, Integral):
         return f"{int(value):,}".replace("-", "−"), "number"
     try:
-        number = float(value)  # type: ignore[arg-type]  # whatever has __float__: NumPy and torch scalars too
+        number = float(value)  # type: ignore[arg-type]  # anything with __float__, NumPy and torch scalars included
     except (TypeError, ValueError):
         return str(value), "text"
     if isinstance(value, str):
@@ -143,7 +143,7 @@ def _value(value: object) -> tuple[str, str]:
 
 
 def _three_digits(number: float) -> str:
-    """Three significant digits, but never fewer than the whole part has: 0.0123, 1.23, 12,346, 1.2e−07."""
+    """Three significant digits, but all those of the integer part: 0.0123, 1.23, 12,346, 1.2e−07."""
     if number == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(number)))
@@ -152,7 +152,7 @@ def _three_digits(number: float) -> str:
 
 
 def _plain(value: object) -> Any:
-    """The same configuration in the types that YAML has."""
+    """The same configuration in YAML's own types."""
     if value is None or isinstance(value, bool):
         return value
     if is_dataclass(value) and not isinstance(value, type):
@@ -175,12 +175,12 @@ def _plain(value: object) -> Any:
 _PAINT = {"#010101": "var(--muted)", "#020202": "var(--rule)", "#030303": "var(--accent)", "#040404": "var(--raw)"}
 _MUTED, _RULE, _ACCENT, _RAW = _PAINT
 
-_SMOOTH_FROM = 50  # points: below this a line is easy to read as it is
-_MOST_POINTS = 600  # drawn points of one line: about two a pixel
+_SMOOTH_FROM = 50  # points: shorter curves are easy to read unsmoothed
+_MAX_POINTS = 600  # points drawn per line: about two per pixel
 
 
 def _chart_groups(curves: dict[str, list[tuple[int, float]]]) -> list[dict[str, Any]]:
-    """Curves by the part of their name before the first "/", every chart of a group over the same range of steps."""
+    """Curves grouped by their name up to the first "/"; all charts of a group share one range of steps."""
     grouped: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for name, points in curves.items():
         group, slash, rest = name.partition("/")
@@ -201,7 +201,7 @@ def _chart_view(name: str, points: list[tuple[int, float]], limits: tuple[int, i
     steps = np.array([p[0] for p in points], dtype=float)
     values = np.array([math.nan if p[1] is None else float(p[1]) for p in points], dtype=float)
     finite = np.isfinite(values)
-    # Matplotlib's axis limits overflow on the widest floats; at this height a line says the same.
+    # Matplotlib's axis limits overflow on the largest floats; at this height a clipped line tells the same story.
     drawn = np.where(finite, values, math.nan).clip(-1e150, 1e150)
     lost = int((~finite).sum())
     last, kind = _value(float(values[-1])) if len(values) else ("", "text")
@@ -220,7 +220,7 @@ def _chart(steps: np.ndarray, values: np.ndarray, limits: tuple[int, int], prefi
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
     axes = figure.add_subplot()
     raw, smoothed = _thin(steps, values), len(values) >= _SMOOTH_FROM
-    # Among few points, or beside a gap, a point has no line to be seen by.
+    # A point beside a gap, or one of very few, may not be visible as part of a line.
     alone = np.isfinite(values) & _beside_gaps(values)
     axes.plot(*raw, color=_RAW if smoothed else _ACCENT, linewidth=0.7 if smoothed else 1.3)
     if not smoothed:
@@ -244,7 +244,7 @@ def _chart(steps: np.ndarray, values: np.ndarray, limits: tuple[int, int], prefi
 
 
 def _beside_gaps(values: np.ndarray) -> np.ndarray:
-    """Where neither neighbour is finite, so that no line reaches the point."""
+    """Where neither neighbour is finite, so no line reaches the point."""
     padded = np.concatenate([[math.nan], values, [math.nan]])
     return ~np.isfinite(padded[:-2]) & ~np.isfinite(padded[2:])
 
@@ -259,11 +259,11 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_MOST_POINTS` points that keep every peak and trough: the least and the greatest of each stretch."""
-    if len(values) <= _MOST_POINTS:
+    """At most `_MAX_POINTS` points that keep every peak and trough: the minimum and maximum of each bin."""
+    if len(values) <= _MAX_POINTS:
         return steps, values
     kept: list[int] = []
-    for stretch in np.array_split(np.arange(len(values)), _MOST_POINTS // 2):
+    for stretch in np.array_split(np.arange(len(values)), _MAX_POINTS // 2):
         if np.isfinite(values[stretch]).any():
             kept += sorted({int(stretch[np.nanargmin(values[stretch])]), int(stretch[np.nanargmax(values[stretch])])})
         else:
@@ -272,10 +272,10 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _inline_svg(figure: Figure, prefix: str) -> Markup:
-    """The figure as an element of the page: its colours the page's, its ids unlike every other chart's."""
+    """The figure as an element of the page: in the page's colours, with ids unique to this chart."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    # Text stays text, in the page's font; the fixed salt makes the same run write the same file.
+    # Text stays text, in the page's font; the fixed salt makes the output reproducible.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pcmecl_fast"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
@@ -293,7 +293,7 @@ _WIDEST = 128  # pixels of one frame on the page and in the picture
 
 
 def _grid_view(grid: FaceGrid) -> dict[str, Any]:
-    """What the template needs of a grid: labels, and frames as data URIs (None where a frame is absent)."""
+    """What the template needs from a grid: labels, and frames as data URIs (None for absent frames)."""
     rows = []
     for r, individual in enumerate(grid.rows):
         kinds = [("edited", _uris(grid.edited[r]))]
@@ -320,7 +320,7 @@ def _grid_view(grid: FaceGrid) -> dict[str, Any]:
 
 
 def _partly_broken(frames: Tensor | None) -> bool:
-    """Whether a frame that is there has a pixel that is not finite."""
+    """Whether a frame that is present has a pixel that is not finite."""
     if frames is None or frames.numel() == 0:
         return False
     pixels = frames.detach().flatten(-3)
@@ -354,7 +354,7 @@ def _pictures(
 
 
 def _shown_width(grid: FaceGrid) -> int:
-    """The greatest whole multiple of a frame's side up to `_WIDEST`: uneven pixels would distort small features."""
+    """The largest integer multiple of a frame's side up to `_WIDEST`: uneven pixels would distort small features."""
     side = max(1, min(grid.source.shape[-1], _WIDEST))
     return _WIDEST // side * side
 
@@ -381,7 +381,7 @@ def _draw_grid(grid: FaceGrid) -> Image.Image:
     own_emotion_shown = bool(set(grid.columns) & set(grid.source_emotions))
     legend = _MARGIN + 26 * len(heading) + 4 + 20 * len(caption)
     top = legend + (20 if own_emotion_shown else 0) + 8
-    # Name and emotion stand below the source frame, beside the truth where there is one.
+    # Name and emotion go below the source frame, beside the truth if there is one.
     band = max(len(kinds) * (width + _GAP), width + 40) + _ROW_GAP
     height = top + 24 + len(grid.rows) * band - (_ROW_GAP if grid.rows else 0) + _MARGIN
 
@@ -425,7 +425,7 @@ def _place(picture: Image.Image, face: Image.Image | None, x: int, y: int, width
 
 
 def _write_upwards(picture: Image.Image, text: str, x: int, y: int) -> None:
-    """Text turned by a quarter, centred at (x, y)."""
+    """Text rotated by 90°, centred at (x, y)."""
     font = _font(12)
     label = Image.new("RGB", (math.ceil(font.getlength(text)) + 2, 16), _PAPER)
     ImageDraw.Draw(label).text((label.width / 2, 8), text, _PALE, font, anchor="mm")
@@ -435,13 +435,13 @@ def _write_upwards(picture: Image.Image, text: str, x: int, y: int) -> None:
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as Matplotlib ships it: the same on every system, and it knows most alphabets."""
+    """DejaVu Sans as shipped with Matplotlib: the same on every system, and it covers most alphabets."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text on one line of at most this many pixels, its middle left out if need be: ends tell names apart."""
+    """The text on one line of at most `width` pixels, its middle elided if need be: ends tell names apart."""
     text = _printable(text)
     if font.getlength(text) <= width:
         return text
@@ -463,5 +463,5 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]
 
 
 def _printable(text: str) -> str:
-    """On one line, without what a font cannot draw: names come from folders and may hold any character."""
+    """On one line, without unprintable characters: names come from folders and may hold any character."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))

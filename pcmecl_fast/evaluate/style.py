@@ -1,6 +1,6 @@
-"""Personal style: whether edits, and prompts, show a change of emotion the way that very person shows it.
+"""Personal style: whether edits, and prompts, show a change of emotion the way that particular person does.
 
-The paired truth of drawn faces tells it: every person has their own gain and asymmetry of each action unit.
+Measured against the paired truth of drawn faces: each person has their own gain and asymmetry of each action unit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def judge_style(edit: Edit, faces: SyntheticFaces, trials: Trials, *, device: to
     """Measures of edits against paired truth, personal style among them; `ablation.MEASURES` explains the keys.
 
     Args:
-        edit: what makes the edits, on `device`.
+        edit: the function that edits frames, on `device`.
         faces: drawn faces.
-        trials: which frames are edited to which emotion. A person's style is told by the mean over their edits to an
-            emotion, so it takes several of each.
-        device: where `edit` wants its frames.
+        trials: which frames are edited to which emotion. A person's style is measured by the mean over their edits to
+            an emotion, so each needs several.
+        device: where `edit` expects its frames.
     """
     judge, logits = load_judge(), emotion_columns(faces.emotions)
     read_units, true_units, followed, asked = [], [], 0.0, 0.0
@@ -73,7 +73,7 @@ def _patterns(
     cell: Tensor,  # (T,) int in [0, C)
     target: Tensor,  # (C,) int, the emotion of each cell
 ) -> tuple[Tensor, Tensor]:  # (C, A, 2) each
-    """Mean action units of each cell, a person with an emotion; and these less everybody's mean for the emotion."""
+    """Mean action units of each cell (a person with an emotion); and the same minus the emotion's population mean."""
     pattern = _means(units, cell, len(target))
     return pattern, pattern - _means(pattern, target, int(target.max()) + 1)[target]
 
@@ -94,7 +94,7 @@ def judge_prompts(
     faces: SyntheticFaces,
     features: Features,  # (L, D) unit, of every frame of `faces`
 ) -> dict[str, float]:
-    """Measures of a bank alone: how well a person's change of prompts tells that person's change of looks."""
+    """Measures of a bank alone: how well changes of a person's prompts predict changes of that person's face."""
     emotions, count = len(faces.emotions), len(faces.individuals)
     cell = faces.individual_index * emotions + faces.emotion_index
     visual = individual_conditions(features, cell, count * emotions).view(count, emotions, -1)
@@ -107,7 +107,7 @@ def judge_prompts(
     before, after = ops.reference.ordered_pairs(emotions, visual.device)
     visual_change, text_change = (F.normalize(x[:, after] - x[:, before], dim=-1).flatten(0, 1) for x in (visual, text))
     nearest = (visual_change @ text_change.T).argmax(1)
-    once = (before < after).repeat(count)  # both ways of every change would cancel
+    once = (before < after).repeat(count)  # the two directions of every change would cancel
     return {
         "direction_top1": float((nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()),
         "direction_cosine": float((visual_change * text_change).sum(-1).mean()),

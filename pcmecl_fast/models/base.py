@@ -1,7 +1,7 @@
 """What a generator is: a network that edits frames to show another emotion, its options, its name, and its file.
 
-The trainer, the evaluation and the commands know generators from here alone, so that anybody's own takes the place of
-the built-in one: docs/generators.md shows how.
+The trainer, the evaluation and the commands know generators only through this file, so your own can replace the
+built-in one: docs/generators.md shows how.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.options import from_options, plain_options
 
 BUILT_IN = {"warp-fields": "pcmecl_fast.models.warp_fields:WarpFields"}
-"""Generators that have a short name."""
+"""Generators with a short name."""
 
 
 class Edit(NamedTuple):
-    """Edited frames, and what the trainer shall add to its loss because of how they were made."""
+    """Edited frames, and the penalties on how they were made that the trainer adds to its loss."""
 
     frames: Tensor  # (B, 3, H, W) in [-1, 1]
     penalties: dict[str, Tensor]  # scalars, weighted already; each is logged under its name
@@ -38,20 +38,20 @@ class Edit(NamedTuple):
 
 @dataclass
 class NoOptions:
-    """The configuration of a generator that has nothing to configure."""
+    """The configuration of a generator without options."""
 
 
 class Generator(nn.Module, ABC):
-    """Edits frames to show another emotion. A subclass defines `edit`, and `Config` where it has options.
+    """Edits frames to show another emotion. A subclass defines `edit`, and `Config` if it has options.
 
     Args:
-        emotions: names, in the order of the indices that `edit` is given.
-        size: side of the frames that it is trained on.
-        config: a `Config`; by default one of defaults.
+        emotions: names, in the order of the indices that `edit` receives.
+        size: side of the frames it is trained on.
+        config: a `Config`; by default one with default values.
 
     Attributes:
         Config: a dataclass of options, each with a default: numbers, strings, or lists of them.
-        driven_by: what tells the target; set it in the class or in the constructor.
+        driven_by: how the target is given; set it in the class or in the constructor.
     """
 
     Config: ClassVar[type] = NoOptions
@@ -67,7 +67,7 @@ class Generator(nn.Module, ABC):
     def edit(
         self,
         frames: Tensor,  # (B, 3, H, W) in [-1, 1]
-        target: Tensor,  # (B,) int emotions; driven by a reference, (B, 3, H, W) frames of anyone who shows the target
+        target: Tensor,  # (B,) int emotions; driven by a reference, (B, 3, H, W) frames of anyone showing it
     ) -> Edit:
         """Frames that show the target, as differentiable as training needs them."""
 
@@ -79,17 +79,17 @@ class Generator(nn.Module, ABC):
 def make_generator(
     name: str, emotions: Sequence[str], size: int, options: Mapping[str, Any] | None = None
 ) -> Generator:
-    """A new generator by its name; raises as `generator_class` and `generator_config`."""
+    """A new generator by name; raises what `generator_class` and `generator_config` raise."""
     return generator_class(name)(emotions, size, generator_config(name, options or {}))
 
 
 def generator_class(name: str) -> type[Generator]:
-    """A built-in generator by its name, or anybody's as `package.module:Class`.
+    """A built-in generator by name, or any other as `package.module:Class`.
 
-    The module is imported, from the current directory too, as by `python -m`.
+    The module is imported, also from the current directory, as with `python -m`.
 
     Raises:
-        ValueError: no such generator, a module that cannot be imported, or a class that is no generator.
+        ValueError: no such generator, a module that cannot be imported, or a class that is not a generator.
     """
     if name not in BUILT_IN and ":" not in name:
         close = difflib.get_close_matches(name, BUILT_IN, n=1)
@@ -113,7 +113,7 @@ def generator_config(name: str, options: Mapping[str, Any]) -> Any:
     """The generator's own `Config` with these options.
 
     Raises:
-        ValueError: an option that it does not have, or of the wrong type; names those that it has.
+        ValueError: an unknown option, or one of the wrong type; the message lists the known ones.
     """
     config_class = generator_class(name).Config
     try:
@@ -124,25 +124,25 @@ def generator_config(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def save_generator(path: str | Path, generator: Generator) -> None:
-    """Write the weights and what the generator was made with."""
+    """Write the weights and the arguments the generator was created with."""
     header = {
         "generator": _name_of(type(generator)),
         "options": plain_options(generator.config),
         "emotions": generator.emotions,
         "size": generator.size,
     }
-    # Copies, because safetensors refuses weights that share memory, as tied ones do.
+    # Copies, because safetensors rejects weights that share memory, such as tied ones.
     save_tensors(path, "generator", {k: v.clone() for k, v in generator.state_dict().items()}, header)
 
 
 def load_generator(path: str | Path, device: torch.device | str | None = None) -> Generator:
     """The generator that `save_generator` wrote, in eval mode and frozen.
 
-    A generator that is not built in is code of its author's: the module that the file names is imported.
+    A generator that is not built in runs its author's code: the module named in the file is imported.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is broken, or its generator cannot be made here.
+        ValueError: the file is broken, or its generator cannot be created here.
     """
     state, header = load_tensors(path, "generator")
     name = header.get("generator")
@@ -162,7 +162,7 @@ def _import(module: str, name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(module)
-    except Exception as error:  # whatever a module may raise while it is imported
+    except Exception as error:  # importing a module can raise anything
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"generator: the module of --generator {name} cannot be imported ({why})") from error
 

@@ -1,4 +1,4 @@
-"""The critic of the adversarial loss: is each patch of a frame a real one? It is not told the emotion."""
+"""The critic of the adversarial loss: is each patch of a frame real? It is not given the emotion."""
 
 from __future__ import annotations
 

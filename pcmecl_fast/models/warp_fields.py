@@ -1,14 +1,14 @@
 """The built-in generator: a few learned fields that move and shade a face, mixed for each frame (ours).
 
-    change = style(target) − style(shown)                                 what the frame shows now is recognised
-    a, b   = mix(encoder(frame), change) − mix(encoder(frame), 0)         K weights each; nothing asked, nothing changed
+    change = style(target) − style(shown)                                 the emotion shown is recognised
+    a, b   = mix(encoder(frame), change) − mix(encoder(frame), 0)         K weights each; zero for no change
     flow   = window · reach · tanh(Σ a_k flow_k),   shade = window · shading · tanh(Σ b_k shade_k)
     edited = clamp( (1 + warp(frame, flow)) · exp(shade) − 1 )
 
-The fields are the same for everybody, as muscles are, and lie where the head does; how much of each is used depends on
-the face and on the change. So few degrees of freedom can bend brows and lips, but not draw the patterns that please a
-CLIP tower and nobody else: an encoder–decoder that paints freely raised CLIP's score as far and the expression hardly
-at all. The weights start so close to zero that the untrained generator is the identity.
+The fields are the same for everyone, as muscles are, and move with the head; how much of each is used depends on the
+face and on the change. So few degrees of freedom can bend brows and lips, but cannot draw the patterns that please a
+CLIP tower and nobody else: an encoder–decoder that paints freely raised CLIP's score just as far and hardly changed the
+expression. The weights start so close to zero that the untrained generator is the identity.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ class WarpFieldsConfig:
     """The options of `warp-fields`."""
 
     fields: int = 48
-    """K, the learned fields that move a face, and as many that shade it."""
+    """K: the number of learned fields that move a face, and of those that shade it."""
     hidden: int = 128
     """Width of the network that mixes them."""
     reach: float = 0.09
     """Largest displacement of the flow, as a fraction of the frame's side."""
     shading: float = 0.4
-    """Largest change of brightness, as a natural logarithm; hues stay."""
+    """Largest change of brightness, as a natural logarithm; hues are unchanged."""
     window: list[float] = field(default_factory=lambda: [0.5, 0.60, 0.27, 0.27])
-    """Centre x, y and half-axes of what may change, as fractions of the frame: expressions are not in hair or walls."""
+    """Centre x, y and half-axes of the region that may change, in fractions of the frame: not the hair or the walls."""
     driven_by: Literal["emotion", "reference"] = "emotion"
-    """What tells the target: an emotion's index, or a frame of anyone who shows it."""
+    """How the target is given: as an emotion's index, or as a frame of anyone who shows it."""
     w_smooth: float = 50.0
     """Weight of the total variation of the fields that move and shade the face."""
     w_folding: float = 35.0
-    """Weight of moving neighbours apart by more than skin stretches."""
+    """Weight of moving neighbouring pixels apart further than skin stretches."""
     w_shading: float = 200.0
     """Weight of the mean absolute shade: thin lines are cheap, patches that paint a brow over are not."""
 
 
 class WarpFields(Generator):
-    """Moves and shades a face by fields that are the same for everybody; frames may have any sides."""
+    """Moves and shades a face by fields shared by everyone; frames may have any size."""
 
     Config = WarpFieldsConfig
     config: WarpFieldsConfig
@@ -71,7 +71,7 @@ class WarpFields(Generator):
             nn.Linear(config.hidden, config.hidden), nn.SiLU(),
             nn.Linear(config.hidden, 2 * config.fields),
         )  # fmt: skip
-        # Not exactly zero: a zero change has a zero gradient in a directional loss, and would never begin.
+        # Not exactly zero: a zero change has a zero gradient in a directional loss, and training would never start.
         self.pose = nn.Linear(64, 4)
         nn.init.normal_(self.pose.weight, std=0.01)
         nn.init.zeros_(self.pose.bias)
@@ -88,32 +88,32 @@ class WarpFields(Generator):
         frames: Tensor,  # (B, 3, H, W) in [-1, 1]
         target: Tensor,  # (B,) int emotions, or (B, 3, H, W) reference frames
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What makes an edit.
+        """The fields that make up an edit.
 
         Returns:
             flow: (B, 2, H, W), x and y in units of half a side.
-            shade: (B, 1, H, W), the logarithm of what brightness is multiplied by.
+            shade: (B, 1, H, W), the logarithm of the factor on brightness.
             shown: (B, E) logits of the emotion that the frames show; None for a generator driven by a reference.
         """
         height, width = frames.shape[-2:]
         seen = self.encoder(frames)
         change, shown = self._change(frames, target)
         mix = self.mix(torch.cat([seen, change], 1)) - self.mix(torch.cat([seen, torch.zeros_like(change)], 1))
-        of_flow, of_shade = mix.chunk(2, dim=1)  # (B, K) each
+        flow_mix, shade_mix = mix.chunk(2, dim=1)  # (B, K) each
         grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), height, width)
-        flow = _lay(torch.einsum("bk,kchw->bchw", of_flow, self.flow), grid, "bicubic")
-        shade = _lay(torch.einsum("bk,kchw->bchw", of_shade, self.shade), grid, "bilinear")
+        flow = _lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, "bicubic")
+        shade = _lay(torch.einsum("bk,kchw->bchw", shade_mix, self.shade), grid, "bilinear")
         window = soft_window(height, width, self.config.window).to(frames)
         flow = window * 2 * self.config.reach * torch.tanh(flow)
         shade = window * self.config.shading * torch.tanh(shade)
         return flow, shade, shown
 
     def _change(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From the style that is shown to the one that is asked for, and the emotion recognised on the way."""
+        """The change from the style shown to the target's, and the logits of the emotion recognised on the way."""
         if self.shown is None:
             return self.target(target) - self.target(frames), None
         shown = self.shown(frames)
-        # Detached: recognition learns from labels alone, not to be wrong where that suits an edit.
+        # Detached: recognition learns from labels alone, and must not learn to be wrong to suit an edit.
         return self.target(target) - shown.detach().softmax(dim=1) @ self.target.weight, shown
 
     def _penalties(self, flow: Tensor, shade: Tensor) -> dict[str, Tensor]:
@@ -140,7 +140,7 @@ def warp(
     frames: Tensor,  # (B, C, H, W)
     flow: Tensor,  # (B, 2, H, W) in units of half a side, x then y
 ) -> Tensor:
-    """Each pixel takes the colour found at its own place plus `flow`, bilinearly; NaN where the flow is."""
+    """Each pixel takes the colour at its own position plus `flow`, bilinearly; NaN where the flow is."""
     theta = torch.eye(2, 3, device=frames.device, dtype=frames.dtype).expand(len(frames), 2, 3)
     grid = F.affine_grid(theta, list(frames.shape), align_corners=False) + flow.movedim(1, -1)
     return _sample(frames, grid)
@@ -151,7 +151,7 @@ def pose_grid(
     height: int,
     width: int,
 ) -> Tensor:  # (B, H, W, 2)
-    """For each pixel its place in the fields, which lie as the head does; zero is where they lie on the frame."""
+    """Each pixel's position in the fields, which follow the head's pose; at pose zero they align with the frame."""
     zoom, roll, x, y = pose.unbind(1)
     theta = torch.stack([1 + zoom, roll, x, -roll, 1 + zoom, y], dim=1).unflatten(1, (2, 3))
     return F.affine_grid(theta, [len(pose), 1, height, width], align_corners=False)
@@ -160,7 +160,7 @@ def pose_grid(
 def total_variation(
     field: Tensor,  # (B, C, H, W)
 ) -> Tensor:
-    """Mean absolute difference of neighbours, in both directions: simple fields are cheap, busy ones are not."""
+    """Mean absolute difference of neighbours, in both directions: penalizes busy fields."""
     return field.diff(dim=-1).abs().mean() + field.diff(dim=-2).abs().mean()
 
 
@@ -169,7 +169,7 @@ def folding(
     *,
     free: float = 0.4,
 ) -> Tensor:
-    """Mean change of the flow from pixel to pixel beyond `free` pixels, in both directions: there skin would tear."""
+    """Mean change of the flow between neighbours beyond `free` pixels, in both directions: there skin would tear."""
     steps = ((flow.diff(dim=d) * flow.shape[d] / 2).abs() for d in (-1, -2))
     return torch.stack([F.relu(step - free).mean() for step in steps]).sum()
 

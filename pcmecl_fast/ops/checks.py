@@ -1,7 +1,7 @@
-"""Argument checks: one exception that names the argument, what it got and what it takes.
+"""Argument checks: a single exception that names the argument, what it got and what it takes.
 
 TypeError for a wrong type or dtype, ValueError for a shape, a value or a mix of devices, IndexError for an index out
-of range. Sizes are letters: `sizes` remembers what each letter stood for the first time, and in which argument.
+of range. Sizes are letters: `Sizes` remembers each letter's first value and the argument it came from.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
-"""Kinds of devices that autocast knows: asked once, because torch.compile cannot ask in every version."""
+"""Device types that autocast supports: queried once, because not every version of torch.compile can trace it."""
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Sizes:
-    """What the letters of the shapes stand for in one call."""
+    """The values of the shapes' letters in one call."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}
@@ -63,14 +63,14 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any) -> None:
-    """Raise unless `value` is a tensor of an integer dtype (bool is none)."""
+    """Raise unless `value` is a tensor of an integer dtype (bool is not one)."""
     _check_tensor(name, value)
     if value.dtype == torch.bool or value.dtype.is_floating_point or value.dtype.is_complex:
         raise TypeError(f"{name}: got {value.dtype}; takes an integer dtype such as torch.int64")
 
 
 def alike(**tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, in one dtype; raises unless they share that of the first, or autocast is on and widens them."""
+    """The tensors in one dtype; raises unless all share the first one's, or autocast is on and widens them."""
     (first_name, first), *others = tensors.items()
     if any(value.dtype != first.dtype for _, value in others) and autocast_is_on(first.device.type):
         dtype = reduce(torch.promote_types, (value.dtype for value in tensors.values()))
@@ -82,7 +82,7 @@ def alike(**tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def autocast_is_on(kind: str) -> bool:
-    """Whether autocast rules on devices of this kind."""
+    """Whether autocast is active on devices of this type."""
     return kind in AUTOCAST and torch.is_autocast_enabled(kind)
 
 
@@ -111,7 +111,7 @@ def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}; takes a number")
-    if not -math.inf < value < math.inf:  # which can be traced with a symbolic number, as `isfinite` cannot
+    if not -math.inf < value < math.inf:  # unlike `isfinite`, traceable with a symbolic number
         raise ValueError(f"{name}: got {value}; takes a finite number")
 
 
@@ -130,8 +130,8 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 def check_index_range(name: str, index: Tensor, size: int, of: str) -> None:
     """Raise IndexError unless 0 ≤ index < size.
 
-    On the CPU always. Elsewhere, and inside `torch.compile`, without waiting for the device: a device-side assertion
-    that stops the next synchronisation; PCMECL_CHECK=1 reads the indices on the host instead, to see which is wrong.
+    On the CPU always. Elsewhere, and inside `torch.compile`, without waiting for the device: by a device-side assertion
+    that fails at the next synchronisation; PCMECL_CHECK=1 checks on the host instead, to find the bad index.
     """
     on_host = index.device.type == "cpu" or (index.device.type != "meta" and os.environ.get("PCMECL_CHECK") == "1")
     if torch.compiler.is_compiling() or not on_host:
@@ -148,7 +148,7 @@ def _inside(index: Tensor, size: int) -> Tensor:
 
 
 def _extremes_inside(index: Tensor, size: int) -> bool:
-    """Whether all of `_inside` is True, in a third of the time: every call on a CPU asks."""
+    """Whether all of `_inside` is True, in a third of the time: every CPU call needs it."""
     lowest, highest = index.aminmax()
     return int(lowest) >= 0 and int(highest) < size
 

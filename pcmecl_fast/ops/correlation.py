@@ -30,15 +30,15 @@ def correlation_loss(
     """Match each individual's changes of image features to its own changes of text features, among all of them.
 
     The loss is the symmetric cross entropy above over the valid directions: ordered pairs of different emotions that
-    are both present. `negatives` says what a direction (i, ab) is told apart from, in its row and in its column alike:
+    are both present. `negatives` selects what a direction (i, ab) is contrasted with, in its row and in its column:
 
     - "all": every valid (j, cd).
     - "within": the individual's own (i, cd). An individual has either no direction or at least two (a→b and b→a), so
-      no row is left with its positive alone.
+      no row has only its positive.
     - "distinct": all but the same change in another individual, (j, ab) with j ≠ i, which is hardly a negative.
 
-    The mean is over all valid directions, each weighing the same. Without any (nobody has two emotions, or the batch
-    is empty) the loss is 0 and still has a graph. Two emotions with identical features (norm ≤ 1e-8) still make
+    The mean is over all valid directions, equally weighted. Without any (nobody has two emotions, or the batch is
+    empty) the loss is 0 and still has a graph. Two emotions with identical features (norm ≤ 1e-8) still form
     directions: their logits are 0, and so is the gradient through them. Gradients flow to `visual`, `text` and a
     tensor `scale`; a missing emotion's features are not read and their gradient is 0.
 
@@ -46,7 +46,7 @@ def correlation_loss(
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
         text: unit text features, (N, E, D), the same dtype and device (under autocast the wider dtype counts).
         scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
-        mask: True where individual n has emotion e, (N, E) bool; None: everywhere.
+        mask: True where individual n has emotion e, (N, E) bool; None means everywhere.
         negatives: "all", "within" or "distinct".
         backend: see `use_backend`; None leaves the choice to it.
 
@@ -76,7 +76,7 @@ def correlation_loss(
 
 
 def _outputs(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and what a backend keeps of the row and the column of each pair a < b; those of b → a have the same."""
+    """The loss, and what a backend saves of the row and column of each pair a < b; b → a shares them."""
     individuals, emotions, _ = visual.shape
     wide = reference.computing_dtype(visual)
     pairs = emotions * (emotions - 1) // 2

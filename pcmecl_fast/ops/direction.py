@@ -1,11 +1,11 @@
-"""How far an edit moves a face's CLIP features along the change of emotion that was asked for.
+"""How well an edit's change of CLIP features follows the requested change of emotion.
 
-    v̂, v̂'  = source and edited over their norms,   δ = v̂' − v̂
+    v̂, v̂'  = source and edited divided by their norms,   δ = v̂' − v̂
     d[e]   = bank[n, e] − bank[n, a]
     c[e]   = ⟨unit(δ), unit(d[e])⟩
     loss   = (1 − c[b]) + contrast · ( −log softmax_{e≠a}( scale · c[e] )[b] )
 
-of individual n, from the source emotion a to the target emotion b; unit(x) is x / |x|, and 0 where |x| ≤ 1e-8.
+for individual n, from the source emotion a to the target emotion b; unit(x) is x / |x|, and 0 where |x| ≤ 1e-8.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def direction_logits(
 ) -> Tensor:  # (B, E)
     """Cosines between an edit's change of image features and each change of emotion in the prompt bank.
 
-    c[e] = ⟨unit(δ), unit(d[e])⟩ as above, in [-1, 1] and without the logit scale. The column of the source emotion is
-    no change and is 0. An edit that changes nothing (|δ| ≤ 1e-8), and two emotions with the same text features, give
-    0 with gradient 0. Gradients flow to `source`, `edited` and `bank`.
+    c[e] = ⟨unit(δ), unit(d[e])⟩ as above, in [-1, 1] and without the logit scale. The source emotion's column stands
+    for no change and is 0. An edit that changes nothing (|δ| ≤ 1e-8), and two emotions with the same text features,
+    give 0 with gradient 0. Gradients flow to `source`, `edited` and `bank`.
 
     Args:
         source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
@@ -78,9 +78,9 @@ def direction_loss(
 ) -> Tensor:  # () or (B,)
     """Pull each edit's change of image features towards its change of emotion, and away from the other changes.
 
-    loss = (1 − c[b]) + contrast · (−log softmax over e ≠ a of scale · c[e], at b), with c of `direction_logits`. A
-    sample with target = source asks for no change: it is 0, its gradient is 0 and the mean leaves it out. A batch
-    without a valid sample, or empty, is 0 and still has a graph. A zero change (a generator that starts as the
+    loss = (1 − c[b]) + contrast · (−log softmax over e ≠ a of scale · c[e], at b), with c from `direction_logits`. A
+    sample with target = source requests no change: its loss and gradient are 0 and the mean excludes it. A batch that
+    is empty or has no valid sample gives 0 and still has a graph. A zero change (a generator that starts as the
     identity) is finite with gradient 0. Gradients flow to `source`, `edited`, `bank` and a tensor `scale`.
 
     Args:
@@ -90,7 +90,7 @@ def direction_loss(
         bank: unit text features of every individual and emotion, (N, E, D), taken as given, the same dtype and device.
         individual: row of the bank of each sample, (B,), any integer dtype, 0 to N-1.
         source_emotion: emotion a of each source frame, (B,), any integer dtype, 0 to E-1.
-        target_emotion: emotion b asked for, (B,), any integer dtype, 0 to E-1.
+        target_emotion: requested emotion b, (B,), any integer dtype, 0 to E-1.
         scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
         contrast: weight of the contrast with the other target emotions, at least 0.
         normalize: divide `source` and `edited` by their norms first; False takes them as given.
@@ -162,7 +162,7 @@ def _logits_outputs(source: Tensor, edited: Tensor, bank: Tensor, *rest: object)
 
 
 def _loss_outputs(source: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    """The loss, and the number of samples that it is divided by."""
+    """The loss, and the number of samples it is divided by."""
     reduction = rest[-1]
     wide = reference.computing_dtype(source)
     shape = source.shape[:1] if reduction == "none" else ()

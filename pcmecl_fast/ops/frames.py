@@ -1,4 +1,4 @@
-"""A generator's frames as CLIP's image tower takes them: resized, in CLIP's range, differentiable.
+"""A generator's frames as CLIP's image tower expects them: resized, in CLIP's range, differentiable.
 
     y = ( resize( (x + 1) / 2 ) − mean ) / std
 
@@ -25,9 +25,9 @@ def clip_frames(
 ) -> Tensor:  # (B, 3, size, size)
     """Resize frames to CLIP's input and normalise their colours.
 
-    The formula above, on whole frames: the sides are scaled apart, nothing is cropped. The resize is that of
-    `F.interpolate(mode="bicubic", antialias=True, align_corners=False)`. Values are not clamped to the range, neither
-    before nor after, so that every pixel's gradient reaches the generator.
+    The formula above, on whole frames: the sides are scaled independently, nothing is cropped. The resize is that of
+    `F.interpolate(mode="bicubic", antialias=True, align_corners=False)`. Values are clamped neither before nor after
+    it, so every pixel's gradient reaches the generator.
 
     Args:
         frames: (B, 3, H, W) red, green, blue in [-1, 1] (not checked); float16, bfloat16, float32 or float64.

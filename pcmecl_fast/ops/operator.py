@@ -1,4 +1,4 @@
-"""Operators and backends: an operator is declared once, as one object, and a backend adds its kernels to it.
+"""Operators and backends: an operator is declared once, as one object, and backends add their kernels to it.
 
     DIRECTION_LOSS = Operator(reference.direction_loss, schema, gradients=…, outputs=…)       in ops/direction.py
     CPU.add(DIRECTION_LOSS, forward, backward, limits)                                        in ops/backends/cpu.py
@@ -8,8 +8,8 @@ else "auto", the fastest that supports the arguments. Kernels run inside a pair 
 `pcmecl_fast::<name>` and `pcmecl_fast::<name>_backward`, whose last argument is the backend's name: autograd, fake
 kernels, autocast, contiguity and the error of a second derivative live here, once for every operator and backend.
 
-Autograd is written by hand, two `torch.autograd.Function`s behind the Autograd key: `torch.library.register_autograd`
-costs 25 µs more a call, as long as some of these operators take altogether.
+Autograd is two `torch.autograd.Function`s registered under the Autograd key: `torch.library.register_autograd` would
+cost 25 µs more per call, as long as some of these operators take in total.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from pcmecl_fast.ops.checks import autocast_is_on
 
 NAMESPACE = "pcmecl_fast"
 FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
-"""The order in which "auto" tries the backends. That `cuda` comes before `triton` has not been measured yet: it is
-first because it compiles nothing at the first call."""
+"""The order in which "auto" tries the backends. Whether `cuda` beats `triton` has not been measured yet: it comes first
+because it compiles nothing on the first call."""
 NAMES = (*reversed(FASTEST_FIRST), "auto")
 
 logger = logging.getLogger("pcmecl_fast")
 
 _library = Library(NAMESPACE, "DEF")
 _in_context: ContextVar[str | None] = ContextVar("pcmecl_fast_backend", default=None)
-# The same where torch.compile traces: it guards a module's variable, but no context variable in every version. Threads
-# that compile under different backends at a time have to name them in the calls.
+# The same for torch.compile, which guards module variables but, in some versions, not context variables. Threads that
+# compile under different backends at the same time must name them in the calls.
 _while_compiling: str | None = None
 _explaining: ContextVar[bool] = ContextVar("pcmecl_fast_explaining", default=False)
 _logged: set[tuple[str, str]] = set()
@@ -54,8 +54,8 @@ class Limits:
 
     Attributes:
         devices: types of device.
-        dtypes: of the operator's first tensor.
-        most: the largest supported value of each of the operator's `sizes`, for every dtype alike or by dtype.
+        dtypes: supported dtypes of the operator's first tensor.
+        most: the largest supported value of each of the operator's `sizes`, for all dtypes or by dtype.
         least: the smallest.
     """
 
@@ -65,7 +65,7 @@ class Limits:
     least: Mapping[str, int] = field(default_factory=dict)
 
     def unsupported_reason(self, operator: Operator, arguments: Sequence[Any]) -> str | None:
-        """Why these arguments are not supported, None where they are. Nothing here waits for a device."""
+        """Why these arguments are not supported, or None if they are. Nothing here waits for a device."""
         first: Tensor = arguments[0]
         if first.device.type not in self.devices:
             return f"got a tensor on {first.device}; supports {_listed(map(_DEVICE_WORDS.__getitem__, self.devices))}"
@@ -88,7 +88,7 @@ _DEVICE_WORDS = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}
 
 
 class Implementation(NamedTuple):
-    """An operator on one backend; without a `backward`, `forward` is the whole of it, differentiated by PyTorch."""
+    """An operator on one backend; without a `backward`, PyTorch differentiates `forward`."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
@@ -96,11 +96,11 @@ class Implementation(NamedTuple):
 
 
 class Backend:
-    """One way of running operators, and the kernels that it has.
+    """One way of running operators, and its kernels.
 
     Args:
         name: "reference", "cpu", "triton" or "cuda".
-        missing: says why the backend cannot run here at all and how to get it; None where it can. Asked at every call.
+        missing: returns why the backend cannot run here at all and how to get it, or None if it can. Called each time.
     """
 
     def __init__(self, name: str, missing: Callable[[], str | None]) -> None:
@@ -119,36 +119,36 @@ class Backend:
 
         Args:
             operator: which one.
-            forward: takes the schema's arguments and returns (result, *saved), or the result where nothing is saved.
+            forward: takes the schema's arguments and returns (result, *saved), or just the result if nothing is saved.
                 Tensors arrive contiguous, outside autocast and outside autograd.
             backward: takes (gradient of the result, *the schema's arguments, *saved, needs) and returns a gradient, or
                 None where `needs` is False, for each name in the operator's `gradients`. Without it, `forward` takes
                 the operator's arguments as they are and is differentiated by PyTorch.
-            limits: what the two support; None for everything that the operator takes.
+            limits: what the two support; None for everything the operator accepts.
         """
         self.implementations[operator.name] = Implementation(forward, backward, limits)
 
     def unsupported_reason(self, operator: Operator, arguments: Sequence[Any]) -> str | None:
-        """Why this backend cannot run the call, None where it can."""
+        """Why this backend cannot run the call, or None if it can."""
         reason = self.missing()
         if reason is not None:
             return reason
         implementation = self.implementations.get(operator.name)
         if implementation is None:
-            return f"it has no implementation of {operator.name}; take backend='auto' or 'reference'"
+            return f"it has no implementation of {operator.name}; use backend='auto' or 'reference'"
         limits = implementation.limits
         return None if limits is None else limits.unsupported_reason(operator, arguments)
 
 
 BACKENDS: dict[str, Backend] = {}
-"""Every backend by its name; filled by the files in `ops/backends`."""
+"""Every backend by name; filled by the files in `ops/backends`."""
 
 BACKENDS["reference"] = REFERENCE = Backend("reference", missing=lambda: None)
 
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """One line of the table of backends: `reason` is why it is missing, or "" where it is available."""
+    """One row of the table of backends: `reason` is why it is missing, or "" if it is available."""
 
     name: str
     available: bool
@@ -164,14 +164,14 @@ def backend_status() -> list[BackendStatus]:
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Run the operators called inside the `with` block on one backend.
 
-    Holds for the calling thread or task only (a context variable), nests, and gives way to a call's own `backend=`.
+    Applies to the calling thread or task only (a context variable), nests, and yields to a call's own `backend=`.
     The backward pass runs where its forward ran.
 
     Args:
         name: "reference", "cpu", "triton", "cuda" or "auto".
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
     """
     return _use_backend(_checked_name(name, "use_backend(name)"))
 
@@ -189,7 +189,7 @@ def _use_backend(name: str) -> Iterator[None]:
 
 
 def requested_backend(backend: str | None) -> str:
-    """The call's word, else the context's, else the environment's, else "auto"."""
+    """The call's choice, else the context's, else the environment's, else "auto"."""
     if backend is not None:
         return _checked_name(backend, "backend")
     in_context = _while_compiling if torch.compiler.is_compiling() else _in_context.get()
@@ -210,7 +210,7 @@ def _checked_name(name: str, argument: str) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend an operator's call would run on, and why not on each other one."""
+    """Which backend a call would run on, and why not on each of the others."""
 
     operator: str
     backend: str
@@ -222,17 +222,17 @@ class Explanation:
 
 
 def explain(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
-    """Say which backend a call would run on and why not on the others; nothing is computed.
+    """Tell which backend a call would run on and why not on the others; nothing is computed.
 
         print(ops.explain(ops.direction_loss, source, edited, bank, individual, source_emotion, target_emotion))
         direction_loss runs on cpu (cuda: there is no CUDA device; triton: no CUDA device; reference: slower than cpu)
 
     Args:
         operator: one of the functions of `pcmecl_fast.ops`.
-        arguments, options: as the call would have them, `backend=` included.
+        arguments, options: those of the call, `backend=` included.
 
     Raises:
-        TypeError: something else than an operator of `pcmecl_fast.ops`; or as the call would.
+        TypeError: anything but an operator of `pcmecl_fast.ops`; or whatever the call would raise.
         RuntimeError: a named backend that cannot run.
     """
     token = _explaining.set(True)
@@ -249,11 +249,11 @@ def explain(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Ex
 
 
 def _split(value: float | Tensor) -> tuple[Tensor | None, float]:
-    """A number or a tensor as a schema takes it: no device is waited for."""
+    """A number or a tensor in schema form, without waiting for a device."""
     return (value, 0.0) if isinstance(value, Tensor) else (None, float(value))
 
 
-# Kinds of arguments that torch's schemas do not know: what stands in their place there, and how a value is taken apart.
+# Argument types that torch's schemas lack: what replaces them in the schema, and how to flatten a value to that.
 _COMPOSITE: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
     "Tensor|float": ("Tensor? {0}, float {0}_number", _split),
     "PromptTree": ("int prefix, int[] segment_lengths", lambda tree: (tree.prefix, tree.segment_lengths)),
@@ -261,21 +261,21 @@ _COMPOSITE: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
 
 
 class Operator:
-    """An operator: its specification, its schema, and what it takes to differentiate and to trace it.
+    """An operator: its specification, its schema, and what is needed to differentiate and trace it.
 
     Called with the reference's arguments, already checked, and `backend=`; returns the result.
 
     Args:
         reference: the specification in plain PyTorch; its name is the operator's.
-        schema: the arguments in the notation of `torch.library`, and two kinds more: "Tensor|float scale", which
+        schema: the arguments in the notation of `torch.library`, plus two types: "Tensor|float scale", which
             becomes "Tensor? scale, float scale_number" for the kernels, and "PromptTree layout", which becomes
             "int prefix, int[] segment_lengths". The first argument is a tensor.
         gradients: names of the arguments that have a gradient, in order.
-        outputs: takes the kernels' arguments and returns empty tensors like the ones that their forward returns:
+        outputs: takes the kernels' arguments and returns empty tensors like those their forward returns:
             (result, *saved).
-        saved: names of the tensors that the forward keeps for the backward besides its arguments.
-        keeps_result: whether the backward gets the result too, before the saved ones.
-        sizes: what `Limits` may speak of: functions of the operator's arguments, by name.
+        saved: names of the tensors that the forward saves for the backward in addition to its arguments.
+        keeps_result: whether the backward also gets the result, before the saved ones.
+        sizes: the quantities `Limits` may bound: functions of the operator's arguments, by name.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ class Operator:
             torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
     def __call__(self, *arguments: Any, backend: str | None) -> Any:
-        """Run on the chosen backend; a named one that cannot run raises RuntimeError, "auto" goes on to the next."""
+        """Run on the chosen backend; a named one that cannot run raises RuntimeError, "auto" tries the next."""
         requested = requested_backend(backend)
         if not torch.compiler.is_compiling() and _explaining.get():
             return self._explanation(requested, arguments)
@@ -341,8 +341,8 @@ class Operator:
             _logged.add((self.name, name))
             explanation = self._explanation("auto", arguments)
             faster = FASTEST_FIRST[: FASTEST_FIRST.index(name)]
-            why_not = {other: reason for other, reason in explanation.why_not.items() if other in faster}
-            logger.info("%s", Explanation(self.name, name, why_not))
+            reasons = {other: reason for other, reason in explanation.why_not.items() if other in faster}
+            logger.info("%s", Explanation(self.name, name, reasons))
         return name
 
     def _checked(self, name: str, arguments: Sequence[Any]) -> str:
@@ -354,19 +354,19 @@ class Operator:
     def _explanation(self, requested: str, arguments: Sequence[Any]) -> Explanation:
         reasons = {name: BACKENDS[name].unsupported_reason(self, arguments) for name in FASTEST_FIRST}
         if requested == "auto":
-            taken = next(name for name, reason in reasons.items() if reason is None)
-            instead = f"slower than {taken}"
+            chosen = next(name for name, reason in reasons.items() if reason is None)
+            otherwise = f"slower than {chosen}"
         else:
-            taken, instead = self._checked(requested, arguments), f"{requested} was asked for"
+            chosen, otherwise = self._checked(requested, arguments), f"{requested} was requested"
         return Explanation(
-            self.name, taken, {name: reason or instead for name, reason in reasons.items() if name != taken}
+            self.name, chosen, {name: reason or otherwise for name, reason in reasons.items() if name != chosen}
         )
 
     def _flat(self, arguments: Sequence[Any]) -> list[Any]:
-        """The arguments as the schema has them."""
+        """The arguments in the form of the schema."""
         flat: list[Any] = []
-        for take_apart, value in zip(self._composite, arguments, strict=True):
-            flat += [value] if take_apart is None else take_apart(value)
+        for flatten, value in zip(self._composite, arguments, strict=True):
+            flat += [value] if flatten is None else flatten(value)
         return flat
 
     def _run_forward(self, *arguments: Any) -> Any:
@@ -422,7 +422,7 @@ def _differentiable_once(operator: Operator) -> Any:
             return results
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor | None, *of_saved: None) -> Any:
+        def backward(ctx: Any, grad: Tensor | None, *saved_grads: None) -> Any:
             gradients: list[Tensor | None] = [None] * len(ctx.rest)
             if grad is None:
                 return tuple(gradients)
@@ -451,7 +451,7 @@ def _not_differentiable_twice(operator: Operator) -> Any:
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             raise NotImplementedError(
-                f"{operator.name}: the compiled backends have no second derivative; take backend='reference'"
+                f"{operator.name}: the compiled backends have no second derivative; use backend='reference'"
             )
 
     return Backward

@@ -2,8 +2,8 @@
 
     [prefix: SOS, context]  [segment 0: description, EOS]  [segment 1: description, EOS]  …
 
-A token sees the prefix and its own segment, up to itself: what a causal tower shows it in the separate, padded
-sequence [prefix, segment]. Positions restart after the prefix in every segment, so that the features are the same.
+A token sees the prefix and its own segment, up to itself: just what it sees in a causal tower in the separate, padded
+sequence [prefix, segment]. Positions restart after the prefix in every segment, so the features are the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptTree:
-    """How E prompts are packed into one sequence; hashable, so that kernels can be kept per layout.
+    """How E prompts are packed into one sequence; hashable, so that kernels can be cached per layout.
 
     Attributes:
         prefix: tokens that every prompt begins with, at least 1: SOS and the shared context, or SOS alone where each
@@ -27,7 +27,7 @@ class PromptTree:
         segment_lengths: tokens of each prompt after the prefix, EOS included, each at least 1.
 
     Raises:
-        TypeError: lengths that are no integers.
+        TypeError: lengths that are not integers.
         ValueError: a length below 1, or no segment.
     """
 
@@ -46,7 +46,7 @@ class PromptTree:
 
     @property
     def length(self) -> int:
-        """S: the packed sequence's tokens."""
+        """S, the number of tokens in the packed sequence."""
         return self.prefix + sum(self.segment_lengths)
 
     @property
@@ -71,15 +71,15 @@ class PromptTree:
         return torch.tensor([self.prefix + end - 1 for end in accumulate(self.segment_lengths)])
 
     def mask(self, device: torch.device | str | None = None) -> Tensor:  # (S, S) bool
-        """True where token q (row) may attend token k (column). Kept per device: do not write into it."""
-        if torch.compiler.is_compiling():  # a tensor made while tracing is a stand-in: not to be kept for real calls
+        """True where token q (row) may attend to token k (column). Cached per device: do not write to it."""
+        if torch.compiler.is_compiling():  # a tensor made while tracing is fake: it must not be cached for real calls
             return _build_mask(self, torch.device(device or "cpu"))
         return _kept_mask(self, torch.empty(0, device=device or "cpu").device)  # "cuda" becomes the current "cuda:0"
 
 
 @lru_cache(maxsize=64)
 def _kept_mask(layout: PromptTree, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a later backward
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used in a later backward
         return _build_mask(layout, device)
 
 

@@ -1,11 +1,11 @@
 """The operators in plain PyTorch: the specification that every backend is tested against.
 
-The wrappers beside this file check the arguments; these functions trust them. Three rules hold throughout:
+The wrappers in the files beside this one check the arguments; these functions trust them. Three rules hold throughout:
 
 - Half types are computed in float32. Losses stay float32; logits, attention and frames return in the input's dtype.
 - `torch.autocast` changes nothing: the arithmetic runs with it switched off.
-- A vector no longer than ε = 1e-8 is no direction: its unit vector is 0, and so is the gradient through it. A plain
-  `x / max(|x|, ε)` would have the gradient 1/ε = 1e8 there, and `x / |x|` would have NaN.
+- A vector no longer than ε = 1e-8 has no direction: its unit vector is 0, and so is the gradient through it. A plain
+  `x / max(|x|, ε)` would have gradient 1/ε = 1e8 there, and `x / |x|` would give NaN.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def direction_loss(
     with _autocast_off(source):
         cosines = _direction_cosines(source, edited, bank, individual, source_emotion, normalize)
         valid = source_emotion != target_emotion
-        # Without a valid target nothing is masked, so that a bank of one emotion has no empty softmax.
+        # Without a valid target nothing is masked, so the softmax is never empty, even with a single emotion.
         not_a_change = valid[:, None] & (torch.arange(bank.shape[1], device=bank.device) == source_emotion[:, None])
         logits = (scale * cosines).masked_fill(not_a_change, -torch.inf)
         cross_entropy = logits.logsumexp(dim=1) - _pick(logits, target_emotion)
@@ -88,7 +88,7 @@ def correlation_loss(
             keep = keep & same_individual
         elif negatives == "distinct":
             keep = keep & (same_individual | ~same_change)
-        # A row that is not valid keeps only its own logit: its cross entropy and its gradient are exactly 0.
+        # An invalid row keeps only its own logit: its cross entropy and gradient are exactly 0.
         logits = logits.masked_fill(~(keep | same_individual & same_change), -torch.inf)
         rows_and_columns = logits.logsumexp(dim=1) + logits.logsumexp(dim=0) - 2 * logits.diagonal()
         return 0.5 * rows_and_columns.sum() / valid.sum().clamp(min=1)
@@ -113,7 +113,7 @@ def clip_frames(
     with _autocast_off(frames):
         unit_range = (_wide(frames) + 1) / 2
         resized = F.interpolate(unit_range, (size, size), mode="bicubic", antialias=True, align_corners=False)
-        # Not clamped: the resize overshoots at edges by a little, and a clamp would cut those pixels' gradients off.
+        # Not clamped: the resize overshoots slightly at edges, and a clamp would zero those pixels' gradients.
         per_channel = [(channel - m) / s for channel, m, s in zip(resized.unbind(dim=1), mean, std, strict=True)]
         return torch.stack(per_channel, dim=1).to(frames.dtype)
 
@@ -132,21 +132,21 @@ def _direction_cosines(
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension; 0 with gradient 0 where |x| ≤ ε. NaN stays NaN, so that it is seen."""
+    """x / |x| over the last dimension; 0 with gradient 0 where |x| ≤ ε. NaN stays NaN, to remain visible."""
     square = (x * x).sum(dim=-1, keepdim=True)
     short = square <= EPS**2
     return x.masked_fill(short, 0.0) / square.masked_fill(short, 1.0).sqrt()
 
 
 def _centred(x: Tensor, present: Tensor) -> Tensor:
-    """Take each individual's mean over its present emotions off: its differences stay, their low bits survive."""
-    x = torch.where(present[..., None], _wide(x), 0.0)  # what is not present may be anything, NaN included
+    """Subtract each individual's mean over its present emotions: differences keep their value, and their low bits."""
+    x = torch.where(present[..., None], _wide(x), 0.0)  # absent entries may hold anything, NaN included
     mean = x.sum(dim=1, keepdim=True) / present.sum(dim=1).clamp(min=1)[:, None, None]
     return x - mean
 
 
 def ordered_pairs(emotions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Every (a, b) with a ≠ b, a changing slowest: two index tensors of E(E-1)."""
+    """Every (a, b) with a ≠ b, a varying slowest: two index tensors of E(E-1)."""
     pair = torch.arange(emotions * (emotions - 1), device=device)
     before = pair // max(emotions - 1, 1)
     other = pair % max(emotions - 1, 1)

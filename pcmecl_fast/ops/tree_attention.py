@@ -1,4 +1,4 @@
-"""Attention over one individual's prompts packed as a tree (`prompt_tree.py`): the prefix is attended once, by all.
+"""Attention over one individual's prompts packed as a tree (`prompt_tree.py`): all prompts share one prefix.
 
 out = softmax(q kᵀ / √d + mask) v        mask: a token sees the prefix and its own segment, up to itself
 """
@@ -33,7 +33,7 @@ def tree_attention(
 
     Raises:
         TypeError: an argument's type or dtype.
-        ValueError: a shape, a length that is not the layout's, an unknown backend.
+        ValueError: a shape, a length that differs from the layout's, an unknown backend.
         RuntimeError: a named backend that cannot run.
 
     Source: ours; prefix sharing as in tree attention for speculative decoding.

@@ -1,4 +1,4 @@
-"""Personalized prompts, and the bank that keeps what they say."""
+"""Personalized prompts, and the bank that stores their text features."""
 
 from pcmecl_fast.prompts.bank import PromptBank, Tower, condition_of, load_prompts, save_prompts
 from pcmecl_fast.prompts.learner import PersonalizedPrompts

@@ -19,7 +19,7 @@ from pcmecl_fast.prompts.learner import PersonalizedPrompts
 
 
 class Conditions(Protocol):
-    """What prompts are conditioned on, N rows of image features: a (N, D) tensor, or a store that is read by rows."""
+    """What prompts are conditioned on, N rows of image features: an (N, D) tensor, or a store read by rows."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: Tensor) -> Tensor: ...
@@ -42,7 +42,7 @@ class Tower:
             raise ValueError(
                 f"clip: {path} was made with {self.name!r} ({self.pretrained}, text tower {self.text_hash[:8]}), "
                 f"got {clip.name!r} ({clip.pretrained}, text tower {clip.text_hash()[:8]}); "
-                "load the same model and weights, or make the file again"
+                "load the same model and weights, or recreate the file"
             )
 
 
@@ -54,7 +54,7 @@ class PromptBank:
         individuals: N different names; with `condition="frame"` the keys of N frames.
         emotions: E different names.
         descriptions: the E descriptions behind the emotions; the names themselves where None.
-        tower: which CLIP model made the features; None where unknown, and then the bank cannot be saved.
+        tower: which CLIP model made the features; None if unknown, and then the bank cannot be saved.
         condition: "individual" or "frame", what a row stands for.
 
     Raises:
@@ -108,16 +108,16 @@ class PromptBank:
 
         Args:
             prompts: the learned prompts.
-            conditions: one row for each individual (or frame): a tensor, or features that are read as they are needed.
+            conditions: one row for each individual (or frame): a tensor, or features that are read on demand.
             individuals: N names; with `condition="frame"` the keys of N frames.
             emotions: E names, one for each description of the prompts.
             clip: the model of the prompts.
             condition: "individual" or "frame", what a row stands for.
-            batch_size: individuals that the text tower sees at once.
-            backend: of `PersonalizedPrompts`.
-            path: a file that the rows are written to as they are made, for banks larger than memory; the bank that is
-                returned is a memory map of it.
-            dtype: of the rows; None takes that of the prompts.
+            batch_size: individuals per batch of the text tower.
+            backend: backend of `PersonalizedPrompts`.
+            path: a file to write the rows to as they are computed, for banks larger than memory; the returned bank is a
+                memory map of it.
+            dtype: dtype of the rows; None means the prompts' dtype.
         """
         count, dtype = len(conditions), dtype or prompts.context.dtype
         chunks = tqdm(torch.arange(count).split(batch_size), desc="prompt bank", disable=count < 50 * batch_size)
@@ -126,7 +126,7 @@ class PromptBank:
         if path is None:
             features = torch.cat([torch.empty(0, *shape[1:], dtype=dtype, device=prompts.context.device), *rows])
             return cls(features, individuals, emotions, descriptions=descriptions, tower=tower, condition=condition)
-        # Checks the names before the work is done, on a tensor without memory.
+        # Check the names before doing the work, on a tensor that takes no memory.
         empty = torch.empty(shape, dtype=dtype, device="meta")
         header = cls(
             empty, individuals, emotions, descriptions=descriptions, tower=tower, condition=condition
@@ -146,10 +146,10 @@ class PromptBank:
         clip: Clip,
         **options: Any,
     ) -> PromptBank:
-        """A bank, in memory, with rows for n more individuals (or frames): people met after the prompts were learned.
+        """A bank, in memory, with rows for n more individuals (or frames): people added after the prompts were learned.
 
-        Their condition is the mean of the unit image features of a few frames of them (`condition_of`). Further
-        options are those of `build`.
+        Their condition is the mean unit image feature of a few of their frames (`condition_of`). The other options are
+        those of `build`.
         """
         more = PromptBank.build(
             prompts, conditions, individuals, self.emotions, clip=clip, condition=self.condition, **options
@@ -159,7 +159,7 @@ class PromptBank:
         )
 
     def selected(self, names: Sequence[str], device: torch.device | str | None = None) -> PromptBank:
-        """A bank, in memory, with the rows of these individuals alone; raises as `rows`."""
+        """A bank, in memory, with the rows of these individuals alone; raises what `rows` raises."""
         return self._of(self.lookup(self.rows(names), device), names)
 
     def lookup(
@@ -167,10 +167,10 @@ class PromptBank:
         rows: Tensor,  # (…) int
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """The text features of some rows, (…, E, D), on `device`: from a memory map, only these are read.
+        """The text features of some rows, (…, E, D), on `device`: of a memory map, only these are read.
 
         Raises:
-            IndexError: a row that the bank does not have (checked for one that lies on the CPU).
+            IndexError: a row that the bank does not have (checked for banks on the CPU).
         """
         rows = rows.to(self.features.device)
         count = len(self.features)
@@ -185,10 +185,10 @@ class PromptBank:
         return self._mapped is not None
 
     def rows(self, names: Sequence[str]) -> Tensor:  # (len(names),) int64
-        """Where the named individuals are in the table.
+        """The rows of the named individuals.
 
         Raises:
-            KeyError: an individual that the bank does not have; the message has the closest names.
+            KeyError: an individual that the bank does not have; the message lists the closest names.
         """
         missing = [name for name in names if name not in self._row]
         if missing:
@@ -201,7 +201,7 @@ class PromptBank:
         return torch.tensor([self._row[name] for name in names], dtype=torch.long)
 
     def columns(self, emotions: Sequence[str]) -> Tensor:  # (len(emotions),) int64
-        """Where the named emotions are in the table; ValueError for one that it does not have."""
+        """The columns of the named emotions; ValueError for one that the bank does not have."""
         missing = [e for e in emotions if e not in self.emotions]
         if missing:
             raise ValueError(f"emotions: the bank has {', '.join(self.emotions)}, not {', '.join(missing)}")
@@ -211,7 +211,7 @@ class PromptBank:
         return self._of(self.features.to(device=device, dtype=dtype), self.individuals)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the features, and a JSON header with all that says what they are."""
+        """Write one safetensors file: the features, and a JSON header that describes them."""
         save_tensors(path, "bank", {"features": self.features}, self._header())
 
     @classmethod
@@ -221,11 +221,11 @@ class PromptBank:
         Args:
             path: a file written by `save` or `build`.
             clip: the model.
-            on_disk: leave the features where they are, as a memory map on the CPU, wherever the clip lies.
+            on_disk: leave the features on disk, as a memory map on the CPU, whatever the clip's device.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is broken, is no bank, or belongs to another tower.
+            ValueError: the file is broken, is not a bank, or belongs to another tower.
         """
         tensors, header = load_tensors(path, "bank")
         tower = Tower(**header["tower"])
@@ -255,7 +255,7 @@ class PromptBank:
 
     def _header(self) -> dict[str, Any]:
         if self.tower is None:
-            raise ValueError("tower: this bank does not know its CLIP model; build it with PromptBank.build")
+            raise ValueError("tower: this bank's CLIP model is unknown; build the bank with PromptBank.build")
         return {
             "individuals": self.individuals,
             "emotions": self.emotions,
@@ -277,7 +277,7 @@ def condition_of(
 
 
 def save_prompts(path: str | Path, prompts: PersonalizedPrompts, emotions: Sequence[str], clip: Clip) -> None:
-    """Write learned prompts (V and h), so that individuals met later can get their rows of the bank."""
+    """Write learned prompts (V and h), so that individuals added later can get rows of the bank."""
     header = {
         "emotions": list(emotions),
         "descriptions": prompts.descriptions,
@@ -289,7 +289,7 @@ def save_prompts(path: str | Path, prompts: PersonalizedPrompts, emotions: Seque
 
 
 def load_prompts(path: str | Path, clip: Clip) -> tuple[PersonalizedPrompts, list[str]]:
-    """Read learned prompts and the emotions they are for; raises as `PromptBank.load`."""
+    """Read learned prompts and the emotions they are for; raises what `PromptBank.load` raises."""
     tensors, header = load_tensors(path, "prompts")
     Tower(**header["tower"]).check(clip, Path(path))
     prompts = PersonalizedPrompts(clip, header["descriptions"], n_ctx=header["n_ctx"], context=header["context"])

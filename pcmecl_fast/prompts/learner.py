@@ -31,9 +31,9 @@ class PersonalizedPrompts(nn.Module):
         prompt[n, e]   = [SOS] [V(e)_1 + h(c[n])] … [V(e)_M + h(c[n])] [tokens of description e] [EOS]
         features[n, e] = unit(text_tower(prompt[n, e]))
 
-    Only V (`context`) and h (`condition_net`) are parameters of this module, in at least float32 whatever the
-    tower's dtype. The clip is used, not owned: its weights are not in `state_dict()` and do not follow `.to()` (move
-    it yourself, before or after). Its text tower is frozen here (`requires_grad_(False)`).
+    Only V (`context`) and h (`condition_net`) are parameters of this module, in at least float32 whatever the tower's
+    dtype. The clip is used, not owned: its weights are not in `state_dict()` and `.to()` does not move them (move it
+    yourself, before or after). Its text tower is frozen here (`requires_grad_(False)`).
 
     Args:
         clip: the model; its text tower and tokenizer are used.
@@ -47,8 +47,8 @@ class PersonalizedPrompts(nn.Module):
         descriptions: the list of strings.
 
     Raises:
-        ValueError: an empty or blank or repeated description, one that does not fit in the tower's context length
-            beside the context, n_ctx < 1, an unknown `context`, an `init` of another number of tokens.
+        ValueError: no description, a blank or repeated one, one that does not fit in the tower's context length along
+            with the context, n_ctx < 1, an unknown `context`, an `init` with the wrong number of tokens.
         TypeError: descriptions that are not strings.
 
     Source: CoCoOp (V, h), CDRL (V per emotion, M = 8), the paper's abstract (prompts conditioned on the individual).
@@ -95,9 +95,9 @@ class PersonalizedPrompts(nn.Module):
         values = 0.02 * torch.randn(shape) if init is None else _word_embeddings(frame, embedding, init, n_ctx)
         self.context = nn.Parameter(values.to(device, dtype).expand(shape).clone())
         last = nn.Linear(hidden, width)
-        # h starts at zero, so that the prompts start at V exactly. PyTorch's default, which CoCoOp takes, draws the
-        # last bias with a deviation of 0.1, five times V's own: it would drown V and words given by `init`. The first
-        # layer's gradient is zero for the first step only.
+        # h starts at zero, so that the prompts start exactly at V. PyTorch's default, used by CoCoOp, draws the last
+        # bias with a standard deviation of 0.1, five times V's: it would drown out V and the words given by `init`. The
+        # first layer's gradient is zero only for the first step.
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.condition_net = nn.Sequential(nn.Linear(clip.embed_dim, hidden), nn.ReLU(), last).to(device, dtype)
@@ -117,8 +117,8 @@ class PersonalizedPrompts(nn.Module):
 
         Args:
             condition: image features of N individuals (or frames), any float dtype: c[n], usually unit.
-            backend: "reference" runs the padded batch, as everyone does; all others the prompt tree, where it is
-                exact for this tower. None takes `use_backend`, PCMECL_BACKEND, "auto", in that order.
+            backend: "reference" runs the usual padded batch; all others run the prompt tree, if it is exact for this
+                tower. None takes `use_backend`, PCMECL_BACKEND, "auto", in that order.
 
         Raises:
             ValueError: a condition of the wrong shape, dtype or device.
@@ -137,7 +137,7 @@ class PersonalizedPrompts(nn.Module):
         self,
         condition: Tensor,  # (N, D)
     ) -> Tensor:
-        """h(c): the shift that each individual's condition adds to every context token, (N, W)."""
+        """h(c): the shift that an individual's condition adds to every context token, (N, W)."""
         return self.condition_net(condition.to(self.context.dtype))
 
     def extra_repr(self) -> str:
@@ -145,7 +145,7 @@ class PersonalizedPrompts(nn.Module):
         return f"{len(self.descriptions)} descriptions, n_ctx={self.context.shape[-2]}, context={kind!r}"
 
     def _pack(self, tokens: Tensor, n_ctx: int, shared: bool) -> PackedPrompts | None:
-        """The prompts as trees; None, and a line in the log, where they would not give what the padded path gives."""
+        """The prompts as trees; None, and a line in the log, if they would not match the padded path."""
         model = self.clip.model
         obstacle = tree_obstacle(model)
         if obstacle is None:
@@ -153,7 +153,7 @@ class PersonalizedPrompts(nn.Module):
             if not (eos >= self._start + n_ctx).all():
                 obstacle = "the tower finds no EOS after the descriptions"
             elif not shared and self._start == 0:
-                obstacle = "the tokenizer puts no token before the context, so that the prompts share none"
+                obstacle = "the tokenizer puts no token before the context, so the prompts share none"
             else:
                 return PackedPrompts(tokens, eos, start=self._start, n_ctx=n_ctx, shared=shared).to(self.tokens.device)
         logger.info("prompts take the padded path, at full length: %s", obstacle)
@@ -197,7 +197,7 @@ def _word_embeddings(frame: _PromptFrame, embedding: nn.Module, words: str, n_ct
 
 
 class _PromptFrame:
-    """Where a tokenizer puts a text's own tokens between its special ones, read from what it makes of no text.
+    """Where a tokenizer puts a text's own tokens among its special ones, inferred from the empty text.
 
     CLIP's makes [SOS] text [EOS] pads; SigLIP's text [EOS] pads, with EOS = pad; BERT's [CLS] text [SEP] pads; some
     end with a class token after the pads. So: `start` special tokens, the text, `stop` special tokens, pads, `end`
@@ -216,7 +216,7 @@ class _PromptFrame:
         first, past = _longest_run(empty[self.start :].tolist())
         self.pad = int(empty[self.start + first])
         self.end = len(empty) - self.start - past
-        self.stop = first or 1  # EOS may be the pad itself: one of the run is it
+        self.stop = first or 1  # EOS may be the pad itself: then one pad of the run is the EOS
         self.eos_is_pad = first == 0
         self.sizes = [self._size(row) for row in self.rows]
         self.descriptions = descriptions
@@ -225,7 +225,7 @@ class _PromptFrame:
         """(E, L) ids with placeholders for `n_ctx` tokens before each description."""
         length = self.rows.shape[1]
         for description, size in zip(self.descriptions, self.sizes, strict=True):
-            # A row without pads may be one that the tokenizer cut; it never has room for a context either.
+            # A row without pads may have been truncated by the tokenizer, and never has room for a context.
             needed = self.start + n_ctx + size + self.stop + self.end
             if needed > length:
                 raise ValueError(
@@ -238,7 +238,7 @@ class _PromptFrame:
         return torch.cat([before, placeholder, text, end], dim=1)
 
     def _ordinary_id(self) -> Tensor:
-        """The id of some word: not EOS and not a pad, which towers look for by id."""
+        """The id of an ordinary word, neither EOS nor a pad: towers look for those by id."""
         words = self.rows[~torch.isin(self.rows, self.empty)]
         if not len(words):
             raise ValueError(f"descriptions: the tokenizer makes only special tokens of {self.descriptions}")

@@ -1,11 +1,11 @@
-"""Packs the prompts of one set of descriptions as trees: what they begin with once, then one segment each.
+"""Packs the prompts of one set of descriptions as trees: their common beginning once, then one segment each.
 
     shared context       [SOS, V_1 … V_M, the descriptions' common beginning,  rest_1, EOS,  rest_2, EOS,  …]
     per-emotion context  [SOS,  V(1)_1 … V(1)_M, description_1, EOS,  V(2)_1 … V(2)_M, description_2, EOS,  …]
 
-A thousand classes are split into several trees. All have one layout, so that they are one batch: the segments, sorted
-by length, are dealt to the trees in turn, which makes the k-th segments of all trees nearly equal, and the shorter
-ones are filled up with tokens after EOS, which a causal tower does not see.
+A thousand classes are split into several trees with one common layout, so that they form one batch: the segments,
+sorted by length, are dealt to the trees in turn, so the k-th segments of all trees are nearly equal in length; shorter
+ones are padded with tokens after EOS, which a causal tower does not see.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ MAX_TOKENS = 192
 
 
 class PackedPrompts(nn.Module):
-    """Where every token of E prompts lies in T trees of one layout, with K segments and S tokens each.
+    """The position of every token of E prompts in T trees of one layout, with K segments and S tokens each.
 
-    Built once per set of descriptions. A module only so that its index tensors follow `.to()`; it has no parameters,
-    and nothing in `state_dict()`.
+    Built once per set of descriptions. A module only so that `.to()` moves its index tensors; it has no parameters and
+    nothing in `state_dict()`.
 
     Args:
-        tokens: ids of the prompts as the padded path takes them, with placeholders where the context goes.
+        tokens: ids of the prompts as in the padded path, with placeholders where the context goes.
         eos: the position of each prompt's EOS, where the tower pools.
         start: the position of the first context token.
         n_ctx: M, the number of context tokens.
         shared: whether all prompts have the same context.
-        max_tokens: the length that trees should not exceed. Longer trees repeat the prefix less often, and compute
-            more of an attention matrix that is mostly masked. A single prompt that is longer makes a longer tree.
+        max_tokens: the length that trees should not exceed. Longer trees repeat the prefix less often, but compute
+            more of a mostly masked attention matrix. A single longer prompt makes a longer tree.
 
     Attributes:
-        layout: the trees' `PromptTree`; its segments are as long as the longest that lies there in any tree.
+        layout: the trees' `PromptTree`; each of its segments is as long as the longest at that place in any tree.
         trees, segments, length: T, K and S.
         tokens: (T, S) ids.
         positions: (S,) the position of each token in its own prompt.
-        context_at: (T·M,) if shared, else (T·K·M,): where context tokens lie in the trees laid end to end, (T·S,).
-        classes: (T·K,) the class of each segment; where E does not fill the trees, a class comes up again.
-        eos: (T·K,) where each segment's EOS lies in the trees laid end to end.
+        context_at: (T·M,) if shared, else (T·K·M,): positions of the context tokens in the concatenated trees, (T·S,).
+        classes: (T·K,) the class of each segment; if E does not fill the trees, a class is repeated.
+        eos: (T·K,) the position of each segment's EOS in the concatenated trees.
         eos_mask: (T, K, S) True for the tokens that each segment's EOS sees.
-        place: (E,) where each class lies among the T·K segments.
+        place: (E,) the position of each class among the T·K segments.
 
     Raises:
-        ValueError: prompts without a token in common before their own: there is no tree to build.
+        ValueError: prompts that do not begin with a common token: there is no tree to build.
 
     Source: ours; algorithm as in tree attention for speculative decoding.
     """
@@ -71,7 +71,7 @@ class PackedPrompts(nn.Module):
         super().__init__()
         prefix = _common_prefix(tokens, eos) if shared else start
         if prefix < 1:
-            raise ValueError("tokens: the prompts have no token in common to begin with")
+            raise ValueError("tokens: the prompts do not begin with a common token")
         lengths = (eos + 1 - prefix).tolist()
         dealt = _deal(lengths, prefix, max_tokens)  # T lists of K classes
 
@@ -107,7 +107,7 @@ class PackedPrompts(nn.Module):
 
 
 def _common_prefix(tokens: Tensor, eos: Tensor) -> int:
-    """How many first tokens all prompts have in common, leaving each at least its EOS."""
+    """How many leading tokens all prompts share, leaving each at least its EOS."""
     shortest = int(eos.min())
     same = (tokens[:, :shortest] == tokens[:1, :shortest]).all(0)
     return int(same.long().cumprod(0).sum())

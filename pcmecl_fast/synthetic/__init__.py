@@ -1,12 +1,12 @@
 """Drawn people: talking faces that are functions of their parameters, and the small networks trained on them.
 
 people     who they are and what they show      faces      `SyntheticFaces`, the data set, with its paired truth
-painter    parameters to frames                 augment    frames as the networks that learn from them see them
-judge      reads edits in the evaluation        reader     keeps speech and identity in stage 2
+painter    parameters to frames                 augment    augmentation of frames for training the networks
+judge      reads edits in the evaluation        reader     preserves speech and identity in stage 2
 tiny_face, tiny_face_text, captions             the CLIP model that ships with the package
 training   what the four trainings share
 
-The judge, the reader and `tiny-face` know drawn faces only and nothing about real ones.
+The judge, the reader and `tiny-face` know only drawn faces, not real ones.
 """
 
 from pcmecl_fast.synthetic.faces import SyntheticFaces

@@ -1,4 +1,4 @@
-"""Drawn faces as the networks that learn from them see them: shifted, zoomed, blurred and noisy."""
+"""Augmentation of drawn faces for training networks on them: shifts, zooms, blur and noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pcmecl_fast.synthetic.faces import SyntheticFaces
 
 SIDE = 64
-"""The side of a frame, in pixels, that the judge and the reader look at."""
+"""The side, in pixels, of the frames that the judge and the reader see."""
 
 
 def at_side(
@@ -24,7 +24,7 @@ def at_side(
 
 
 def drawn(faces: SyntheticFaces) -> Tensor:
-    """Every frame in bytes, (L, 3, S, S) uint8: drawn once, a quarter of the memory."""
+    """Every frame as bytes, (L, 3, S, S) uint8: drawn once, in a quarter of the memory."""
     return drawn_by(faces.frames, len(faces))
 
 
@@ -52,14 +52,14 @@ def augmented(
     tint: float = 0.0,
     mirrored: bool = False,
 ) -> Tensor:  # (B, 3, S, S), about [-1, 1]
-    """Frames under random changes that an edited frame may show too, by torch's global generator.
+    """Frames under random changes that edited frames may also show, drawn from torch's global generator.
 
     Args:
-        pixels: frames in bytes.
+        pixels: frames as bytes.
         zoom: largest change of scale.
         shift: largest displacement, in half sides.
-        blurred: the part of the frames that are blurred, each by its own strength.
-        noise: largest deviation of normal noise, of a range of 2.
+        blurred: the fraction of frames that are blurred, each by a different amount.
+        noise: largest standard deviation of normal noise, on a scale of 2.
         tint: largest change of each colour's gain.
         mirrored: whether every other frame is mirrored.
     """

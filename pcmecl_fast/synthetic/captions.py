@@ -1,4 +1,4 @@
-"""What can be said of a drawn face: its emotion, its action units, who it shows."""
+"""What can be said about a drawn face: its emotion, its action units, who it shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMOTION_WORDS = {
     "sad": ("sad", "unhappy", "sorrowful"),
     "surprised": ("surprised", "astonished", "amazed"),
 }
-"""The first word of each is the one that zero-shot accuracy is measured with."""
+"""Zero-shot accuracy is measured with the first word of each."""
 
 TEMPLATES = (
     "{}", "{} face", "a {} face", "a photo of a {} face", "a {} person", "a photo of a {} person", "someone {}",
@@ -34,7 +34,7 @@ UNSEEN_TEMPLATES = (
     "a close-up of a {} human face",
     "a frame of a video in which one looks {}",
 )
-"""Wordings that no training sees: accuracy is measured with these."""
+"""Wordings never used in training: accuracy is measured with these."""
 
 UNIT_PHRASES = {
     "inner_brow_raise": "raised inner brows", "outer_brow_raise": "raised outer brows", "brow_lower": "lowered brows",
@@ -48,11 +48,11 @@ LOOKS = (
     *HAIR_COLOURS, *SKIN_TONES, *EYE_COLOURS, "hair", "skin", "eyes", "long", "short", "open mouth", "rounded lips",
     "wide lips", "closed mouth",
 )  # fmt: skip
-"""The words that `looks_of` is made of."""
+"""The words that `looks_of` uses."""
 
 
 def unit_phrases(faces: SyntheticFaces, index: int, words: random.Random, *, most: int) -> list[str]:
-    """Up to `most` of the action units that one drawn frame shows, with their strength and side."""
+    """Up to `most` of the action units shown in one drawn frame, with their strength and side."""
     units = faces.parameters.action_units[index]
     shown = [a for a in range(len(ACTION_UNITS)) if float(units[a].mean()) > 0.25]
     chosen = words.sample(shown, k=min(len(shown), words.randint(0, most)))
@@ -95,7 +95,7 @@ def _mouth_phrase(openness: float, spread: float) -> str:
 
 @cache
 def any_words() -> list[str]:
-    """Every whole word of letters in the vocabulary, but those that name an emotion."""
+    """Every whole alphabetic word in the vocabulary except those that name an emotion."""
     named = {word for group in EMOTION_WORDS.values() for phrase in group for word in phrase.split()}
     whole = (token.removesuffix("</w>") for token in SimpleTokenizer().encoder if token.endswith("</w>"))
     return sorted(word for word in whole if word.isascii() and word.isalpha() and word not in named)

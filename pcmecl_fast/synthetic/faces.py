@@ -1,6 +1,6 @@
 """`SyntheticFaces`: a data set of drawn talking faces, with the paired truth that real recordings never have.
 
-Any frame can be drawn again with another emotion and the same speech: that is for evaluation, never for training.
+Any frame can be redrawn with another emotion and the same speech: for evaluation, never for training.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pcmecl_fast.synthetic.people import (
 )
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("people.py", "painter.py", "faces.py"))
-"""The files that decide the pixels: frames drawn by others are other frames."""
+"""The files that determine the pixels: if they change, so do the frames."""
 
 _KEPT_VALUES = 100_000_000
-"""The most values of frames that a data set keeps, 400 MB."""
+"""The most frame values that a data set caches, 400 MB."""
 _BLOCK = 64
 
 
@@ -39,13 +39,13 @@ class SyntheticFaces(FrameDataset):
 
     Args:
         individuals: how many people, at least 1.
-        emotions: names out of `EMOTIONS`, in the order of their indices.
+        emotions: names from `EMOTIONS`, in the order of their indices.
         clips: clips for each individual and emotion.
         frames_per_clip: consecutive frames of one speech track.
         size: side of a frame in pixels.
         seed: the same seed gives the same people and frames.
         style: strength of personal expression styles (0: everyone alike).
-        missing: (individual, emotion) index pairs that are left out, as real recordings leave some out.
+        missing: (individual, emotion) index pairs to leave out, as in incomplete real recordings.
         intensity: range from which each clip's emotion intensity is drawn.
     """
 
@@ -70,7 +70,7 @@ class SyntheticFaces(FrameDataset):
         self.identities = sample_identities(individuals, generator, style=style)
         self._noise = noise_images(size, seed)
         self._sample_clips(clips, frames_per_clip, set(missing), intensity, generator)
-        # Drawing takes longer than most of what is done with a frame: a set that is small enough is drawn once.
+        # Drawing takes longer than most uses of a frame: a small enough set is drawn only once.
         small = len(self.keys) * 3 * size**2 <= _KEPT_VALUES
         self._kept = torch.empty(len(self.keys), 3, size, size) if small else None
         self._is_kept = torch.zeros(len(self.keys), dtype=torch.bool)
@@ -83,7 +83,7 @@ class SyntheticFaces(FrameDataset):
         rows = as_indices(indices, len(self))
         if self._kept is None:
             return self._draw(self.parameters[rows])
-        # By whole blocks, so that a frame's last bits never depend on what was asked for together with it.
+        # In whole blocks, so that a frame's last bits never depend on which frames are requested together.
         for block in (rows[~self._is_kept[rows]] // _BLOCK).unique().tolist():
             span = slice(block * _BLOCK, (block + 1) * _BLOCK)
             self._kept[span] = self._draw(self.parameters[span])
@@ -91,7 +91,7 @@ class SyntheticFaces(FrameDataset):
         return self._kept[rows]
 
     def stamps(self) -> list[str]:
-        # The frames are as old as the code that draws them and the parameters that they are drawn from.
+        # Frames change only with the code that draws them and the parameters they are drawn from.
         digest = hashlib.blake2b(b"".join(path.read_bytes() for path in SOURCES), digest_size=16)
         for part in (self.identities, self.parameters):
             for f in fields(part):
@@ -113,7 +113,7 @@ class SyntheticFaces(FrameDataset):
         indices: Tensor,  # (B,) int
         emotion: Tensor,  # (B,) int
     ) -> Tensor:
-        """Action units that these frames' individuals would show for `emotion` at the frames' intensity, (B, A, 2)."""
+        """The action units these frames' individuals would show for `emotion` at the frames' intensity, (B, A, 2)."""
         individual = self.individual_index[indices]
         return personal_action_units(self.identities, individual, emotion, self.intensity[indices], self.emotions)
 
@@ -125,11 +125,11 @@ class SyntheticFaces(FrameDataset):
         intensity: tuple[float, float],
         generator: torch.Generator,
     ) -> None:
-        """Set the labels and parameters of every frame: people one after the other, their emotions, their clips."""
+        """Set the labels and parameters of every frame, ordered by person, then emotion, then clip."""
         shown, self.keys, emotion_index, intensities = [], [], [], []
         least, most = intensity
         for n, e, clip in itertools.product(range(len(self.individuals)), range(len(self.emotions)), range(clips)):
-            # Drawn even when left out, so that leaving one out changes no other frame.
+            # Sampled even when left out, so that leaving one out changes no other frame.
             strength = least + (most - least) * torch.rand(1, generator=generator)
             parameters = _clip_parameters(self.identities, n, e, strength, frames_per_clip, self.emotions, generator)
             if (n, e) in left_out:
@@ -140,7 +140,7 @@ class SyntheticFaces(FrameDataset):
             name = f"{self.individuals[n]}/{self.emotions[e]}/clip-{clip:02d}"
             self.keys += [f"{name}#{t}" for t in range(frames_per_clip)]
         if not shown:
-            raise ValueError("missing: every (individual, emotion) is left out; nothing remains to draw")
+            raise ValueError("missing: leaves out every (individual, emotion); nothing remains to draw")
         self.parameters = FrameParameters.concatenated(shown)
         self.individual_index = self.parameters.individual
         self.emotion_index = torch.tensor(emotion_index)
@@ -155,12 +155,12 @@ class SyntheticFaces(FrameDataset):
 
 
 def _check(individuals: int, emotions: Sequence[str], clips: int, frames_per_clip: int, size: int) -> None:
-    # A string is a sequence of strings too: its letters.
+    # A string is itself a sequence of strings, its letters.
     if isinstance(emotions, str) or not emotions or len(set(emotions)) != len(emotions):
         raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
     unknown = [e for e in emotions if e not in PROTOTYPES]
     if unknown:
-        raise ValueError(f"emotions: {unknown} cannot be drawn; takes names out of {list(PROTOTYPES)}")
+        raise ValueError(f"emotions: {unknown} cannot be drawn; takes names from {list(PROTOTYPES)}")
     if min(individuals, clips, frames_per_clip, size) < 1:
         raise ValueError("individuals, clips, frames_per_clip and size: each must be at least 1")
 
@@ -174,7 +174,7 @@ def _clip_parameters(
     emotions: Sequence[str],
     generator: torch.Generator,
 ) -> FrameParameters:
-    """One clip of `frames` frames: somebody who shows one emotion, talks and sways under one light."""
+    """One clip of `frames` frames: a person showing one emotion, talking and swaying under constant light."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator) * 2 - 1

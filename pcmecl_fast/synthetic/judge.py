@@ -1,8 +1,8 @@
 r"""The judge: a small convolutional network that reads drawn faces, independent of CLIP and of every training loss.
 
-It was trained on the parameters that drew the faces (people that no experiment uses) and reads from a 64×64 frame the
-emotion, the action units, the speech (mouth openness and spread, whatever the emotion) and a vector of who it is. It
-ships with the package, trained by
+It was trained on the parameters behind the drawn faces (of people used in no experiment). From a 64×64 frame it reads
+the emotion, the action units, the speech (mouth openness and spread, whatever the emotion) and an identity vector. It
+ships with the package and was trained by
 
     python -m pcmecl_fast.synthetic.judge --steps 6000 --individuals 3000 --out a
     python -m pcmecl_fast.synthetic.judge --start a/judge.safetensors --steps 5000 --individuals 4000 --seed 78 \
@@ -76,20 +76,20 @@ class Judge(nn.Module):
 
 
 def load_judge(device: torch.device | str | None = None, *, path: Path = ASSETS / "judge.safetensors") -> Judge:
-    """The shipped judge, or another, frozen and in eval mode."""
+    """The shipped judge, or the one at `path`, frozen and in eval mode."""
     judge = Judge()
     load_weights(path, judge)
     return judge.eval().requires_grad_(False).to(device)
 
 
 def emotion_columns(emotions: Sequence[str]) -> Tensor:
-    """Where the emotions of a data set stand among the judge's logits, (E,) int."""
+    """The columns of a data set's emotions in the judge's logits, (E,) int."""
     return torch.tensor([EMOTIONS.index(emotion) for emotion in emotions])
 
 
 @dataclass
 class JudgeConfig(TrainingConfig):
-    """How the judge is trained."""
+    """Options for training the judge."""
 
     individuals: int = 2000
     seed: int = 77
@@ -100,7 +100,7 @@ def train(config: JudgeConfig) -> dict[str, float]:
     torch.manual_seed(config.seed)
     faces = SyntheticFaces(config.individuals, clips=1, frames_per_clip=2, seed=config.seed + 5000, intensity=(0.3, 1))
     pixels, identity = drawn(faces), who(faces)
-    # A faint expression is not an emotion that one could name: only clear ones teach the emotion.
+    # A faint expression is not a nameable emotion: only clear ones teach the emotion.
     clear = faces.intensity > 0.5
     judge = Judge()
     if config.start is not None:

@@ -1,4 +1,4 @@
-"""Paints frames from their parameters by batched tensor operations."""
+"""Paints frames from their parameters with batched tensor operations."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def draw(identities: Identities, parameters: FrameParameters, size: int) -> Tens
 
 
 def noise_images(size: int, seed: int) -> Tensor:
-    """A fixed set of sensor noise, (NOISE_IMAGES, 3, size, size): a frame drawn again gets the very same noise."""
+    """A fixed set of sensor noise, (NOISE_IMAGES, 3, size, size): a redrawn frame gets exactly the same noise."""
     generator = torch.Generator().manual_seed(seed + 7919)
     return 0.02 * torch.randn(NOISE_IMAGES, 3, size, size, generator=generator)
 
 
 class _Lips(NamedTuple):
-    """Where the lips lie, each (B, S, S) or what broadcasts to it, in face units."""
+    """The position of the lips, each (B, S, S) or broadcastable to it, in face units."""
 
     half: Tensor  # half the mouth's width
-    middle: Tensor  # heights of the line between the lips, and of their edges
+    middle: Tensor  # height of the line between the lips, then of their edges
     inner_top: Tensor
     inner_bottom: Tensor
     outer_top: Tensor
@@ -77,7 +77,7 @@ class _Canvas:
         self.x = (torch.cos(roll) * x + torch.sin(roll) * y) / scale
         self.y = (-torch.sin(roll) * x + torch.cos(roll) * y) / scale
         self.pixel = 2 / size / scale
-        # Turning the head moves the features across the outline, the nose most.
+        # Turning the head moves the features relative to the outline, the nose most.
         self.feature_x = self.x - 0.07 * yaw
         self.nose_x = self.x - 0.11 * yaw
         self.picture = self.background[:, :, None, None] * torch.ones(len(who), 3, size, size)
@@ -144,7 +144,7 @@ class _Canvas:
             self.paint(blush, torch.full_like(self.x, -1.0), opacity=glow * (0.35 + 0.4 * lift))
 
     def folds(self) -> None:
-        """Creases that come with the muscles: nasolabial, forehead, frown, nose bridge, chin."""
+        """Creases made by the muscles: nasolabial, forehead, frown, nose bridge, chin."""
         dark = self.skin * 0.62
         for side, sign in self.sides():
             u = sign * self.feature_x
@@ -273,7 +273,7 @@ class _Canvas:
         return _Lips(half, middle, inner_top, inner_bottom, outer_top, outer_bottom, opening)
 
     def _mouth_inside(self, lips: _Lips, span: Tensor) -> None:
-        """The dark of the mouth, teeth, tongue, and the seam where the lips meet."""
+        """The dark mouth cavity, teeth, tongue, and the seam where the lips meet."""
         dark, teeth = torch.tensor([[0.20, 0.05, 0.06]]), torch.tensor([[0.95, 0.94, 0.90]])
         tongue = torch.tensor([[0.72, 0.33, 0.34]])
         cavity = torch.maximum(torch.maximum(lips.inner_top - self.y, self.y - lips.inner_bottom), span)
@@ -286,7 +286,7 @@ class _Canvas:
         self.paint(dark, seam, opacity=(1 - lips.opening * 18).clamp(0.0, 0.9))
 
     def _mouth_surroundings(self, lips: _Lips) -> None:
-        """The corners, the dimple of the chin and the shadow below the lips."""
+        """The corners, the chin's dimple and the shadow below the lips."""
         u, half = self.feature_x, lips.half
         tight, chin = self.both("lip_tighten"), self.both("chin_raise")
         for _, sign in self.sides():

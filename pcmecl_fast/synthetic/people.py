@@ -1,12 +1,12 @@
-"""Who the drawn people are and what they show: everything that decides a frame before it is painted.
+"""Who the drawn people are and what they show: everything that determines a frame before it is painted.
 
 A frame is a function of (identity, personal style, emotion, speech, pose, light, noise). The faces are ours; the action
-units per emotion follow EMFACS.
+units of each emotion follow EMFACS.
 
     activation[n, e, au, side] = intensity · PROTOTYPE[e, au] · gain[n, au] · (1 ± asymmetry[n, au])
 
-`gain` and `asymmetry` are the individual's own way of showing an emotion: what a personalized prompt can know and a
-generic one cannot.
+`gain` and `asymmetry` are the individual's own way of showing an emotion, which a personalized prompt can capture and
+a generic one cannot.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ SPEECH_SPANS = (1.0, 2.0)
 
 
 def emotion_action_units(emotions: Sequence[str] = EMOTIONS) -> Tensor:
-    """Activation of each action unit in each emotion at full intensity and with no personal style, (E, A) in [0, 1]."""
+    """Activation of each action unit in each emotion at full intensity without personal style, (E, A) in [0, 1]."""
     return torch.tensor([[PROTOTYPES[e].get(au, 0.0) for au in ACTION_UNITS] for e in emotions])
 
 
@@ -131,7 +131,7 @@ class Identities:
 
 
 def sample_identities(n: int, generator: torch.Generator, *, style: float = 1.0) -> Identities:
-    """Draw n people. `style` scales how far each one's way of showing emotions is from the average (0: all alike)."""
+    """Draw n people. `style` scales how far each one's way of showing emotions is from average (0: all alike)."""
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator) * 2 - 1
@@ -189,13 +189,13 @@ def speech_difference(
     speech: Tensor,  # (..., 2): openness and spread
     other: Tensor,  # (..., 2)
 ) -> Tensor:
-    """How far apart two mouths are, each measure as a part of its range: (..., 2) in [0, 1]."""
+    """How far apart two mouths are, each measure as a fraction of its range: (..., 2) in [0, 1]."""
     return (speech - other).abs() / torch.tensor(SPEECH_SPANS, device=speech.device)
 
 
 @dataclass(frozen=True)
 class FrameParameters:
-    """All that a frame shows beside who it is; one row a frame."""
+    """Everything a frame shows besides the identity; one row per frame."""
 
     individual: Tensor  # (B,) int
     action_units: Tensor  # (B, A, 2)

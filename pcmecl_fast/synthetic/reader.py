@@ -7,8 +7,8 @@ It is to drawn faces what a lip reader and a face recogniser are to real ones: i
 else or the face becomes another person's, whatever the emotion. It reads neither emotions nor action units, so it
 teaches no expression, and it shares no people, weights, seed or layers with the judge that evaluates the edits.
 
-Many of the faces it was first trained on show mixtures of expressions that no emotion has, as unfinished edits do; then
-it learned to be exact on the emotions themselves. It ships with the package; train it with
+It was first trained on faces many of which mix expressions in ways that belong to no emotion, as unfinished edits do,
+and then refined on the emotions themselves. It ships with the package; train it with
 
     python -m pcmecl_fast.synthetic.reader --out first
     python -m pcmecl_fast.synthetic.reader --start first/reader.safetensors --steps 2500 --mixed 0.1 --lr 0.0015 \
@@ -54,9 +54,9 @@ class Seen(NamedTuple):
 
 
 class FaceReader(nn.Module):
-    """Two networks that look at frames of any size, (B, 3, H, W) in [-1, 1], in different ways.
+    """Two different networks that read frames of any size, (B, 3, H, W) in [-1, 1].
 
-    What fools one is seldom made for the other; each is asked by itself.
+    What fools one rarely fools the other; each gives a reading of its own.
     """
 
     def __init__(self, hidden: int = 48) -> None:
@@ -96,7 +96,7 @@ def _head(channels: int, hidden: int) -> list[nn.Module]:
 
 
 def load_reader(device: torch.device | str | None = None, *, path: Path = ASSETS / "reader.safetensors") -> FaceReader:
-    """The shipped reader, or another, frozen and in eval mode."""
+    """The shipped reader, or the one at `path`, frozen and in eval mode."""
     reader = FaceReader()
     load_weights(path, reader)
     return reader.eval().requires_grad_(False).to(device)
@@ -107,7 +107,7 @@ def reading_losses(
     source: Tensor,  # (B, 3, H, W) in [-1, 1]
     edited: Tensor,  # (B, 3, H, W)
 ) -> tuple[Tensor, Tensor]:
-    """How much else the edited frames say, as a part of the speech's range, and how much another person they show.
+    """How far the edits change the speech, as a fraction of its range, and the person.
 
     Returns:
         (speech, person): mean |difference| of what is read, and 1 − mean cosine of the identities; gradients reach
@@ -124,15 +124,15 @@ def reading_losses(
 
 @dataclass
 class ReaderConfig(TrainingConfig):
-    """How the reader is trained."""
+    """Options for training the reader."""
 
     batch: int = 96
     individuals: int = 1500
     seed: int = 31
     mixed: float = 0.5
-    """The part of the faces that show mixtures of expressions."""
+    """The fraction of faces that show mixtures of expressions."""
     people: int = 40_000
-    """Seed of the people: even, as those of data sets to train on are odd, and far from the held-out people's."""
+    """Seed of the people: even, since training sets use odd ones, and far from those of held-out people."""
 
 
 def train(config: ReaderConfig) -> dict[str, float]:
@@ -161,7 +161,7 @@ def train(config: ReaderConfig) -> dict[str, float]:
 
 
 def _partly_mixed(parameters: FrameParameters, part: float) -> FrameParameters:
-    """The same frames, a part of them with a mixture of two frames' expressions that belongs to no emotion."""
+    """The same frames, a fraction of them showing a mix of two frames' expressions that belongs to no emotion."""
     units = parameters.action_units
     count = len(units)
     mixed = units * torch.rand(units.shape[:2])[..., None] + units[torch.randperm(count)] * torch.rand(count, 1, 1)

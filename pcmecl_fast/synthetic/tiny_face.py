@@ -8,8 +8,8 @@ r"""Trains `tiny-face`, the CLIP model that ships with the package, on drawn fac
 Three losses share the image features: CLIP's contrastive loss against detailed captions (emotion, action units with
 their strength and side, hair, skin, eyes, mouth), a cross entropy against one caption per emotion in many wordings,
 and a linear read-out of the action units, so that the features keep each person's own way of showing an emotion.
-The text tower is then trained further by itself, see `tiny_face_text`. About three quarters of an hour on two cores.
-Zero-shot accuracy is reported on people and wordings that training never saw.
+The text tower is then trained further on its own, see `tiny_face_text`. About three quarters of an hour on two cores.
+Zero-shot accuracy is reported on people and wordings unseen in training.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ from pcmecl_fast.synthetic.training import TrainingConfig, in_half, load_half, m
 log = logging.getLogger("pcmecl_fast")
 
 WORDINGS = 3
-"""In how many wordings a step asks for every emotion."""
+"""The number of wordings per emotion in each step."""
 
 
 @dataclass
 class TinyFaceConfig(TrainingConfig):
-    """How `tiny-face` is trained."""
+    """Options for training `tiny-face`."""
 
     steps: int = 2500
     seed: int = 20
     attack: float = 0.0
-    """Largest change of a pixel, of a range of 2, by which frames are pushed away from their emotion."""
+    """Largest change of a pixel, on a scale of 2, when pushing frames away from their emotion."""
     start: Path | None = None
-    """A `tiny-face.safetensors` to go on from, at half the learning rate and with all that makes it hard at once."""
+    """A `tiny-face.safetensors` to continue from, at half the learning rate and at full difficulty from the start."""
 
 
 def train(config: TinyFaceConfig) -> float:
@@ -77,7 +77,7 @@ def train(config: TinyFaceConfig) -> float:
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         index = next(batches)
         half = len(index) // 2  # captions cost more than frames
-        # The hard part comes after a third: words that mean nothing, and frames pushed away from their emotion.
+        # The hard part starts after a third: meaningless words, and frames pushed away from their emotion.
         hardness = 1.0 if config.start else min(max(3 * step / config.steps - 1, 0.0), 1.0)
         detailed = [describe(faces, i, words, hardness) for i in index[:half].tolist()]
         by_emotion = [_emotion_caption(e, words, hardness) for _ in range(WORDINGS) for e in EMOTIONS]
@@ -100,9 +100,9 @@ def train(config: TinyFaceConfig) -> float:
 
 
 class _Readouts(nn.Module):
-    """Linear read-outs that only train the tower: action units and speech of its features, and the emotion of patches.
+    """Auxiliary linear read-outs: action units and speech from the features and patches, emotion from the patches.
 
-    A transformer is slow to find small things like brows. A read-out that knows where each patch lies finds them in a
+    A transformer is slow to find small things like brows. A read-out that knows each patch's position finds them in a
     tenth of the steps, and the pooled feature follows.
     """
 
@@ -137,7 +137,7 @@ def _optimizer(model: FactoredTower, readouts: _Readouts, lr: float) -> Optimize
 
 
 def _batches(count: int, size: int) -> Iterator[Tensor]:
-    """Shuffled rows without end; what does not fill a batch at the end of a round is left out."""
+    """Endless batches of shuffled rows; the incomplete batch at the end of each epoch is dropped."""
     size = min(size, count)
     while True:
         yield from torch.randperm(count)[: count // size * size].split(size)
@@ -157,7 +157,7 @@ def contrastive_loss(
     text: Tensor,  # (B, D), of the same frames
     scale: Tensor,  # ()
 ) -> Tensor:
-    """CLIP's own loss: each frame finds its caption and each caption its frame."""
+    """CLIP's loss: match each frame to its caption and each caption to its frame."""
     logits = scale * image @ text.T
     own = torch.arange(len(logits))
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -169,19 +169,19 @@ def emotion_loss(
     shown: Tensor,  # (B,) int
     scale: Tensor,  # ()
 ) -> Tensor:
-    """Each frame finds its emotion, in every wording."""
+    """Match each frame to its emotion, in every wording."""
     logits = scale * torch.einsum("bd,wed->bwe", image, text.unflatten(0, (WORDINGS, len(EMOTIONS))))
     return F.cross_entropy(logits.flatten(0, 1), shown[:, None].expand(-1, WORDINGS).flatten())
 
 
 @dataclass
 class Checkpoints:
-    """Saves and measures `tiny-face` every 500 steps and at the end."""
+    """Saves and evaluates `tiny-face` every 500 steps and at the end."""
 
     model: FactoredTower
     config: TrainingConfig
     accuracy: float = math.nan
-    """Of the last one, see `zero_shot_accuracy`."""
+    """The last checkpoint's, see `zero_shot_accuracy`."""
 
     def __call__(self, step: int, terms: dict[str, Tensor]) -> None:
         if step % 500 and step != self.config.steps:
@@ -193,7 +193,7 @@ class Checkpoints:
 
 
 def zero_shot_accuracy(model: Any, *, individuals: int = 24, seed: int = 5) -> float:
-    """Share of frames of unseen people whose nearest emotion prompt, in an unseen wording, is the right one."""
+    """Fraction of frames of unseen people whose nearest emotion prompt, in an unseen wording, is correct."""
     faces = SyntheticFaces(individuals, clips=1, frames_per_clip=4, seed=seed)
     config = tiny_face_config()
     mean, std = config["mean"][0], config["std"][0]
@@ -209,7 +209,7 @@ def zero_shot_accuracy(model: Any, *, individuals: int = 24, seed: int = 5) -> f
 
 
 def describe(faces: SyntheticFaces, index: int, words: random.Random, distraction: float = 0.0) -> str:
-    """A caption of one drawn frame: always its emotion, and some of what else can be seen."""
+    """A caption of one drawn frame: always its emotion, plus some of what else is visible."""
     parts = unit_phrases(faces, index, words, most=3)
     parts += words.sample(looks_of(faces, index), k=words.randint(1, 4))
     words.shuffle(parts)
@@ -221,14 +221,14 @@ def _emotion_caption(emotion: str, words: random.Random, distraction: float) -> 
     caption = words.choice(TEMPLATES).format(words.choice(EMOTION_WORDS[emotion]))
     if words.random() >= distraction:
         return caption
-    # Words that mean nothing here, so that a wording never seen does not drown the one word that counts.
+    # Words that mean nothing here, so that an unseen wording does not drown out the one word that counts.
     before = [words.choice(any_words()) for _ in range(words.choice((0, 0, 1, 2, 3, 4)))]
     after = [words.choice(any_words()) for _ in range(words.choice((0, 0, 1, 2, 3)))]
     return " ".join([*before, caption, *after])
 
 
 class FactoredTower(nn.Module):
-    """tiny-face while it trains: its token embedding is a product of two thin factors, as it is stored."""
+    """tiny-face in training: its token embedding is a product of two thin factors, as in the stored file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,14 +244,14 @@ class FactoredTower(nn.Module):
         self,
         pixels: Tensor,  # (B, 3, 64, 64) in [-1, 1]
     ) -> tuple[Tensor, Tensor]:
-        """Unit image features (B, D) and the patches' features (B, P, W) that they are pooled from."""
+        """Unit image features (B, D) and the patch features (B, P, W) they are pooled from."""
         config, visual = tiny_face_config(), self.clip.visual
         x = visual._embeds((pixels / 2 + 0.5 - config["mean"][0]) / config["std"][0])
         patches = visual.transformer(x)[:, 1:]
         return F.normalize(visual.ln_post(patches).mean(1) @ visual.proj, dim=-1), patches
 
     def text(self, captions: list[str]) -> Tensor:
-        """Unit text features; the padding after the longest caption, which a causal tower never looks at, is cut."""
+        """Unit text features; padding after the longest caption, which a causal tower never sees, is cut."""
         clip = self.clip
         tokens = self.tokenizer(captions)
         tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
@@ -264,13 +264,13 @@ class FactoredTower(nn.Module):
         return self.clip.logit_scale.exp().clamp(max=100)
 
     def stored(self) -> dict[str, Tensor]:
-        """What the safetensors file holds, in half precision."""
+        """The contents of the safetensors file, which holds them in half precision."""
         state = {k: v for k, v in self.clip.state_dict().items() if k != "attn_mask"}
         state |= {"token_embedding.factors": self.factors, "token_embedding.basis": self.basis}
         return in_half(state)
 
     def load_stored(self, tensors: dict[str, Tensor]) -> None:
-        """The opposite of `stored`."""
+        """The inverse of `stored`."""
         state = tensors.copy()
         with torch.no_grad():
             self.factors.copy_(state.pop("token_embedding.factors"))
@@ -291,10 +291,10 @@ def _attacked(
     labels: Tensor,  # (B,)
     reach: float,
 ) -> Tensor:
-    """Frames changed by up to `reach` so that they look less like their emotion, half of them in patches of 8×8.
+    """Frames changed by up to `reach` to look less like their emotion, half of them in patches of 8×8.
 
-    A tower trained on these cannot be pleased by faint patterns and tints: what moves its features looks like a
-    change of expression to people too, which is what a generator that learns from it needs.
+    A tower trained on these cannot be fooled by faint patterns and tints: what moves its features also looks like a
+    change of expression to people, which is what a generator trained against it needs.
     """
     size = frames.shape[-1]
     bound = reach * torch.rand(len(frames), 1, 1, 1)

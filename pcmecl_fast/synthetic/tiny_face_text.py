@@ -1,11 +1,11 @@
-"""The last part of the training of `tiny-face`: its text tower alone, on image features that stay as they are (ours).
+"""The last part of training `tiny-face`: its text tower alone, on fixed image features (ours).
 
     python -m pcmecl_fast.synthetic.tiny_face_text --start second/tiny-face.safetensors
 
-A text tower that has learned to look past every word but the emotion's cannot be steered by a learned context either.
-Here what can be seen (how far each brow is raised, on which side the smile is) stands in front of the emotion's word
-as often as behind it, just where a personalized context stands, and it counts: the contrastive loss asks for the very
-frame among many of the same emotion. Emotions come in composed sentences, so that wordings never seen still work.
+A text tower that has learned to ignore every word but the emotion's cannot be steered by a learned context either.
+Here, visible details (how far each brow is raised, on which side the smile is) come before the emotion's word as often
+as after it, just where a personalized context goes, and they matter: the contrastive loss asks for the exact frame
+among many of the same emotion. Emotions come in composed sentences, so that unseen wordings still work.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _ENDINGS = ("", "", "", "", "while speaking", "in a video", "today", "outdoors",
 
 @dataclass
 class TextConfig(TrainingConfig):
-    """How the text tower of `tiny-face` is trained."""
+    """Options for training the text tower of `tiny-face`."""
 
     start: Path = ASSETS / "tiny-face.safetensors"
     """Both towers, as `pcmecl_fast.synthetic.tiny_face` left them."""
@@ -67,9 +67,9 @@ class TextConfig(TrainingConfig):
     lr: float = 1e-3
     seed: int = 33
     views: int = 3
-    """Features of each frame, each of another random view."""
+    """Features per frame, each from a different random view."""
     strange: float = 0.4
-    """Part of the captions that strange words are strewn into."""
+    """Fraction of captions sprinkled with unrelated words."""
 
 
 def train(config: TextConfig) -> float:
@@ -101,7 +101,7 @@ def train(config: TextConfig) -> float:
 
 
 def describe(faces: SyntheticFaces, index: int, words: random.Random) -> str:
-    """A caption of one drawn frame: what its expression is made of, before or after the emotion or in its place."""
+    """A caption of one drawn frame: details of its expression before, after or instead of the emotion."""
     parts = unit_phrases(faces, index, words, most=4)
     parts += words.sample(looks := looks_of(faces, index), k=words.randint(0, min(3, len(looks))))
     words.shuffle(parts)
@@ -117,7 +117,7 @@ def describe(faces: SyntheticFaces, index: int, words: random.Random) -> str:
 
 
 def emotion_sentence(emotion: str, words: random.Random) -> str:
-    """An emotion in one of some thousand wordings."""
+    """An emotion in one of about a thousand wordings."""
     word = words.choice(EMOTION_WORDS[emotion])
     if words.random() < 0.5:
         return words.choice(TEMPLATES).format(word)
@@ -126,7 +126,7 @@ def emotion_sentence(emotion: str, words: random.Random) -> str:
 
 
 def strewn(caption: str, words: random.Random, part: float) -> str:
-    """A caption with words around it that mean nothing here; never one that describes faces."""
+    """A caption surrounded by words that mean nothing here, none of which describe faces."""
     if words.random() >= part:
         return caption
     before = [words.choice(_strange_words()) for _ in range(words.choice((0, 1, 1, 2, 3)))]

@@ -1,6 +1,6 @@
-"""What the trainings on drawn faces share: options, the loop, the stored weights, the errors on unseen people.
+"""What the networks trained on drawn faces share: options, the loop, stored weights, errors on unseen people.
 
-Every training is reproducible: all random draws come from torch's global generator and, for captions, from one
+Training is reproducible: all random draws come from torch's global generator and, for captions, from one
 `random.Random`, both seeded by the configuration, and always in the same order.
 """
 
@@ -31,26 +31,26 @@ Config = TypeVar("Config", bound="TrainingConfig")
 
 @dataclass
 class TrainingConfig:
-    """The options that every training has; each sets its own defaults."""
+    """The options common to all networks; each sets its own defaults."""
 
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 128
-    """Frames a step."""
+    """Frames per step."""
     individuals: int = 1000
     """People drawn for training."""
     lr: float = 2e-3
     """Peak learning rate of AdamW."""
     seed: int = 0
-    """Seed of weights, batches and whatever else is drawn."""
+    """Seed of weights, batches and everything else that is random."""
     start: Path | None = None
-    """Weights of the same network to go on from."""
+    """Weights of the same network to continue from."""
     out: Path = ASSETS
-    """Folder that the weights are written to."""
+    """Folder to write the weights to."""
 
 
 def main(train: Callable[[Config], object], config: type[Config]) -> None:
-    """The command line of a training."""
+    """The command line of a training module."""
     import tyro
 
     logging.basicConfig(level=logging.INFO)
@@ -58,7 +58,7 @@ def main(train: Callable[[Config], object], config: type[Config]) -> None:
 
 
 def one_cycle(network: nn.Module, config: TrainingConfig) -> tuple[Optimizer, LRScheduler]:
-    """AdamW and a learning rate that rises once and falls."""
+    """AdamW and a one-cycle learning rate: a single rise and fall."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=0.02)
     return optimizer, OneCycleLR(optimizer, config.lr, total_steps=config.steps)
 
@@ -73,16 +73,16 @@ def optimise(
     clipped: nn.Module | None = None,
     after: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> None:
-    """Take `steps` steps down a loss, with a progress bar.
+    """Minimize a loss for `steps` steps, with a progress bar.
 
     Args:
         name: what is trained, for the bar.
-        steps: how many.
-        optimizer: over all that learns.
-        schedule: of its learning rate, one step a step.
-        loss: the step's number, from 0, to the scalar to lower and the terms that the bar shows.
-        clipped: the network whose gradient's norm is kept below 1.
-        after: called with each number of steps taken, from 1, and that step's terms.
+        steps: the number of steps.
+        optimizer: over everything that learns.
+        schedule: its learning rate's schedule, advanced once per step.
+        loss: maps the step's number, from 0, to the scalar to minimize and the terms that the bar shows.
+        clipped: the network whose gradient norm is clipped to 1.
+        after: called with the number of steps taken so far, from 1, and the last step's terms.
     """
     progress = tqdm(range(steps), desc=name)
     for step in progress:
@@ -100,7 +100,7 @@ def optimise(
 
 
 def save_half(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors in half precision: enough for a network that is only read."""
+    """Write the tensors in half precision: enough for a network used only for inference."""
     write_atomically(path, save(in_half(tensors)))
 
 
@@ -114,7 +114,7 @@ def load_half(path: Path) -> dict[str, Tensor]:
 
 
 def save_weights(path: Path, network: nn.Module) -> None:
-    """Write a network without its batch counters, which only training reads."""
+    """Write a network without its batch counters, which only training uses."""
     save_half(path, {name: value for name, value in network.state_dict().items() if value.is_floating_point()})
 
 
@@ -139,7 +139,7 @@ def reading_errors(
     identity: Tensor,  # (L, K)
     faces: SyntheticFaces,
 ) -> dict[str, float]:
-    """How far what a network reads is from what was drawn."""
+    """How far a network's readings are from what was drawn."""
     return {
         "mouth_error": speech_difference(speech, faces.parameters.speech).mean().item(),
         "identity_similarity": F.cosine_similarity(identity, who(faces)).mean().item(),

@@ -1,4 +1,4 @@
-"""Layers whose weights never change, run as fast as the machine allows: nothing is computed for a weight's gradient."""
+"""Layers whose weights never change, run as fast as the machine allows: weight gradients are never computed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_frozen(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear with a frozen weight; in float32 on a CPU by oneDNN, unless `torch.backends.mkldnn` is off."""
+    """F.linear with a frozen weight; in float32 on a CPU it uses oneDNN, unless `torch.backends.mkldnn` is off."""
     onednn = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -36,9 +36,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """A frozen linear layer in float32 by oneDNN, which uses AVX-512 on any CPU that has it.
+    """A frozen float32 linear layer in oneDNN, which uses AVX-512 on any CPU that has it.
 
-    F.linear calls MKL, which on AMD's CPUs takes AVX2: twice as long.
+    F.linear calls MKL, which uses AVX2 on AMD CPUs and takes twice as long.
     """
 
     @staticmethod

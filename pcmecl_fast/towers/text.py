@@ -1,7 +1,7 @@
 """Runs open_clip's frozen text towers on prompts whose context is embeddings, not words.
 
-`encode_padded` runs any tower through its own `encode_text`: it is the specification. `encode_tree` runs the towers
-that `tree_obstacle` has nothing against on packed prompts, with the same result for a fraction of the tokens.
+`encode_padded` runs any tower through its own `encode_text`: it is the specification. `encode_tree` runs towers for
+which `tree_obstacle` finds no obstacle on packed prompts, with the same result for a fraction of the tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def encode_padded(
     context: Tensor,  # (N, M, W) or (N, E, M, W)
     start: int = 1,
 ) -> Tensor:
-    """Text features of N x E prompts by the model's own `encode_text`, at full context length.
+    """Text features of N × E prompts from the model's own `encode_text`, at full context length.
 
         prompt[n, e] = tokens[e], with the embeddings at start … start + M - 1 replaced by context[n] or context[n, e]
 
@@ -48,7 +48,7 @@ def encode_padded(
     Returns:
         (N, E, D), as `model.encode_text(..., normalize=False)` returns them: not normalized, in the tower's dtype.
 
-    While it runs, the model's token embedding carries a hook: not for one model in two threads at once.
+    While it runs, the model's token embedding has a hook: do not run one model in two threads at once.
 
     Source: CoCoOp's `TextEncoder`, for any tower.
     """
@@ -61,7 +61,7 @@ def encode_padded(
     def insert_context(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
         return torch.cat([embedded[:, :start], rows.to(embedded.dtype), embedded[:, start + n_ctx :]], dim=1)
 
-    # A hook, because then every line after the embedding is the tower's own: masks, class tokens, pooling, projection.
+    # A hook leaves everything after the embedding to the tower itself: masks, class tokens, pooling, projection.
     hook = token_embedding(model).register_forward_hook(insert_context)
     try:
         ids = tokens.expand(individuals, classes, length).reshape(individuals * classes, length)
@@ -79,18 +79,18 @@ def encode_tree(
     backend: str | None = None,
     checkpoint: bool | None = None,
 ) -> Tensor:
-    """What `encode_padded` returns, from packed prompts: equal to rounding, outputs and gradients.
+    """What `encode_padded` returns, from packed prompts: outputs and gradients are equal up to rounding.
 
         x = embeddings of the trees' tokens + their positions;  x += attention(x), x += mlp(x) in every layer
         features[n, e] = project(ln_final(x at EOS of e))
 
     Args:
-        model: a model that `tree_obstacle` has nothing against; its text tower is frozen.
+        model: a model without a `tree_obstacle`; its text tower is frozen.
         packed: the prompts' layout.
         context: the embeddings of the context tokens.
-        backend: of `ops.tree_attention`.
-        checkpoint: recompute each block in the backward pass instead of keeping its activations. None does what
-            the tower's own `set_grad_checkpointing` says.
+        backend: backend of `ops.tree_attention`.
+        checkpoint: recompute each block in the backward pass instead of keeping its activations. None follows the
+            tower's own `set_grad_checkpointing`.
 
     Returns:
         (N, E, D), not normalized.
@@ -117,9 +117,9 @@ def encode_tree(
 
 
 def tree_obstacle(model: nn.Module) -> str | None:
-    """Why prompt trees would not give exactly what `model.encode_text` gives; None where they do.
+    """Why prompt trees would not reproduce `model.encode_text` exactly, or None if they do.
 
-    They do in towers that are causal and pool at EOS, whose blocks are open_clip's: OpenAI's, LAION's, DataComp's,
+    They do for towers that are causal and pool at EOS, built of open_clip's blocks: OpenAI's, LAION's, DataComp's,
     MetaCLIP's, EVA's, PE's.
     """
     tower = text_tower(model)
@@ -174,7 +174,7 @@ def text_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_pooling(model: nn.Module) -> None:
-    """Raise ValueError for a tower whose pooled feature is not a function of the whole prompt."""
+    """Raise ValueError for a tower whose pooled feature does not depend on the whole prompt."""
     tower = text_tower(model)
     if getattr(tower, "cls_emb", None) is not None:  # CoCa's class token overrides the pool type
         return
@@ -186,13 +186,13 @@ def check_pooling(model: nn.Module) -> None:
 
 
 def pool_type(model: nn.Module) -> str | None:
-    """open_clip's name for how the tower pools ('argmax', 'eos', 'first', 'last', 'none'); None where it has none."""
+    """open_clip's name for how the tower pools ('argmax', 'eos', 'first', 'last', 'none'); None if it has none."""
     tower = text_tower(model)
     return getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
 
 
 def _embed(tower: Any, packed: PackedPrompts, context: Tensor) -> Tensor:
-    """(N·T, S, W): the trees' tokens with the context in its places, and their positions added."""
+    """(N·T, S, W): the trees' tokens with the context inserted and positions added."""
     dtype = tower.transformer.get_cast_dtype()
     individuals, width = context.shape[0], context.shape[-1]
     if context.dim() == 3:
@@ -252,7 +252,7 @@ def _after_attention(block: Any, x: Tensor, heads: Tensor) -> Tensor:
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether an additive mask lets each token see itself and all before it, no more and no less."""
+    """Whether an additive mask lets each token see exactly itself and all tokens before it."""
     causal = torch.full_like(mask, -torch.inf).triu_(1)
     return torch.equal(mask, causal)
 

@@ -1,4 +1,4 @@
-"""What every command can be told: typed defaults that become command lines and config files."""
+"""The options of every command: typed defaults that become command lines and config files."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, Literal
 
 @dataclass
 class DataConfig:
-    """Which frames."""
+    """Which frames to use."""
 
     data: str = "synthetic"
     """"synthetic" (drawn talking faces) or a folder `<individual>/<emotion>/*.jpg|png|webp|mp4 …`."""
     size: int = 64
-    """Side in pixels that frames are brought to."""
+    """Side in pixels that frames are resized to."""
     emotions: list[str] | None = None
-    """Emotions to use, in this order; by default those that the data has."""
+    """Emotions to use, in this order; by default those in the data."""
     individuals: int = 200
     """synthetic: how many people to draw for training."""
     clips: int = 2
     """synthetic: clips for each individual and emotion."""
     frames_per_clip: int = 2
-    """synthetic: frames of each clip."""
+    """synthetic: frames per clip."""
     missing: int = 0
     """synthetic: emotions (other than neutral) that each individual lacks in training."""
     holdout: float = 0.2
-    """folder: the part of each individual's frames that is kept for evaluation."""
+    """folder: the fraction of each individual's frames held out for evaluation."""
     skip_broken: bool = False
-    """folder: leave unreadable files out, naming them, instead of stopping."""
+    """folder: skip unreadable files with a warning that names them, instead of stopping."""
 
 
 @dataclass
@@ -36,9 +36,9 @@ class RunConfig(DataConfig):
     """Where and how a run runs."""
 
     clip: str = "tiny-face"
-    """tiny-face (built in) or any model name of open_clip, such as ViT-B-32."""
+    """tiny-face (built in) or any open_clip model name, such as ViT-B-32."""
     clip_pretrained: str | None = None
-    """A weights tag of open_clip (openai, laion2b_s34b_b79k …) or a checkpoint file."""
+    """An open_clip weights tag (openai, laion2b_s34b_b79k …) or a checkpoint file."""
     seed: int = 0
     """Seed of the data, the weights and the order of the batches."""
     device: str = "auto"
@@ -47,13 +47,13 @@ class RunConfig(DataConfig):
     """Implementation of every operator; "reference" is plain PyTorch."""
     features: Path | None = None
     """Folder of image features, computed once for all runs; by default `features` beside the output folder. The
-    reference backend does without."""
+    reference backend does not use it."""
     features_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """How features are kept there."""
+    """Data type of the stored features."""
     amp: Literal["none", "bf16", "fp16"] = "none"
     """Autocast of the towers and the networks; the operators stay in float32."""
     resume: bool = False
-    """Go on from the last checkpoint in the output folder."""
+    """Continue from the last checkpoint in the output folder."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
 
@@ -70,23 +70,23 @@ class PromptsOptions:
     """Stage 1: what the prompts are and how they are learned."""
 
     descriptions: list[str] | None = None
-    """One name or sentence for each emotion, in their order; by default the names."""
+    """One name or sentence for each emotion, in order; by default the emotions' names."""
     n_ctx: int = 8
-    """M, learned context tokens."""
+    """M, the number of learned context tokens."""
     context: Literal["shared", "per-emotion"] = "shared"
     """One context for all emotions (CoCoOp) or one for each (CDRL)."""
     condition: Literal["individual", "frame"] = "individual"
-    """What a prompt is personalized by: the mean of an individual's features, or one frame's."""
+    """What personalizes a prompt: the mean of an individual's features, or those of one frame."""
     prompt_lr: float = 5e-3
     """Learning rate of V and h (AdamW)."""
     batch_individuals: int = 16
-    """Individuals a step, each with all the emotions it has."""
+    """Individuals per step, each with all the emotions they have."""
     lambda_diff: float = 1.0
-    """Weight of the correlation of differences beside the matching loss."""
+    """Weight of the correlation of differences, relative to the matching loss."""
     negatives: Literal["all", "within", "distinct"] = "all"
     """Which other changes of emotion count as negatives."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Replay the step as one CUDA graph: auto does on a GPU where the step can be captured; on a CPU there is none."""
+    """Replay the step as one CUDA graph: auto does so on a GPU if the step can be captured, and never on a CPU."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ class EditingOptions:
     """Stage 2: which generator, and how it is trained."""
 
     generator: str = "warp-fields"
-    """warp-fields (built in), or your own as package.module:Class: docs/generators.md says how to write one."""
+    """warp-fields (built in), or your own as package.module:Class: docs/generators.md shows how to write one."""
     generator_options: dict[str, Any] = field(default_factory=dict)
     """The generator's own options: docs/generators.md lists those of warp-fields."""
     batch: int = 24
@@ -106,11 +106,11 @@ class EditingOptions:
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     strength: float = 0.4
-    """Weight of edits that go less far than real changes do inside PCMECL's loss."""
+    """Weight of the penalty inside PCMECL's loss on edits that fall short of real changes."""
     lengths: Literal["individual", "everybody"] = "individual"
-    """How far real changes go: each individual's own, or everybody's; with condition "frame" always everybody's."""
+    """Whose changes set how far to go: each individual's own or everyone's, as always with condition "frame"."""
     jitter: float = 0.06
-    """Random shift, zoom and noise, and mirroring, under which CLIP looks at both frames; 0 for none of them."""
+    """Strength of the random shift, zoom, noise and mirroring applied to both frames before CLIP; 0 turns it off."""
     w_pcmecl: float = 7.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
@@ -118,17 +118,17 @@ class EditingOptions:
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
-    """Weight of leaving a frame as it is when its own emotion is asked for (L1)."""
+    """Weight of leaving a frame unchanged when its own emotion is the target (L1)."""
     w_recognition: float = 1.0
-    """Weight of naming the emotion that the source shows (cross entropy), which the generator has to know."""
+    """Weight of recognising the source's emotion (cross entropy), which the generator needs to know."""
     w_person: float = 5.0
-    """Drawn faces: weight of being the same person to the frozen reader."""
+    """Drawn faces: weight of remaining the same person to the frozen reader."""
     w_speech: float = 43.5
-    """Drawn faces: weight of saying the same to the frozen reader; with w_person 0 too, pixels are compared instead."""
+    """Drawn faces: weight of unchanged speech to the frozen reader; if w_person is 0 too, compares pixels instead."""
     w_identity: float = 1.5
-    """Other faces: weight of few changed pixels, and the same colours and shapes from afar."""
+    """Other faces: weight of changing few pixels and keeping coarse colours and shapes."""
     w_mouth: float = 40.0
-    """Other faces: weight of keeping the middle of the mouth, which speaks."""
+    """Other faces: weight of keeping the middle of the mouth, where speech shows."""
     mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])
     """Left, top, right, bottom of the middle of the mouth, as fractions of the frame."""
 
@@ -145,26 +145,26 @@ class PromptsConfig(RunConfig, PromptsOptions):
 
 @dataclass
 class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
-    """Train a generator under PCMECL (stage 2); learns the prompts first where none are given."""
+    """Train a generator under PCMECL (stage 2); learns the prompts first if none are given."""
 
     steps: int = 1000
     """Optimiser steps of the generator."""
     prompts: Path | None = None
     """Output folder of `pcmecl-fast prompts`; by default the prompts are learned first, with the options above."""
     prompt_steps: int = 1000
-    """Optimiser steps of the prompts, where they are learned first."""
+    """Optimiser steps of the prompts, if they are learned first."""
     out: Path = Path("runs/train")
     """Output folder."""
 
     def stage_one(self) -> PromptsConfig:
-        """What stage 1 is told: the same data and prompts, written to `prompts` or else to a folder inside `out`."""
+        """Stage 1's config: the same data and prompts, written to `prompts` or else to a folder inside `out`."""
         shared = {k: v for k, v in vars(self).items() if k in PromptsConfig.__dataclass_fields__}
         return PromptsConfig(**shared | {"steps": self.prompt_steps, "out": self.prompts or self.out / "prompts"})
 
 
 @dataclass
 class DemoConfig(TrainConfig):
-    """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in some minutes on a laptop."""
+    """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in a few minutes on a laptop."""
 
     out: Path = Path("runs/demo")
     """Output folder."""
@@ -179,23 +179,23 @@ class AblateConfig(TrainConfig):
     seeds: int = 6
     """Seeds of data, weights and batches, for the error bars."""
     around_seeds: int = 3
-    """How many of the seeds the supervisions around PCMECL are trained with."""
+    """How many of the seeds to train the variations of PCMECL with."""
     workers: int = 0
-    """Trainings at a time, each in its own process; 0 is one for each core of a CPU, at most 8, and one on a GPU."""
+    """Parallel training runs, each in its own process; 0 means one per CPU core, at most 8, and one on a GPU."""
     quick_steps: int = 300
     """Optimiser steps of each generator with --quick."""
     steps: int = 400
     """Optimiser steps of each generator."""
     individuals: int = 12
-    """How many people to draw for training: few, so that the generator can learn what is each one's own."""
+    """How many people to draw for training: few, so that the generator can learn each one's own style."""
     clips: int = 8
     """Clips for each individual and emotion."""
     frames_per_clip: int = 4
-    """Frames of each clip."""
+    """Frames per clip."""
     strength: float = 2.0
-    """Weight of edits that go less far than real changes do; in `train` mouths have to keep still instead."""
+    """Weight of the penalty on edits that fall short of real changes; `train` keeps the mouth still instead."""
     w_speech: float = 45.0
-    """Drawn faces: weight of saying the same to the frozen reader; what the committed results were made with."""
+    """Drawn faces: weight of unchanged speech to the frozen reader, as used for the committed results."""
     w_direct: float = 60.0
     """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
@@ -204,16 +204,16 @@ class AblateConfig(TrainConfig):
 
 @dataclass
 class EvaluateConfig:
-    """Judge a finished run of `pcmecl-fast train` or `demo` again."""
+    """Evaluate a finished run of `pcmecl-fast train` or `demo` again."""
 
     run: Path = Path("runs/demo")
     """Output folder of the run."""
     data: str | None = None
     """Other data than the run's own: "synthetic" or a folder with the same emotions."""
     out: Path | None = None
-    """Output folder; by default `evaluation` inside the run's."""
+    """Output folder; by default `evaluation` inside the run's folder."""
     seed: int = 0
-    """Seed of the frames and targets that are tried."""
+    """Seed for choosing the frames and targets."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
@@ -231,11 +231,11 @@ class EditConfig:
     run: Path = Path("runs/demo")
     """Output folder of the run whose generator is used."""
     reference: Path | None = None
-    """A picture of somebody who shows the emotion, for a generator that is driven by one."""
+    """A picture of somebody showing the emotion, for generators driven by a reference."""
     out: Path = Path("runs/edited")
     """Output folder."""
     seed: int = 0
-    """Seed of what a generator draws at random; the built-in one draws nothing."""
+    """Seed for generators that use random numbers; the built-in one uses none."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"

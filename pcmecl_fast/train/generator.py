@@ -1,12 +1,12 @@
 """Stage 2: training a generator on unpaired frames, supervised by PCMECL.
 
     loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_cycle · (edits back)
-         + w_reconstruction · (nothing asked, nothing changed) + w_recognition · (names the emotion shown)
+         + w_reconstruction · (unchanged for its own emotion) + w_recognition · (names the emotion shown)
          + w_person · (same person) + w_speech · (same speech) + Σ (the generator's own penalties)
 
-Person and speech are read from drawn faces by the shipped `FaceReader`. Of real faces it knows nothing: there pixel
-terms, w_identity and w_mouth, stand for the two. Every eighth target is the source's own emotion: there PCMECL is
-silent and the frame must stay as it is.
+Person and speech are read from drawn faces by the shipped `FaceReader`. It cannot read real faces: there the pixel
+terms w_identity and w_mouth replace the two. Every eighth target is the source's own emotion: there PCMECL contributes
+nothing and the frame must not change.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pcmecl_fast.train.prompts import frame_features
 
 log = logging.getLogger("pcmecl_fast")
 
-# Where a run is kept, and on what it runs, may change between a kill and the resumption.
+# Where a run is stored, and what it runs on, may change before it is resumed.
 _FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend", "features"}
 _TERMS = (
     "pcmecl",
@@ -59,9 +59,9 @@ def train_generator(
     criterion: nn.Module | None = None,
     preview: Callable[[Generator], Tensor] | None = None,
 ) -> tuple[Generator, Loop]:
-    """Train the configuration's generator on `dataset`; `preview` draws a picture for TensorBoard now and then.
+    """Train the configured generator on `dataset`; `preview` draws an occasional picture for TensorBoard.
 
-    `criterion` takes the place of PCMECL's, with the same arguments.
+    `criterion` replaces PCMECL's, with the same arguments.
     """
     torch.manual_seed(config.seed)
     generator = make_generator(config.generator, dataset.emotions, config.size, config.generator_options)
@@ -79,7 +79,7 @@ def train_generator(
         signature=_signature(clip, generator, config),
     )
     for step in loop:
-        # Layers that draw by themselves, such as dropout, have to draw the same after a resumption.
+        # Layers with random draws of their own, such as dropout, must draw the same after resuming.
         torch.manual_seed(loop.generator(step).initial_seed())
         players.set_rates(_schedule(step, config.steps))
         batch = draw(config.batch, loop.generator(step)).to(clip.device)
@@ -99,25 +99,25 @@ def _signature(clip: Clip, generator: Generator, config: TrainConfig) -> dict[st
 
 
 def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: TrainConfig) -> PCMECLCriterion:
-    """PCMECL's loss as the configuration wants it; the lengths of changes are those of the data set."""
+    """PCMECL's loss as configured; the lengths of changes are measured on the data set."""
     lengths = None
     if config.strength:
         measure = personal_lengths if config.lengths == "individual" and bank.condition != "frame" else real_lengths
         try:
             lengths = measure(frame_features(clip, dataset, config), dataset, bank)
         except ValueError as error:
-            log.warning("stage 2: edits may be of any length (%s)", error)
+            log.warning("stage 2: the length of edits is not constrained (%s)", error)
     strength = 0.0 if lengths is None else config.strength
     return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=strength, lengths=lengths)
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Full rate, then a linear descent over the last half."""
+    """Full learning rate, then a linear decay over the second half."""
     return min(1.0, (step + 1) / 20) * min(1.0, 2 * (steps - step) / steps)
 
 
 class _Players:
-    """The generator and its critic, each with its optimiser; they are improved in turns."""
+    """The generator and its critic, each with its optimiser; they are updated in turn."""
 
     def __init__(
         self, generator: Generator, critic: PatchDiscriminator, config: TrainConfig, device: torch.device
@@ -166,13 +166,13 @@ class _Terms:
     ) -> None:
         self.players, self.criterion, self.config = players, criterion, config
         self.reader = _reader_for(dataset, config, clip.device)
-        # A random view of the source has features of its own.
+        # A random view of the source has different features, so stored ones do not apply.
         live = config.jitter or requested_backend(None) == "reference"
         self.features = None if live else frame_features(clip, dataset, config)
         self.weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
 
     def __call__(self, batch: _Batch, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """(edited frames, terms); unweighted, but for the generator's own penalties."""
+        """(edited frames, terms); unweighted, except for the generator's own penalties."""
         self.players.critic.requires_grad_(False)
         with self.players.autocast:
             edit = self.players.generator.edit(batch.frames, batch.drive)
@@ -197,12 +197,12 @@ class _Terms:
         return edit.frames, terms
 
     def weighted(self, terms: dict[str, Tensor]) -> Tensor:
-        """The loss. A generator has weighted its penalties already."""
+        """The loss. The generator's penalties are already weighted."""
         start = torch.zeros((), device=terms["pcmecl"].device)
         return sum((self.weights.get(name, 1.0) * term for name, term in terms.items()), start)
 
     def _fidelity(self, source: Tensor, edited: Tensor, views: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Speech and person, as far as the faces can be read."""
+        """Speech and person, read from the faces if the reader can, else compared by pixels."""
         if self.reader is None:
             identity = identity_loss(source, edited.float())
             return {"identity": identity, "mouth": mouth_loss(source, edited.float(), self.config.mouth_box)}
@@ -211,7 +211,7 @@ class _Terms:
 
 
 def _check(edit: Edit, frames: Tensor) -> None:
-    """Mistakes that somebody's own generator may make, before they become a loss of the wrong shape or name."""
+    """Catch mistakes of a user's generator before they become a loss of the wrong shape or name."""
     if not isinstance(edit, Edit):
         raise TypeError(f"generator: edit returns Edit(frames, penalties), got {type(edit).__name__}")
     if edit.frames.shape != frames.shape:
@@ -236,13 +236,13 @@ def _seen_alike(
     jitter: float,
     random: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Both under the same random mirroring, shift, zoom and noise: CLIP must see the change wherever it looks."""
+    """Both frames under the same random mirroring, shift, zoom and noise: CLIP must see the change in every view."""
     if not jitter:
         return source, edited
     count = len(source)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 + jitter * (torch.rand(count, generator=random) * 2 - 1)
-    # Mirrored every other time, so that half a face is never enough.
+    # Mirrored half the time, so that changing half a face is never enough.
     theta[:, 0, 0] *= 1 - 2 * torch.randint(2, (count,), generator=random)
     theta[:, :, 2] = jitter * (torch.rand(count, 2, generator=random) * 2 - 1)
     noise = jitter * torch.randn(source.shape, generator=random).to(source)
@@ -260,9 +260,9 @@ def identity_loss(
     source: Tensor,  # (B, 3, H, W) in [-1, 1]
     edited: Tensor,  # (B, 3, H, W)
 ) -> Tensor:
-    """L1 of the frames, which lets few pixels change, and twice that of their averages over 8×8 pixels.
+    """L1 of the frames, which favours changing few pixels, plus twice that of their averages over 8×8 pixels.
 
-    An expression moves lines; colours and shapes as they look from afar are who it is.
+    An expression moves lines; coarse colours and shapes make the identity.
     """
     return F.l1_loss(edited, source) + 2 * F.l1_loss(F.avg_pool2d(edited, 8), F.avg_pool2d(source, 8))
 
@@ -274,7 +274,7 @@ def mouth_loss(
 ) -> Tensor:
     """L1 between the middles of the mouths, where speech opens and closes the lips and expressions hardly reach.
 
-    The strip's columns are averaged first, so that it is the lips' heights that are compared.
+    The strip's columns are averaged first, so that only the lips' heights are compared.
     """
     height, width = source.shape[-2:]
     left, right = round(box[0] * width), round(box[2] * width)
@@ -287,14 +287,14 @@ def mouth_loss(
 class _Batch:
     index: Tensor  # (B,) frames of the data set
     frames: Tensor  # (B, 3, S, S)
-    drive: Tensor  # (B,) the emotions asked for, or (B, 3, S, S) frames that show them
+    drive: Tensor  # (B,) the target emotions, or (B, 3, S, S) frames that show them
     back: Tensor  # of the same kind: leads back to the source
     row: Tensor  # (B,) rows of the bank
     source: Tensor  # (B,) emotions shown
-    target: Tensor  # (B,) emotions asked for
+    target: Tensor  # (B,) target emotions
 
     def to(self, device: torch.device) -> _Batch:
-        """On the device, except `index`, by which features are read from the disk."""
+        """On the device, except `index`, which is used to read features from disk."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "index"}
         return replace(self, **moved)
 
@@ -309,7 +309,7 @@ class _Batches:
         self.shown = (counts > 0).nonzero()[:, 0]
         self.weight = 1.0 / counts[dataset.emotion_index]
         if bank.emotions != list(dataset.emotions):
-            raise ValueError(f"bank: is for the emotions {bank.emotions}, the data set has {dataset.emotions}")
+            raise ValueError(f"bank: has the emotions {bank.emotions}, the data set has {dataset.emotions}")
         if bank.condition == "frame":
             self.rows = bank.rows(dataset.keys)
         else:
@@ -333,6 +333,6 @@ def draw_references(
     target: Tensor,  # (B,) int
     generator: torch.Generator,
 ) -> Tensor:  # (B,) int
-    """For each target a frame of somebody, not necessarily the same person, who shows it."""
+    """For each target, a frame of somebody (not necessarily the same person) showing it."""
     matches = (emotion_index[None] == target[:, None]).float()
     return torch.multinomial(matches, 1, generator=generator)[:, 0]

@@ -1,7 +1,7 @@
-"""A training step as one CUDA graph: at stage 1's sizes a GPU waits for the launches, not for the arithmetic.
+"""A training step as one CUDA graph: at stage 1's sizes launch overhead, not arithmetic, is the bottleneck.
 
-The first steps run as they are, on a stream of their own, which warms everything up and is training already. The next
-one is captured; from then on a step is copying its inputs to where the graph reads them, and one replay.
+The first steps run normally, on a separate stream: they warm everything up and already train. The next one is captured;
+from then on a step copies its inputs to where the graph reads them and replays the graph.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # steps before the capture: kernels compile and are tuned, the optimiser makes its state
+WARM_UP = 3  # steps before the capture: kernels compile and are tuned, the optimiser creates its state
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -25,14 +25,14 @@ class Replayable(Protocol):
 
 
 def adamw(parameters: Iterable[Tensor], lr: float, mode: str, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, its learning rate and step count on the device where its step may be captured."""
+    """AdamW, with its learning rate and step count on the device if its step may be captured."""
     if not _wanted(mode, device):
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     return torch.optim.AdamW(parameters, lr=torch.tensor(lr, device=device), weight_decay=0.01, capturable=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """In place where it is a tensor, which a captured step reads."""
+    """In place if it is a tensor, because a captured step reads that tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -41,13 +41,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def make_step(step: Step, optimizer: torch.optim.Optimizer, mode: str, device: torch.device) -> Step:
-    """The step itself, or, where graphs are wanted, one that is captured after its first calls and then replayed.
+    """The step itself or, if graphs are wanted, one that is captured after its first calls and then replayed.
 
     Args:
-        step: takes tensors of the same shapes at every call, updates the weights, returns tensors; it makes its own
+        step: takes tensors of the same shapes at every call, updates the weights, returns tensors; it creates its own
             gradients (`zero_grad(set_to_none=True)` inside) and does not wait for the device.
-        optimizer: the one of `adamw` whose step is taken.
-        mode: "auto", "on" or "off". Where the capture fails, auto goes on without and says so; on raises.
+        optimizer: the optimiser from `adamw` that the step uses.
+        mode: "auto", "on" or "off". If the capture fails, auto continues without a graph and logs why; on raises.
         device: where the training runs.
 
     Raises:
@@ -61,7 +61,7 @@ def make_step(step: Step, optimizer: torch.optim.Optimizer, mode: str, device: t
 
 
 class GraphedStep:
-    """See `make_step`; `capture` and `run_aside` do what needs a GPU."""
+    """See `make_step`; `capture` and `run_aside` do the parts that need a GPU."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class GraphedStep:
     def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._graph is not None
         if [x.shape for x in inputs] != [x.shape for x in self._inputs]:
-            # The captured step belongs to one shape; another one is taken as it comes.
+            # The graph is captured for one set of shapes; other shapes run eagerly.
             return self._step(*inputs)
         for kept, x in zip(self._inputs, inputs, strict=True):
             kept.copy_(x)
@@ -121,7 +121,7 @@ def _wanted(mode: str, device: torch.device) -> bool:
 
 
 def _settle(optimizer: torch.optim.Optimizer, captured: bool, device: torch.device) -> None:
-    """Undo what a resumed checkpoint brings along, which was read to the CPU and may come from another kind of step."""
+    """Adapt a resumed optimiser: its state was loaded to the CPU and may come from another kind of step."""
     for group in optimizer.param_groups:
         group["capturable"] = captured
         group["lr"] = torch.as_tensor(group["lr"], device=device) if captured else float(group["lr"])
@@ -130,7 +130,7 @@ def _settle(optimizer: torch.optim.Optimizer, captured: bool, device: torch.devi
 
 
 def _run_aside(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """On another stream than the default, as a capture wants it."""
+    """On a non-default stream, as a capture requires."""
     here = torch.cuda.current_stream()
     aside = torch.cuda.Stream()
     aside.wait_stream(here)

@@ -24,10 +24,10 @@ class Stateful(Protocol):
 
 
 class Loop:
-    """Iterates over the steps that are still to do and keeps what is needed to go on after a kill.
+    """Iterates over the remaining steps and saves what is needed to continue after being killed.
 
     Randomness inside a step must come from `generator(step)` alone: then a run that was killed and resumed ends with
-    the same weights, bit for bit, as one that never was (on a CPU).
+    the same weights, bit for bit, as an uninterrupted one (on a CPU).
 
     Args:
         folder: where `<name>.ckpt` and the TensorBoard files go.
@@ -36,7 +36,7 @@ class Loop:
         steps: the total.
         seed: of every step's generator.
         every: steps between checkpoints.
-        resume: go on from the checkpoint where there is one.
+        resume: continue from the checkpoint if there is one.
         signature: settings that a checkpoint must agree on to be resumed.
     """
 
@@ -102,7 +102,7 @@ class Loop:
         try:
             saved = torch.load(self.path, map_location="cpu", weights_only=True)
             missing = {"step", "states", "curves", "signature"} - set(saved)
-        # torch.load raises whatever damaged bytes make it trip over, with pages of advice.
+        # On damaged bytes torch.load can raise anything, with pages of advice.
         except Exception as error:
             raise ValueError(
                 f"resume: {self.path} is not a whole checkpoint ({type(error).__name__}); start without --resume"
@@ -116,5 +116,5 @@ class Loop:
         for key, state in self.states.items():
             state.load_state_dict(saved["states"][key])
         self.curves = {k: [(int(s), float(v)) for s, v in points] for k, points in saved["curves"].items()}
-        log.info("%s goes on at step %d of %d", self.name, saved["step"], self.steps)
+        log.info("%s resumes at step %d of %d", self.name, saved["step"], self.steps)
         return int(saved["step"])

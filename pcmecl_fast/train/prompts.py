@@ -23,7 +23,7 @@ from pcmecl_fast.train.config import PromptsConfig, RunConfig
 from pcmecl_fast.train.graphs import adamw, make_step, set_learning_rate
 from pcmecl_fast.train.loop import Loop
 
-IGNORED = -100  # a target that cross_entropy leaves out of the mean
+IGNORED = -100  # a target that cross_entropy excludes from the mean
 
 
 def learn_prompts(
@@ -98,7 +98,7 @@ def _take_step(
     condition: Tensor,  # (n, D)
     mask: Tensor,  # (n, E) bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of the optimiser: the total loss and its two parts. Nothing in it waits for the device."""
+    """One optimiser step: returns the total loss and its two parts. Nothing in it waits for the device."""
     text = prompts(condition)
     match = matching_loss(visual, text, mask, clip.logit_scale)
     diff = ops.correlation_loss(
@@ -112,7 +112,7 @@ def _take_step(
 
 
 def frame_features(clip: Clip, dataset: FrameDataset, config: RunConfig) -> Features:
-    """Image features of a data set's frames: from the store; by the reference backend anew whenever they are needed."""
+    """Image features of a data set's frames: from the store, or recomputed on every access by the reference backend."""
     if requested_backend(None) == "reference":
         return LiveFeatures(clip, dataset)
     return FeatureStore(config.features_folder, clip, dtype=getattr(torch, config.features_dtype))(dataset)
@@ -125,14 +125,14 @@ def matching_loss(
     scale: float,
 ) -> Tensor:
     """½ · (image → the individual's own prompts + prompt → the same emotion's images of the batch's individuals)."""
-    # What is missing is left out by its target: picking rows by the mask would have to wait for the device.
+    # Missing entries are excluded through their targets: selecting rows by the mask would wait for the device.
     people, emotions = mask.shape
     own_prompt = torch.arange(emotions, device=text.device).masked_fill(~mask, IGNORED)
     to_prompts = scale * torch.einsum("ned,nfd->nef", visual, text)
     image_loss = F.cross_entropy(to_prompts.flatten(0, 1), own_prompt.flatten(), ignore_index=IGNORED)
     own_image = torch.arange(people, device=text.device).expand(emotions, -1).masked_fill(~mask.T, IGNORED)
     to_people = scale * torch.einsum("ned,med->enm", text, visual)
-    # A person who lacks the emotion is nobody's candidate but their own, whose row is left out.
+    # A person without the emotion is a candidate only in their own row, which is excluded.
     candidate = mask.T[:, None, :] | torch.eye(people, dtype=torch.bool, device=text.device)
     to_people = to_people.masked_fill(~candidate, float("-inf"))
     prompt_loss = F.cross_entropy(to_people.flatten(0, 1), own_image.flatten(), ignore_index=IGNORED)

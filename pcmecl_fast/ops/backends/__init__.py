@@ -1,7 +1,7 @@
-"""The backends, a file each: which kernels are whose operator, and what they support.
+"""The backends, one file each: which kernels implement which operator, and what they support.
 
-A file makes one `Backend`, which says why it cannot run here at all, and adds (operator, forward, backward, limits) for
-each operator that it has. The backend "reference" needs none: every operator brings its own.
+A file creates one `Backend`, which explains why it cannot run here if so, and adds (operator, forward, backward,
+limits) for each operator it implements. The backend "reference" needs no file: every operator brings its own.
 """
 
 from pcmecl_fast.ops.backends import cpu, cuda, triton

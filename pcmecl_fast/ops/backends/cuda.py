@@ -14,9 +14,9 @@ from pcmecl_fast.ops.operator import BACKENDS, Backend, Limits
 from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_EMOTIONS = 32  # a lane of a warp keeps what belongs to an emotion
-MAX_SCALE = 150  # float32 sums hold no more, see csrc/cuda/correlation.cu; a tensor beyond it gives NaN
-MAX_TREE = {"width of a head": 256, "segments": 1024, "tokens": 65535}  # the layout is an argument of the launch
+MAX_EMOTIONS = 32  # one lane of a warp per emotion
+MAX_SCALE = 150  # float32 sums overflow above it, see csrc/cuda/correlation.cu; a tensor scale beyond it gives NaN
+MAX_TREE = {"width of a head": 256, "segments": 1024, "tokens": 65535}  # the layout is a launch argument
 
 
 def add_kernels(backend: Backend, module: ModuleType, device: str = "cuda") -> None:

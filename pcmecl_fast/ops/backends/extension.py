@@ -1,8 +1,8 @@
-"""The compiled extensions: loaded if they are there and were built with this torch, explained if not.
+"""The compiled extensions: loaded if they exist and were built with this torch, explained if not.
 
-`pcmecl_fast._C` holds the CPU's kernels, `pcmecl_fast._C_cuda` the GPU's: apart, so that the first does not need CUDA.
+`pcmecl_fast._C` holds the CPU kernels, `pcmecl_fast._C_cuda` the GPU's: separate, so the first does not need CUDA.
 
-One that was built with another torch does not load, or worse, does. So the version is read from the file beforehand.
+An extension built with another torch fails to load or, worse, loads. So its version is read from the file beforehand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger("pcmecl_fast")
 
 @cache
 def load() -> ModuleType | str:
-    """The CPU's extension, or why there is none and how to get it; said once in the log."""
+    """The CPU extension, or why there is none and how to get it, which is also logged once."""
     found = _load(_path(), torch.__version__)
     if isinstance(found, str):
         logger.warning("pcmecl_fast runs without its compiled extension: %s", found)
@@ -43,7 +43,7 @@ def load() -> ModuleType | str:
 
 @cache
 def load_cuda() -> ModuleType | str:
-    """The GPU's extension, or why there is none and how to get it. It loads on a machine without a GPU."""
+    """The GPU extension, or why there is none and how to get it. It loads on a machine without a GPU."""
     return _load(_path(CUDA_NAME), torch.__version__, CUDA_NAME, CUDA_NOT_BUILT)
 
 
@@ -65,7 +65,7 @@ def _load(path: Path | None, version: str, name: str = NAME, not_built: str = NO
 
 
 def _built_with(path: Path) -> str:
-    """The torch version that bindings.cpp left in the file."""
+    """The torch version that bindings.cpp embeds in the file."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         mark = re.search(rb"pcmecl_fast built with torch ([^;\0]+);", content)
         return mark[1].decode() if mark else "of an unknown version"

@@ -16,13 +16,13 @@ from pcmecl_fast.ops.frames import CLIP_FRAMES
 from pcmecl_fast.ops.operator import BACKENDS, Backend, Limits, Operator
 from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
-# Read once: Triton reads it once too, when it is first imported.
+# Read once, because Triton reads it once too, when first imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ANY = Limits(DEVICES, DTYPES)
 DIRECTION = Limits(DEVICES, DTYPES, most={"emotions": 32}, least={"emotions": 1, "features": 1})
-CORRELATION = Limits(DEVICES, DTYPES, most={"emotions": 11, "scale": 120})  # a tensor beyond it gives NaN
+CORRELATION = Limits(DEVICES, DTYPES, most={"emotions": 11, "scale": 120})  # a tensor scale beyond it gives NaN
 TREE = Limits(
     DEVICES,
     DTYPES,
@@ -36,7 +36,7 @@ def _missing() -> str | None:
     if not _HAS_TRITON:
         return "Triton is not installed; `pip install triton`, on Linux with a CUDA build of torch"
     if torch.version.hip is not None:
-        return "this torch is built for ROCm; the kernels take NVIDIA GPUs"
+        return "this torch is built for ROCm; the kernels support NVIDIA GPUs"
     if not INTERPRETED and not torch.cuda.is_available():
         return "there is no CUDA device (tests set TRITON_INTERPRET=1 before Python starts to run kernels on the CPU)"
     return None
