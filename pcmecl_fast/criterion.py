@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +26,9 @@ class PCMECLCriterion(nn.Module):
     A direction says nothing about how far to go, so any term that preserves the frames shortens the edits at no cost.
     The second term, off by default, asks for edits to go as far along the text's direction as real changes do: the
     individual's own (`personal_lengths`) or the population's (`real_lengths`).
+
+    Frames are RGB in [-1, 1]; others are pointed out once in the log. On a GPU only the first call looks, since looking
+    waits for the device.
 
     The bank is a buffer (one on disk stays there: each call reads the rows it needs), the clip is frozen and nothing
     here is trained. Gradients reach only the edited frames: source features are computed without a graph.
@@ -62,7 +66,8 @@ class PCMECLCriterion(nn.Module):
         super().__init__()
         if bank.tower is not None and bank.tower.text_hash != clip.text_hash():
             raise ValueError(f"bank: made with {bank.tower.name!r} ({bank.tower.pretrained}), not with this clip")
-        self.clip = clip
+        # Out of sight of `state_dict`, and of a model that the criterion is a part of: what is frozen is not saved.
+        self._clip = (clip,)
         rows, emotions = bank.features.shape[:2]
         if strength and lengths is None:
             raise ValueError("lengths: required when strength is not 0; `real_lengths` measures them on a data set")
@@ -82,6 +87,15 @@ class PCMECLCriterion(nn.Module):
         if lengths is not None:
             lengths = lengths.detach().to(self.features).expand(rows, -1, -1)
         self.register_buffer("lengths", lengths, persistent=False)
+        self._noted: set[str] = set()
+
+    @property
+    def clip(self) -> Clip:
+        return self._clip[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PCMECLCriterion:
+        self.clip._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(
         self,

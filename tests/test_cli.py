@@ -99,7 +99,7 @@ def test_it_runs_as_a_program(tmp_path):
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert f"pcmecl-fast prompts: root: {tmp_path / 'nothing'} does not exist" in result.stderr
+    assert f"pcmecl-fast prompts: --data: {tmp_path / 'nothing'} does not exist" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -207,7 +207,7 @@ def test_a_generator_driven_by_a_reference_asks_for_one(folder, runs, tmp_path, 
     assert main(["train", *data, *options, "--out", str(tmp_path / "run")]) == 0
     (source, reference, *_) = sorted((folder / "person-0-001" / "sad").iterdir())
     edit = ["edit", "--run", tmp_path / "run", "--input", source, "--emotion", "sad", "--device", "cpu"]
-    assert "pcmecl-fast edit: reference: this generator is driven by a picture" in wrong(capsys, *edit)
+    assert "pcmecl-fast edit: --reference: this generator is driven by a picture" in wrong(capsys, *edit)
     edit += ["--reference", reference, "--out", tmp_path / "edited"]
     assert main([str(argument) for argument in edit]) == 0
     assert (tmp_path / "edited" / source.name).is_file()
@@ -251,9 +251,10 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path,
     ("content", "says"),
     [
         ("stepz: 3", "no option is called 'stepz'; did you mean steps"),
-        ("generator_options: 3", 'wrong value type for field "generator_options"'),
-        ("steps: many", 'wrong value type for field "steps" - should be "int" instead of value "many"'),
-        ("amp: fp8", 'wrong value type for field "amp"'),
+        ("generator_options: 3", "generator_options: got 3; takes dict[str, typing.Any]"),
+        ("steps: many", "steps: got 'many'; takes int"),
+        ("amp: fp8", "amp: got 'fp8'; takes one of none, bf16, fp16; did you mean fp16?"),
+        ("clip_pretrained: 3", "clip_pretrained: got 3; takes str | None"),
         ("- 1", "holds no options, got list"),
         ("", "holds no options, got NoneType"),
         ("steps: [", "is neither YAML nor JSON"),
@@ -263,13 +264,13 @@ def test_a_config_file_that_makes_no_sense_is_explained(tmp_path, capsys, conten
     path = tmp_path / "config.yaml"
     path.write_text(content)
     line = wrong(capsys, "train", "--config", path)
-    assert line.startswith(f"pcmecl-fast: config: {path}")
+    assert line.startswith(f"pcmecl-fast train: --config: {path}")
     assert says in line
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path, capsys):
     line = wrong(capsys, "train", "--config", tmp_path / "config.yaml")
-    assert line.startswith(f"pcmecl-fast: config: there is no file {tmp_path / 'config.yaml'}")
+    assert line.startswith(f"pcmecl-fast train: --config: there is no file {tmp_path / 'config.yaml'}")
 
 
 @pytest.mark.parametrize(
@@ -296,10 +297,10 @@ def test_options_that_do_not_exist_are_explained(arguments, says, capsys):
 
 def test_a_folder_that_is_not_there_or_empty_is_named(tmp_path, capsys):
     line = wrong(capsys, "prompts", "--data", tmp_path / "nothing", "--out", tmp_path / "out")
-    assert line.startswith(f"pcmecl-fast prompts: root: {tmp_path / 'nothing'} does not exist")
+    assert line.startswith(f"pcmecl-fast prompts: --data: {tmp_path / 'nothing'} does not exist")
     (tmp_path / "empty").mkdir()
     line = wrong(capsys, "train", "--data", tmp_path / "empty", "--out", tmp_path / "out")
-    assert "root: " in line
+    assert "--data: " in line
     assert "holds no pictures or videos" in line
 
 
@@ -307,23 +308,23 @@ def test_a_folder_of_an_unknown_emotion_is_named(folder, tmp_path, capsys):
     data = shutil.copytree(folder, tmp_path / "faces")
     (data / "person-0-001" / "happy").rename(data / "person-0-001" / "hapy")
     line = wrong(capsys, "prompts", "--data", data, "--out", tmp_path / "out", *SMALL)
-    assert line.startswith("pcmecl-fast prompts: root: folders in")
+    assert line.startswith("pcmecl-fast prompts: --data: folders in")
     assert "'hapy' (close to 'happy')" in line
 
 
 def test_an_emotion_that_nobody_is_asked_about_is_named(folder, tmp_path, capsys):
     options = ["--emotions", "neutral", "happy", *SMALL]
     line = wrong(capsys, "prompts", "--data", folder, "--out", tmp_path / "out", *options)
-    assert "emotions: folders in" in line
+    assert "--emotions: folders in" in line
     assert "'sad'" in line
     line = wrong(capsys, "prompts", "--emotions", "happy", "bored", "--out", tmp_path / "out", *SMALL)
-    assert "emotions: ['bored'] cannot be drawn" in line
+    assert "--emotions: ['bored'] cannot be drawn" in line
 
 
 def test_people_with_one_emotion_each_teach_nothing(folder, tmp_path, capsys):
     data = shutil.copytree(folder, tmp_path / "faces", ignore=lambda path, names: {"happy", "sad"} & set(names))
     line = wrong(capsys, "prompts", "--data", data, "--holdout", "0.5", "--out", tmp_path / "out", *SMALL)
-    assert "dataset: training needs at least one individual with two emotions" in line
+    assert "--data: training needs at least one individual with two emotions" in line
     assert "person-0-000, person-0-001, person-0-002" in line
 
 
@@ -350,9 +351,9 @@ def test_a_truncated_picture_stops_the_run_unless_it_may_be_skipped(folder, tmp_
     picture.write_bytes(picture.read_bytes()[:200])
     options = ["prompts", "--data", str(data), "--holdout", "0.3", "--steps", "2", "--out", str(tmp_path / "out")]
     line = wrong(capsys, *options, *SMALL)
-    assert line.startswith("pcmecl-fast prompts: root: 1 of 28 files are broken: ")
+    assert line.startswith("pcmecl-fast prompts: --data: 1 of 28 files are broken: ")
     assert str(picture) in line
-    assert "skip" in line
+    assert "or pass --skip-broken to leave them out" in line
     with caplog.at_level(logging.WARNING):
         assert main([*options, *SMALL, "--skip-broken"]) == 0
     assert str(picture) in caplog.text
@@ -389,30 +390,30 @@ def test_a_broken_checkpoint_is_named(command, tmp_path, capsys):
         options += ["--prompt-steps", "2", *SMALL_GENERATOR]
     (tmp_path / f"{name}.ckpt").write_bytes(b"PK half a checkpoint")
     line = wrong(capsys, command, *options, "--resume")
-    assert f"resume: {tmp_path / name}.ckpt is not a whole checkpoint" in line
+    assert f"--resume: {tmp_path / name}.ckpt is not a whole checkpoint" in line
     assert "start without --resume" in line
 
 
 def test_folders_that_are_no_runs_are_named(runs, folder, tmp_path, capsys):
     line = wrong(capsys, "evaluate", "--run", tmp_path)
-    assert f"run: {tmp_path} is not the output folder of `pcmecl-fast train` (no config.yaml)" in line
+    assert f"--run: {tmp_path} is not the output folder of `pcmecl-fast train` (no config.yaml)" in line
     line = wrong(capsys, "evaluate", "--run", runs / "prompts")
     assert "was written by `pcmecl-fast prompts`, not by `pcmecl-fast train`" in line
     line = wrong(capsys, "edit", "--run", tmp_path, "--input", folder, "--emotion", "sad")
-    assert f"run: {tmp_path} holds no generator.safetensors" in line
+    assert f"--run: {tmp_path} holds no generator.safetensors" in line
     options = ["--out", tmp_path / "out", *SYNTHETIC, *SMALL]
     line = wrong(capsys, "train", "--prompts", tmp_path, *options)
-    assert f"prompts: {tmp_path} holds no prompts.safetensors" in line
+    assert f"--prompts: {tmp_path} holds no prompts.safetensors" in line
 
 
 def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp_path, capsys):
     edit = ["edit", "--run", runs / "train", "--out", tmp_path / "out", "--device", "cpu"]
     line = wrong(capsys, *edit, "--input", folder, "--emotion", "bored")
-    assert "emotion: this generator knows neutral, happy, sad, got 'bored'" in line
+    assert "--emotion: this generator knows neutral, happy, sad, got 'bored'" in line
     line = wrong(capsys, *edit, "--input", folder, "--emotion", "sad")
     assert "contains no picture or video" in line
     line = wrong(capsys, *edit, "--input", tmp_path / "face.png", "--emotion", "sad")
-    assert "input: there is no file" in line
+    assert "--input: there is no file" in line
     (tmp_path / "face.txt").write_text("hello")
     line = wrong(capsys, *edit, "--input", tmp_path / "face.txt", "--emotion", "sad")
     assert "is not a picture or video" in line
@@ -421,12 +422,12 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--missing", "3"], "missing: takes 0 to 0 emotions, got 3"),
-        (["--individuals", "0"], "individuals, clips, frames_per_clip and size: each must be at least 1"),
-        (["--descriptions", "calm"], "descriptions: takes one for each of the 2 emotions (neutral, happy), got 1"),
-        (["--descriptions", "calm", "calm"], "descriptions: got 'calm' twice"),
-        (["--n-ctx", "0"], "n_ctx: got 0, takes 1 or more"),
-        (["--n-ctx", "80"], "descriptions: "),
+        (["--missing", "3"], "--missing: takes 0 to 0 emotions, got 3"),
+        (["--individuals", "0"], "--individuals, --clips, --frames-per-clip and --size: each must be at least 1"),
+        (["--descriptions", "calm"], "--descriptions: takes one for each of the 2 emotions (neutral, happy), got 1"),
+        (["--descriptions", "calm", "calm"], "--descriptions: got 'calm' twice"),
+        (["--n-ctx", "0"], "--n-ctx: got 0, takes 1 or more"),
+        (["--n-ctx", "80"], "--descriptions: "),
         (["--device", "tpu9"], "tpu9"),
         (["--backend", "triton"], "backend 'triton' cannot run"),
     ],

@@ -29,7 +29,7 @@ def closed(monkeypatch, tmp_path):
             "'ViT-B-16-SigLIP' needs the tokenizer 'timm/ViT-B-16-SigLIP'",
             "('ViT-B-16-SigLIP').tokenizer",
         ),
-        (lambda: load_clip("hf-hub:nobody/nothing"), "'hf-hub:nobody/nothing' needs its files", "nothing')"),
+        (lambda: load_clip("hf-hub:nobody/nothing"), "'hf-hub:nobody/nothing' needs its files", "('hf-hub:nobody/nothing')"),
     ],
     ids=["weights", "tokenizer", "model"],
 )
