@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.libraries import missing_library
+from pcmecl_fast.machine import busy_notice
 from pcmecl_fast.options import in_options, read_config
 from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
 
@@ -46,6 +47,9 @@ def run_command(arguments: Sequence[str]) -> int:
         handler.setFormatter(_InOptions(words))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
         _check_paths(config)
+        notice = busy_notice() if name in _LONG else None
+        if notice:
+            logging.getLogger("pcmecl_fast").info(notice)
         COMMANDS[name][1](config)
     except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PCMECL_TRACEBACK"):
@@ -212,6 +216,8 @@ def _backends(config: BackendsConfig) -> None:
         table.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
     Console().print(table)
 
+
+_LONG = ("demo", "prompts", "train", "evaluate", "ablate")
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "demo": (DemoConfig, _train),

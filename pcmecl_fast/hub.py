@@ -1,6 +1,6 @@
 """What has to be fetched from the Hugging Face Hub: found, or explained at once where there is no network.
 
-Its own library tries five times, with pauses, for each of many files: a minute on a closed network, for a page of advice.
+Its own library tries each of many files six times, with pauses: a minute on a closed network, for a page of advice.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ T = TypeVar("T")
 
 PATIENCE = 5.0  # seconds that the hub has to answer at all
 
+
 class HubError(RuntimeError):
     """Something is not on this machine, and the hub cannot be reached."""
-
-
 
 
 def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T:
@@ -46,7 +45,7 @@ def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T
             raise
         raise HubError(
             f"{subject} needs {what}, which this machine does not have, and {constants.ENDPOINT} cannot be reached "
-            f"({why}). Run  python -c \"from pcmecl_fast import load_clip; {bring}\"  on a machine that can, and "
+            f'({why}). Run  python -c "from pcmecl_fast import load_clip; {bring}"  on a machine that can, and '
             f"copy its folder {constants.HF_HUB_CACHE} here (or anywhere here, and set HF_HUB_CACHE to that)"
         ) from error
 

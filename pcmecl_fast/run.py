@@ -195,7 +195,9 @@ def _missing(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def load_clip_for(config: RunConfig) -> Clip:
-    return load_clip(config.clip, config.clip_pretrained, device=_device(config.device))
+    clip = load_clip(config.clip, config.clip_pretrained, device=_device(config.device))
+    _ = clip.tokenizer  # fetched now, or refused before any work is done
+    return clip
 
 
 def _device(name: str) -> str:

@@ -234,7 +234,7 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path,
         "size": 48,
         "lr": 1,
         "generator_options": {"fields": 16},
-        "prompts": "some/where",
+        "prompts": str(tmp_path),
         "amp": "bf16",
     }
     path = tmp_path / f"config.{suffix}"
@@ -243,7 +243,7 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path,
     (config,) = seen
     assert (config.steps, config.size, config.lr, config.amp) == (7, 32, 1, "bf16")
     assert config.generator_options == {"fields": 16, "hidden": 24}
-    assert config.prompts == type(config.prompts)("some/where")
+    assert config.prompts == tmp_path
     assert config.batch == COMMANDS["train"][0]().batch
 
 
@@ -253,7 +253,7 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path,
         ("stepz: 3", "no option is called 'stepz'; did you mean steps"),
         ("generator_options: 3", "generator_options: got 3; takes dict[str, typing.Any]"),
         ("steps: many", "steps: got 'many'; takes int"),
-        ("amp: fp8", "amp: got 'fp8'; takes one of none, bf16, fp16; did you mean fp16?"),
+        ("amp: fp8", "amp: got 'fp8'; takes one of none, bf16, fp16"),
         ("clip_pretrained: 3", "clip_pretrained: got 3; takes str | None"),
         ("- 1", "holds no options, got list"),
         ("", "holds no options, got NoneType"),
@@ -379,7 +379,7 @@ def test_prompts_of_another_tower_are_refused(runs, folder, tmp_path, capsys):
 def test_prompts_for_other_emotions_are_refused(runs, tmp_path, capsys):
     options = ["--prompts", runs / "prompts", "--out", tmp_path, *SYNTHETIC, *SMALL, *SMALL_GENERATOR]
     line = wrong(capsys, "train", *options)
-    assert "bank: has the emotions ['neutral', 'happy', 'sad'], the data set has ['neutral', 'happy']" in line
+    assert "--prompts: has the emotions ['neutral', 'happy', 'sad'], the data set has ['neutral', 'happy']" in line
 
 
 @pytest.mark.parametrize("command", ["train", "prompts"])

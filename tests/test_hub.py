@@ -29,7 +29,11 @@ def closed(monkeypatch, tmp_path):
             "'ViT-B-16-SigLIP' needs the tokenizer 'timm/ViT-B-16-SigLIP'",
             "('ViT-B-16-SigLIP').tokenizer",
         ),
-        (lambda: load_clip("hf-hub:nobody/nothing"), "'hf-hub:nobody/nothing' needs its files", "('hf-hub:nobody/nothing')"),
+        (
+            lambda: load_clip("hf-hub:nobody/nothing"),
+            "'hf-hub:nobody/nothing' needs its files",
+            "('hf-hub:nobody/nothing')",
+        ),
     ],
     ids=["weights", "tokenizer", "model"],
 )
@@ -75,3 +79,15 @@ def test_where_the_hub_answers_it_is_asked_as_ever(closed, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(ValueError, match="the file is broken"):
             hub.from_hub(load, subject="name: 'x'", what="its files", bring="load_clip('x')")
+
+
+def test_a_command_asks_for_the_tokenizer_before_it_works(monkeypatch):
+    from pcmecl_fast import run
+    from pcmecl_fast.train.config import PromptsConfig
+
+    def refuse(name):
+        raise RuntimeError(f"name: {name!r} needs its tokenizer")
+
+    monkeypatch.setattr(clip, "_open_clip_tokenizer", refuse)
+    with pytest.raises(RuntimeError, match="name: 'ViT-S-32-alt' needs its tokenizer"):
+        run.load_clip_for(PromptsConfig(clip="ViT-S-32-alt", device="cpu"))

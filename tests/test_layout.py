@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pcmecl_fast"
 # From what knows nothing of the package to what knows everything. Files of one layer may import each other.
 LAYERS = (
-    ("files", "libraries", "options", "hub"),
+    ("files", "libraries", "options", "hub", "machine"),
     ("ops", "kernels"),
     ("towers", "clip"),
     ("prompts",),

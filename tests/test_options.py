@@ -1,5 +1,6 @@
 """Options from files, and messages that speak the command line's language."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +26,8 @@ class Choices:
     ],
 )
 def test_a_wrong_choice_lists_the_choices_and_the_closest(options, says):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
         from_options(Choices, options, source="x")
-    assert str(caught.value) == says
 
 
 @pytest.mark.parametrize(

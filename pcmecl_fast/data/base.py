@@ -241,8 +241,8 @@ def _held_frames(dataset: FrameDataset, fraction: float, seed: int) -> Tensor:
     held[list(last.values())] = False
     if not held.any():
         raise ValueError(
-            f"fraction: {fraction} of {len(dataset)} frames holds out none, since each of the {len(last)} groups of one "
-            "individual and emotion keeps one for training; take a larger fraction, or add frames"
+            f"fraction: {fraction} of {len(dataset)} frames holds out none, since each of the {len(last)} "
+            "(individual, emotion) groups keeps one for training; take a larger fraction, or add frames"
         )
     return held
 
