@@ -16,9 +16,9 @@ Environment variables read here:
 ccache is used where it is installed. The extensions are compiled against the torch that they will run with, the one in
 the environment that is installed into: pip's isolated build cannot see it and is shown it here; an isolated build of
 another kind (uv, build) needs --no-build-isolation. What could not be built leaves its reason in the package, where
-`pcmecl-fast backends` finds it, since pip shows nothing of what a build prints. A wheel's local version names its torch
-and CUDA, as in 0.1.0+torch2.15cu132. The CPU's runs on any processor of the machine's architecture: AVX2 and AVX-512 lie
-beside the baseline and are chosen at run time (csrc/cpu/kernels.cpp).
+`pcmecl-fast backends` finds it, since pip shows nothing of what a build prints. A wheel's local version names its
+torch and CUDA, as in 0.1.0+torch2.15cu132. The CPU's runs on any processor of the machine's architecture: AVX2 and
+AVX-512 lie beside the baseline and are chosen at run time (csrc/cpu/kernels.cpp).
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _missing() -> str | None:
         _import_torch()
     except ImportError as error:
         return (
-            f"there was no torch to build it against ({error}): install torch before this package, and where a build is "
-            "isolated from it, show it by pip's --no-build-isolation"
+            f"there was no torch to build it against ({error}): install torch before this package, and where a build "
+            "is isolated from it, show it by pip's --no-build-isolation"
         )
     if sys.platform == "win32":
         return "it is written for GCC and Clang"
