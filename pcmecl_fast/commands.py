@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +51,7 @@ def run_command(arguments: Sequence[str]) -> int:
         notice = busy_notice() if name in _LONG else None
         if notice:
             logging.getLogger("pcmecl_fast").info(notice)
-        COMMANDS[name][1](config)
+        COMMANDS[name][1](config, shlex.join(["pcmecl-fast", *arguments]))
     except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PCMECL_TRACEBACK"):
             raise
@@ -163,48 +164,63 @@ def _returning(name: str, config_class: type, default: Any) -> Callable[..., tup
     return command
 
 
-def _show(work: Callable[[Any], dict[str, Any]]) -> Callable[[Any], None]:
-    def command(config: Any) -> None:
-        summary = work(config)
-        table = Table(title=str(getattr(config, "out", "")), show_header=False)
-        for key, value in summary.items():
-            table.add_row(key, f"{value:.3f}" if isinstance(value, float) else str(value))
-        Console().print(table)
+def _print_results(out: Path, summary: dict[str, Any]) -> None:
+    """What the report's tables say, and where the report is."""
+    from pcmecl_fast.evaluate.results import prompts_in_words, prompts_table, results_table
 
-    return command
+    console = Console()
+    for content in (results_table(summary), prompts_table(summary)):
+        if not content.rows:
+            continue
+        table = Table("")
+        for column in content.columns:
+            table.add_column(column, justify="right")
+        for row in content.rows:
+            table.add_row(
+                row.name, *("–" if cell is None else f"{cell.text}\n{cell.interval}".strip() for cell in row.cells)
+            )
+        console.print(table, content.note, sep="\n", end="\n\n", highlight=False)
+    for paragraph in prompts_in_words(summary):
+        console.print(paragraph, end="\n\n", highlight=False)
+    console.print(
+        f"{summary['seconds']:.0f} s; faces and curves: {out / 'report.html'}", soft_wrap=True, highlight=False
+    )
 
 
-def _prompts(config: PromptsConfig) -> None:
+def _prompts(config: PromptsConfig, command: str) -> None:
     from pcmecl_fast.run import run_prompts
 
-    _show(run_prompts)(config)
+    _print_results(config.out, run_prompts(config, command=command))
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig, command: str) -> None:
     from pcmecl_fast.run import run_train
 
-    _show(run_train)(config)
+    _print_results(config.out, run_train(config, command=command))
 
 
-def _evaluate(config: EvaluateConfig) -> None:
+def _evaluate(config: EvaluateConfig, command: str) -> None:
     from pcmecl_fast.run import run_evaluate
 
-    _show(run_evaluate)(config)
+    _print_results(config.folder, run_evaluate(config, command=command))
 
 
-def _edit(config: EditConfig) -> None:
+def _edit(config: EditConfig, command: str) -> None:
     from pcmecl_fast.run import run_edit
 
-    _show(run_edit)(config)
+    table = Table(show_header=False)
+    for key, value in run_edit(config).items():
+        table.add_row(key, str(value))
+    Console().print(table)
 
 
-def _ablate(config: AblateConfig) -> None:
+def _ablate(config: AblateConfig, command: str) -> None:
     from pcmecl_fast.ablation import run_ablate
 
     run_ablate(config)
 
 
-def _backends(config: BackendsConfig) -> None:
+def _backends(config: BackendsConfig, command: str) -> None:
     from pcmecl_fast.ops import backend_status
 
     rows = [asdict(status) for status in backend_status()]
@@ -219,7 +235,7 @@ def _backends(config: BackendsConfig) -> None:
 
 _LONG = ("demo", "prompts", "train", "evaluate", "ablate")
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "demo": (DemoConfig, _train),
     "prompts": (PromptsConfig, _prompts),
     "train": (TrainConfig, _train),

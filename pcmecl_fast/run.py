@@ -21,8 +21,11 @@ from pcmecl_fast.data.base import EMOTIONS, FrameDataset, split
 from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.media import is_media, read_frames, write_frames
-from pcmecl_fast.evaluate.metrics import NOTES, clip_view, draw_trials, judge_edits
+from pcmecl_fast.evaluate.intervals import summarize
+from pcmecl_fast.evaluate.metrics import clip_view, draw_trials, judge_edits, prompt_view
+from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
+from pcmecl_fast.evaluate.results import limits_in_words, prompts_in_words, prompts_table, results_table
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.models import Generator, load_generator, save_generator
 from pcmecl_fast.models.base import generator_config
@@ -38,8 +41,11 @@ log = logging.getLogger("pcmecl_fast")
 _EVALUATED_FRAMES = 336
 
 
-def run_prompts(config: PromptsConfig) -> dict[str, Any]:
-    """Stage 1 alone: `prompts.safetensors`, `bank.safetensors`, `summary.json`, `report.html`."""
+def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
+    """Stage 1 alone: `prompts.safetensors`, `bank.safetensors`, `summary.json`, `report.html`.
+
+    Here and below, `command` is what was typed, for the report to repeat.
+    """
     started = time.monotonic()
     config.out.mkdir(parents=True, exist_ok=True)
     _save_config(config)
@@ -49,16 +55,15 @@ def run_prompts(config: PromptsConfig) -> dict[str, Any]:
         prompts, bank, loop = learn_prompts(clip, dataset, config)
         bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
-        seen = clip_view(lambda frames, target: frames, clip, bank, held, trials)
-    summary: dict[str, Any] = {k: seen[k] for k in ("zero_shot_accuracy", "prompt_accuracy")}
+        summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
     summary |= {"individuals": len(bank.individuals), "seconds": time.monotonic() - started}
-    _write_summary(config.out, summary)
-    report = Report("Personalized prompts", summary, NOTES, loop.curves, [], asdict(config))
-    write_report(config.out / "report.html", report)
+    _publish(config.out, "Personalized prompts", summary, loop.curves, {}, config, held, command)
     return summary
 
 
-def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL") -> dict[str, Any]:
+def run_train(
+    config: TrainConfig, title: str = "Expression editing under PCMECL", *, command: str = ""
+) -> dict[str, Any]:
     """Stage 2, preceded by stage 1 if no prompts are given, then evaluation and the report."""
     started = time.monotonic()
     # Checked before spending time on stage 1, and written out in full, so config.yaml survives changes of defaults.
@@ -82,18 +87,18 @@ def run_train(config: TrainConfig, title: str = "Expression editing under PCMECL
         curves |= loop.curves
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
     summary["seconds"] = time.monotonic() - started
-    _publish(config.out, title, summary, curves, grids, config)
+    _publish(config.out, title, summary, curves, grids, config, held, command)
     return summary
 
 
-def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]:
     """Evaluate a finished run again, on its own or other data; writes `summary.json` and `report.html`."""
     started = time.monotonic()
     trained = _config_of(config.run)
     if config.data is not None:
         trained.data = config.data
     trained.device, trained.backend = config.device, config.backend
-    out = config.out or config.run / "evaluation"
+    out = config.folder
     out.mkdir(parents=True, exist_ok=True)
     with ops.use_backend(config.backend):
         clip = load_clip_for(trained)
@@ -105,7 +110,7 @@ def run_evaluate(config: EvaluateConfig) -> dict[str, Any]:
         bank = PromptBank.load(_file("run", stage1, "bank"), clip)
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
     summary["seconds"] = time.monotonic() - started
-    _publish(out, "Evaluation", summary, {}, grids, trained)
+    _publish(out, f"Evaluation of {config.run}", summary, {}, grids, trained, held, command)
     return summary
 
 
@@ -152,7 +157,7 @@ def evaluate(
     *,
     seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, FaceGrid]]:
-    """All measures on frames held out of training, and pictures of them."""
+    """The summary of all measures on frames held out of training, and pictures of them."""
     bank = bank_for(bank, prompts, held, clip, config)
     trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
     torch.manual_seed(seed)  # for generators that use random numbers
@@ -161,11 +166,11 @@ def evaluate(
     def edit(frames: Tensor, target: Tensor) -> Tensor:
         return generator(frames, references(target, frames.device))
 
-    summary: dict[str, Any] = {}
-    if isinstance(held, SyntheticFaces):
-        summary |= judge_edits(edit, held, trials, device=clip.device)
-    summary |= clip_view(edit, clip, bank, held, trials)
-    return summary, {"faces": _face_grid(generator, held, people=8, references=dataset)}
+    values = judge_edits(edit, held, trials, device=clip.device) if isinstance(held, SyntheticFaces) else {}
+    values |= prompt_view(clip, bank, held, trials) | clip_view(edit, clip, bank, held, trials)
+    return summarize(values, held.individual_index[trials.index]), {
+        "faces": _face_grid(generator, held, people=8, references=dataset)
+    }
 
 
 def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
@@ -265,13 +270,11 @@ def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, refe
     repeated = source.repeat_interleave(emotions, 0)
     edited = generator(repeated.to(device), driver(target, device)).cpu().unflatten(0, (count, emotions))
     truth = None
-    caption = "Top row of each person: edited. The source is on the left."
     if isinstance(dataset, SyntheticFaces):
         truth = dataset.truth(index.repeat_interleave(emotions), target).unflatten(0, (count, emotions))
-        caption = "Each person: edited frame above, the same frame drawn with that emotion below. Source on the left."
     return FaceGrid(
         "People held out of training" if truth is not None else "Frames held out of training",
-        caption,
+        _who_is_shown(count, len(dataset.individual_index.unique()), drawn=truth is not None),
         [dataset.individuals[i] for i in dataset.individual_index[index].tolist()],
         list(dataset.emotions),
         source,
@@ -279,6 +282,16 @@ def _face_grid(generator: Generator, dataset: FrameDataset, *, people: int, refe
         edited,
         truth,
     )
+
+
+def _who_is_shown(shown: int, held: int, *, drawn: bool) -> str:
+    if held == 1:
+        frames = "One frame of one individual"
+    else:
+        frames = f"One frame of each of {shown} individuals" + (f", of {held}" if shown < held else "")
+    if drawn:
+        return f"{frames}; the true edit is the same frame drawn with the other emotion."
+    return f"{frames}; for real faces there is no true edit to compare with."
 
 
 def _save_config(config: RunConfig) -> None:
@@ -292,11 +305,26 @@ def _publish(
     curves: dict[str, list[tuple[int, float]]],
     grids: dict[str, FaceGrid],
     config: RunConfig,
+    held: FrameDataset,
+    command: str,
 ) -> None:
     _write_summary(out, summary)
     for name, grid in grids.items():
         save_grid_png(out / f"{name}.png", grid)
-    write_report(out / "report.html", Report(title, summary, NOTES, curves, list(grids.values()), asdict(config)))
+    drawn = isinstance(held, SyntheticFaces)
+    report = Report(
+        title,
+        lead="" if grids else "Prompts alone: this run learned them and edited no faces.",
+        grids=list(grids.values()),
+        results=results_table(summary),
+        prompts=prompts_table(summary),
+        words=prompts_in_words(summary),
+        limits=limits_in_words(summary, emotions=len(held.emotions), clip=config.clip, drawn=drawn, edited=bool(grids)),
+        curves=curves,
+        origin=origin(command, seconds=summary["seconds"], device=_device(config.device)),
+        config=asdict(config),
+    )
+    write_report(out / "report.html", report)
 
 
 def _file(argument: str, folder: Path, name: str) -> Path:
@@ -319,5 +347,13 @@ def _config_of(run: Path) -> TrainConfig:
 
 
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    finite = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in summary.items()}
-    write_atomically(out / "summary.json", (json.dumps(finite, indent=2) + "\n").encode())
+    write_atomically(out / "summary.json", (json.dumps(_finite(summary), indent=2) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

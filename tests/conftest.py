@@ -1,4 +1,4 @@
-"""What several test files start from: the built-in CLIP model, loaded once, another tower, and a few drawn people."""
+"""Shared fixtures: the built-in CLIP model, loaded once, another tower, and a few drawn people."""
 
 from functools import partial
 
@@ -13,8 +13,8 @@ from pcmecl_fast.ops.backends import cuda
 from pcmecl_fast.ops.operator import BACKENDS, Backend
 from pcmecl_fast.synthetic import SyntheticFaces
 
-# The backends that run on this machine's CPU tensors: every test of an operator runs on each of them. The CUDA kernels
-# do under their host harness.
+# The backends that run on CPU tensors here: every operator test runs on each of them. The CUDA kernels run under their
+# host harness.
 ON_CPU = [status.name for status in ops.backend_status() if status.available and status.name in ("reference", "cpu")]
 ON_CPU += ["cuda"] if cuda_on_host.compiler() else []
 
@@ -26,7 +26,7 @@ def clip():
 
 @pytest.fixture(scope="session")
 def other_clip():
-    """A tower of the same sizes with other weights."""
+    """A tower of the same size with different weights."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = tiny_face_model()
@@ -36,7 +36,7 @@ def other_clip():
 
 @pytest.fixture(scope="session")
 def few_faces():
-    """Makes data sets of a few small frames."""
+    """A factory of data sets with a few small frames."""
     return partial(SyntheticFaces, 3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, size=32)
 
 
@@ -49,7 +49,7 @@ def no_report(monkeypatch):
 
 @pytest.fixture(params=ON_CPU)
 def each_backend(request):
-    """The test's calls run on this backend; float16 is the reference's alone on a CPU."""
+    """The test's calls run on this backend; on a CPU, only the reference supports float16."""
     if request.param == "cpu" and request.node.callspec.params.get("dtype") == torch.float16:
         pytest.skip("the cpu backend takes float32, float64 and bfloat16")
     if request.param == "cuda":
@@ -60,14 +60,14 @@ def each_backend(request):
 
 @pytest.fixture
 def cuda_kernels_on_host(monkeypatch):
-    """The backend "cuda" takes CPU tensors; a test that gives it what it does not take is skipped."""
+    """The backend "cuda" runs on CPU tensors; tests with unsupported arguments are skipped."""
     on_host = SkippingBackend("cuda", missing=lambda: None)
     cuda.add_kernels(on_host, cuda_on_host.load(), device="cpu")
     monkeypatch.setitem(BACKENDS, "cuda", on_host)
 
 
 class SkippingBackend(Backend):
-    """A backend that skips the test that gives it what it does not support."""
+    """A backend that skips the test when given unsupported arguments."""
 
     def unsupported_reason(self, operator, arguments):
         reason = super().unsupported_reason(operator, arguments)

@@ -1,4 +1,4 @@
-"""csrc/cuda compiled by the C++ compiler over its host harness: the very same kernels, run on CPU tensors.
+"""csrc/cuda compiled by the C++ compiler with its host harness: the same kernels, run on CPU tensors.
 
 Built once for the sources and the torch at hand, into build/ beside them.
 """
@@ -25,7 +25,7 @@ FLAGS += ["-march=native", "-ffp-contract=fast"]  # products fused into addition
 
 
 def compiler() -> str | None:
-    """The C++ compiler, None where there is none or the sources are not at hand."""
+    """The C++ compiler, or None if there is none or the sources are missing."""
     command = shlex.split(os.environ.get("CXX", "c++"))[0]
     return command if SOURCES and shutil.which(command) else None
 

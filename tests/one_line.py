@@ -1,10 +1,10 @@
-"""What a command that fails says."""
+"""What a failing command prints."""
 
 from pcmecl_fast.cli import main
 
 
 def wrong(capsys, *arguments):
-    """Run a command that fails, and return the one line that it says why in."""
+    """Run a command that fails, and return its one-line error message."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pcmecl-fast")]

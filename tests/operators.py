@@ -23,7 +23,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Call:
-    """An operator and what it is called with."""
+    """An operator and its arguments."""
 
     operator: str
     floats: list[Tensor]
@@ -33,21 +33,21 @@ class Call:
     function: Callable[..., Tensor]
     """The operator as a function of `floats`, `rest` and `backend=`."""
     schema_arguments: tuple
-    """The same as `torch.ops.pcmecl_fast.<operator>` takes it, but for the backend's name at the end."""
+    """The arguments of `torch.ops.pcmecl_fast.<operator>`, except the backend's name at the end."""
 
     def __call__(self, *floats: Tensor, backend: str | None = None) -> Tensor:
-        """Of `floats`, or without them of its own."""
+        """The operator applied to `floats`, or to the call's own if there are none."""
         return self.function(*(floats or self.floats), *self.rest, backend=backend)
 
     def widened(self) -> list[Tensor]:
-        """Its floats in float64: those of the exact result."""
+        """Its floats in float64, for the exact result."""
         return [x.detach().double().requires_grad_() for x in self.floats]
 
 
 def value_and_gradients(
     call: Callable[..., Tensor], floats: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """A call's result and the gradients of its sum, weighted so that no two elements count alike."""
+    """A call's result and the gradients of its sum, with a different weight for each element."""
     leaves = [x.detach().clone().requires_grad_() for x in floats]
     out = call(*leaves, backend=backend)
     weights = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64, device=out.device).view(out.shape)
@@ -185,7 +185,7 @@ def correlation_inputs(
     number: int | None = None,
     degenerate: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit features that require gradients, and a mask that lacks about a third, never of the first individual.
+    """Unit features that require gradients, and a mask without about a third, but with all of the first individual's.
 
     `degenerate`: two emotions of the second individual have the same visual features, and the third is the first again.
     """

@@ -1,4 +1,4 @@
-"""The ablation: the same training under every supervision, judged on what the data alone can tell."""
+"""The ablation: the same training under every supervision, judged on paired truth alone."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_every_supervision_is_trained_and_judged(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "summary.json").read_text()) == rows
     assert (tmp_path / "ablation.svg").stat().st_size > 1000
 
-    # A run that was killed goes on with what is missing.
+    # A killed run continues with what is missing.
     (tmp_path / "summary.json").unlink()
     monkeypatch.setattr(ablation, "train_and_judge", lambda *_: pytest.fail("trained again"))
     assert run_ablate(small(tmp_path)) == rows
@@ -50,7 +50,7 @@ def test_workers_find_what_one_process_finds(tmp_path, monkeypatch):
     alone, together = run_ablate(small(tmp_path / "alone")), run_ablate(small(tmp_path / "together", workers=2))
     for row, other in zip(alone, together, strict=True):
         assert row["supervision"] == other["supervision"]
-        # On people of the training: of others the processes of this test judge fewer.
+        # On training people: this test's processes judge fewer of the others.
         for measure in ("personal_style_error", "expression_error", "identity_similarity", "mouth_error"):
             assert row[measure]["mean"] == pytest.approx(other[measure]["mean"], abs=1e-3)
 
@@ -66,7 +66,7 @@ def test_supervisions_with_the_same_prompts_learn_them_once(tmp_path, monkeypatc
     assert len(learned) == len(set(learned)) == 2  # by individual and by frame
 
 
-def test_a_generator_driven_by_a_reference_is_refused_before_anything_is_trained(tmp_path):
+def test_a_generator_driven_by_a_reference_is_rejected_before_training(tmp_path):
     with pytest.raises(ValueError, match="generator: the ablation judges generators driven by an emotion"):
         run_ablate(small(tmp_path / "out", generator_options={"driven_by": "reference"}))
     assert not (tmp_path / "out").exists()
@@ -83,7 +83,7 @@ def test_direct_supervision_is_one_minus_the_cosine_with_the_targets_prompt(clip
     frames = torch.rand(3, 3, 64, 64) * 2 - 1
     row, shown, asked = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 2]), torch.tensor([2, 0, 2])
     loss = DirectCriterion(clip, bank)(frames, frames, row, shown, asked)
-    wanted = bank.features[[0, 1], [2, 0]]  # the third asks for what is shown
+    wanted = bank.features[[0, 1], [2, 0]]  # the third target is the source's own emotion
     torch.testing.assert_close(loss, (1 - F.cosine_similarity(clip.encode_image(frames[:2]), wanted)).mean())
 
 

@@ -1,4 +1,4 @@
-"""Frames under random changes: what is switched off changes nothing, what is on changes what it says."""
+"""Random changes of frames: what is off changes nothing, and each option changes what it should."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pcmecl_fast.synthetic.augment import augmented, drawn, to_bytes
 OFF = {"zoom": 0.0, "shift": 0.0, "blurred": 0.0, "noise": 0.0}
 
 
-def test_nothing_asked_nothing_changed(few_faces):
+def test_without_options_nothing_changes(few_faces):
     faces = few_faces()
     pixels = drawn(faces)
     torch.testing.assert_close(augmented(pixels, **OFF), faces.frames(range(len(faces))), rtol=0, atol=1 / 127)

@@ -1,4 +1,4 @@
-"""Which implementation runs: the call's word, else the context's, else the environment's, else the fastest."""
+"""Which backend runs: the call's choice, else the context's, else the environment's, else the fastest."""
 
 import asyncio
 import logging
@@ -37,7 +37,7 @@ def _own_backends(monkeypatch):
 
 
 def add(name="cpu", missing=lambda: None, limits=None, result=-2):
-    """A backend whose results can be told from the reference's: "double" gives -2 where it should give 2."""
+    """A backend with recognisable results: "double" gives -2 instead of 2."""
     BACKENDS[name] = Backend(name, missing)
     BACKENDS[name].add(DOUBLE, lambda x: result * x, limits=limits)
 
@@ -47,17 +47,17 @@ def double(length=1, backend=None, dtype=torch.float32):
     return result if isinstance(result, Explanation) else int(result[0]) if length else 0
 
 
-def test_auto_takes_the_reference_where_there_is_nothing_else():
+def test_auto_falls_back_to_the_reference():
     assert double() == 2
 
 
-def test_auto_takes_the_fastest_that_takes_the_tensors():
+def test_auto_chooses_the_fastest_backend_that_supports_the_tensors():
     add(limits=CPU_FLOATS)
     assert double(1) == -2
     assert double(4) == 2  # the reference's
 
 
-def test_auto_takes_the_fastest_first():
+def test_auto_tries_the_fastest_first():
     add("cpu")
     add("triton", result=3)
     assert double() == 3
@@ -65,17 +65,17 @@ def test_auto_takes_the_fastest_first():
     assert double() == 4
 
 
-def test_auto_passes_by_a_backend_that_cannot_run_here():
+def test_auto_skips_a_backend_that_cannot_run_here():
     add(missing=lambda: "built for another torch")
     assert double() == 2
 
 
-def test_auto_passes_by_a_backend_without_this_operator():
+def test_auto_skips_a_backend_without_this_operator():
     BACKENDS["cpu"] = Backend("cpu", missing=lambda: None)
     assert double() == 2
 
 
-def test_the_calls_word_comes_before_the_contexts_and_that_before_the_environments(monkeypatch):
+def test_the_call_overrides_the_context_and_the_context_the_environment(monkeypatch):
     add()
     assert double() == -2
     monkeypatch.setenv("PCMECL_BACKEND", "reference")
@@ -92,19 +92,19 @@ def test_the_calls_word_comes_before_the_contexts_and_that_before_the_environmen
     assert double(backend="auto") == -2
 
 
-def test_an_empty_variable_is_none(monkeypatch):
+def test_an_empty_variable_counts_as_unset(monkeypatch):
     monkeypatch.setenv("PCMECL_BACKEND", "")
     assert double() == 2
 
 
-def test_a_context_ends_with_its_block_even_by_an_exception():
+def test_a_context_ends_with_its_block_even_on_an_exception():
     add()
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert double() == -2
 
 
-def test_a_context_holds_for_its_own_thread_only():
+def test_a_context_applies_to_its_own_thread_only():
     add()
     inside, done, seen = threading.Event(), threading.Event(), []
 
@@ -124,7 +124,7 @@ def test_a_context_holds_for_its_own_thread_only():
     assert seen == [2]
 
 
-def test_a_context_holds_for_its_own_task_only():
+def test_a_context_applies_to_its_own_task_only():
     add()
 
     async def run(name):
@@ -146,7 +146,7 @@ def test_an_unknown_name_lists_the_known_ones(call):
         call()
 
 
-def test_an_unknown_name_in_the_environment_says_so(monkeypatch):
+def test_an_unknown_name_in_the_environment_is_reported(monkeypatch):
     monkeypatch.setenv("PCMECL_BACKEND", "tpu")
     with pytest.raises(ValueError, match="PCMECL_BACKEND: got 'tpu'; takes one of reference, cpu, triton, cuda, auto"):
         double()
@@ -168,7 +168,7 @@ def test_a_named_backend_that_cannot_run_here_says_why():
         double(backend="cpu")
 
 
-def test_a_named_backend_that_does_not_take_the_tensors_says_why():
+def test_a_named_backend_that_does_not_support_the_tensors_says_why():
     add(limits=CPU_FLOATS)
     assert double(1, backend="cpu") == -2
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run _double: length: got 4; supports at most 3"):
@@ -183,7 +183,7 @@ def test_a_named_backend_without_this_operator_says_so():
         double(backend="cpu")
 
 
-def test_auto_logs_once_what_was_taken_and_why_nothing_faster(caplog):
+def test_auto_logs_once_what_was_chosen_and_why_nothing_faster(caplog):
     add("cpu", limits=CPU_FLOATS)
     add("triton", missing=lambda: "no CUDA device")
     with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
@@ -220,7 +220,7 @@ def test_explain_says_what_would_run_and_why_not_the_others(caplog):
         assert explain(double).backend == "reference"
 
 
-def test_explain_takes_the_public_functions_with_their_checks():
+def test_explain_accepts_the_public_functions_and_runs_their_checks():
     frames = torch.zeros(1, 3, 4, 4)
     assert explain(clip_frames, frames, 2, (0.5,) * 3, (0.5,) * 3).backend == "reference"
     with pytest.raises(ValueError, match="frames: got shape"):
@@ -247,7 +247,7 @@ def test_explain_takes_the_public_functions_with_their_checks():
         (Limits(("cpu",), (torch.float32,), most={"length": 3}, least={"length": 3}), None),
     ],
 )
-def test_limits_make_the_check_and_its_sentence(limits, reason):
+def test_limits_give_both_the_check_and_its_message(limits, reason):
     assert limits.unsupported_reason(DOUBLE, [torch.ones(3)]) == reason
 
 

@@ -23,7 +23,7 @@ SENTENCES = ["a calm face", "a face full of joy", "a face about to cry"]
 
 
 def learned(clip, descriptions=SENTENCES, **kwargs):
-    """Prompts some steps into learning: a condition network that does something."""
+    """Prompts a few steps into training: their condition network has an effect."""
     torch.manual_seed(0)
     prompts = PersonalizedPrompts(clip, descriptions, **{"n_ctx": 3} | kwargs)
     torch.nn.init.normal_(prompts.condition_net[2].weight, std=0.3)
@@ -89,7 +89,7 @@ def test_rows_are_looked_up(clip, tmp_path):
         bank.lookup(torch.tensor([0, 3]))
 
 
-def test_people_met_later_get_rows_from_a_few_frames(clip):
+def test_people_added_later_get_rows_from_a_few_frames(clip):
     frames = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     condition = condition_of(clip, frames)
     torch.testing.assert_close(condition, F.normalize(clip.encode_image(frames), dim=-1).mean(0))
@@ -102,7 +102,7 @@ def test_people_met_later_get_rows_from_a_few_frames(clip):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its memory from /proc")
-def test_looking_up_rows_on_disk_reads_only_these(clip, tmp_path):
+def test_looking_up_rows_on_disk_reads_only_those(clip, tmp_path):
     count = 40_000
     features = torch.randn(1, 8, 512).expand(count, 8, 512)
     names = [str(i) for i in range(count)], [f"e{i}" for i in range(8)]
@@ -115,7 +115,7 @@ def test_looking_up_rows_on_disk_reads_only_these(clip, tmp_path):
     bank = PromptBank.load(path, clip, on_disk=True)
     rows = torch.randperm(count)[:400]
     assert bank.lookup(rows).shape == (400, 8, 512)
-    # The file has 655 MB, the rows 6.5.
+    # The file has 655 MB, the rows 6.5 MB.
     assert resident() - before < 100e6
 
 
@@ -141,7 +141,7 @@ def test_an_unknown_individual_is_named_with_close_ones():
         bank.rows(["ben", "anne", "dora"])
 
 
-def test_an_unknown_emotion_is_named_with_those_there_are():
+def test_an_unknown_emotion_is_named_with_the_known_ones():
     bank = PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS)
     with pytest.raises(ValueError, match="emotions: the bank has neutral, happy, sad, not 'joyful'"):
         bank.columns(["happy", "joyful"])
@@ -159,7 +159,7 @@ def test_an_unknown_emotion_is_named_with_those_there_are():
         (torch.rand(3, 3, 4), PEOPLE, EMOTIONS, {"condition": "clip"}, "condition: takes 'individual' or 'frame', got"),
     ],
 )
-def test_names_that_do_not_fit_the_features_are_refused(features, people, emotions, kwargs, says):
+def test_names_that_do_not_match_the_features_are_rejected(features, people, emotions, kwargs, says):
     with pytest.raises(ValueError, match=says):
         PromptBank(features, people, emotions, **kwargs)
 
@@ -198,7 +198,7 @@ def test_the_header_is_readable_json(clip, tmp_path):
     assert header["tower"] == {"name": "tiny-face", "pretrained": "built-in", "text_hash": clip.text_hash()}
 
 
-def test_another_tower_is_refused_and_both_are_named(clip, other_clip, tmp_path):
+def test_another_tower_is_rejected_and_both_are_named(clip, other_clip, tmp_path):
     build(clip).save(tmp_path / "bank")
     with pytest.raises(ValueError, match=r"clip: .*bank was made with 'tiny-face' \(.*got 'other-face' \(by hand"):
         PromptBank.load(tmp_path / "bank", other_clip)
@@ -211,13 +211,13 @@ def test_the_same_tower_in_another_dtype_is_not_another_tower(clip, tmp_path):
     assert PromptBank.load(tmp_path / "bank", load_clip(dtype=torch.bfloat16)).individuals == PEOPLE
 
 
-def test_a_bank_that_does_not_know_its_tower_is_not_saved(tmp_path):
+def test_a_bank_of_an_unknown_tower_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="tower: this bank's CLIP model is unknown"):
         PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS).save(tmp_path / "bank")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_is_not_there_is_named(clip, tmp_path):
+def test_a_missing_file_is_named(clip, tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"path: there is no file {tmp_path / 'bank'}")):
         PromptBank.load(tmp_path / "bank", clip)
 
@@ -231,7 +231,7 @@ def test_a_truncated_file_is_named(clip, tmp_path, keep):
         PromptBank.load(path, clip)
 
 
-def test_a_file_of_another_kind_is_refused(clip, tmp_path):
+def test_a_file_of_another_kind_is_rejected(clip, tmp_path):
     save_prompts(tmp_path / "prompts", learned(clip), EMOTIONS, clip)
     with pytest.raises(ValueError, match="prompts holds 'prompts', not 'bank'"):
         PromptBank.load(tmp_path / "prompts", clip)
@@ -249,7 +249,7 @@ def test_a_file_of_another_kind_is_refused(clip, tmp_path):
 
 
 @pytest.mark.parametrize("context", ["shared", "per-emotion"])
-def test_learned_prompts_come_back_to_make_rows_for_people_met_later(clip, tmp_path, context):
+def test_loaded_prompts_make_rows_for_people_added_later(clip, tmp_path, context):
     prompts = learned(clip, context=context)
     save_prompts(tmp_path / "prompts", prompts, EMOTIONS, clip)
     torch.manual_seed(99)
@@ -260,7 +260,7 @@ def test_learned_prompts_come_back_to_make_rows_for_people_met_later(clip, tmp_p
         assert torch.equal(again(conditions(clip, 5)), prompts(conditions(clip, 5)))
 
 
-def test_learned_prompts_of_another_tower_are_refused(clip, other_clip, tmp_path):
+def test_learned_prompts_of_another_tower_are_rejected(clip, other_clip, tmp_path):
     save_prompts(tmp_path / "prompts", learned(clip), EMOTIONS, clip)
     with pytest.raises(ValueError, match=r"made with 'tiny-face'.*got 'other-face'"):
         load_prompts(tmp_path / "prompts", other_clip)
@@ -305,13 +305,13 @@ def test_a_kill_while_saving_leaves_the_old_file_whole(clip, tmp_path, at):
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert path.read_bytes() == before
-    # What the dead process left is hidden, and in nobody's way.
+    # What the killed process left behind is a hidden file that does no harm.
     assert all(file.name.startswith(".") for file in tmp_path.iterdir() if file != path)
     PromptBank(-bank.features, PEOPLE, EMOTIONS, tower=bank.tower).save(path)
     assert torch.equal(PromptBank.load(path, clip).features, -bank.features)
 
 
-def test_files_can_be_read_by_whoever_the_umask_lets_read(tmp_path):
+def test_file_permissions_follow_the_umask(tmp_path):
     old = os.umask(0o022)
     try:
         save_tensors(tmp_path / "file", "kind", {"x": torch.ones(1)}, {})

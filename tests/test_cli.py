@@ -1,4 +1,4 @@
-"""The command line: whole workflows on a folder of pictures, and one clear line for everything that is wrong."""
+"""The command line: whole workflows on a folder of pictures, and one clear line for every mistake."""
 
 import dataclasses
 import json
@@ -15,6 +15,7 @@ import yaml
 from one_line import wrong
 from PIL import Image
 from safetensors.torch import load_file
+from summaries import means
 
 from pcmecl_fast.cli import main
 from pcmecl_fast.commands import COMMANDS
@@ -113,27 +114,39 @@ def test_prompts_writes_a_bank_a_summary_and_a_report(runs):
     summary = json.loads((out / "summary.json").read_text())
     assert {"zero_shot_accuracy", "prompt_accuracy", "individuals", "seconds"} <= summary.keys()
     assert summary["individuals"] == 3
+    low, high = summary["intervals"]["prompt_accuracy"]
+    assert low <= summary["prompt_accuracy"] <= high
+    report = (out / "report.html").read_text()
+    assert "edited no faces" in report
+    assert "CLIP names the emotion in" in report
+    assert 'id="faces"' not in report
 
 
-def test_train_takes_the_prompts_and_writes_a_generator_a_summary_and_a_report(runs):
+def test_train_uses_the_prompts_and_writes_a_generator_a_summary_and_a_report(runs, folder):
     out = runs / "train"
     assert not (out / "prompts").exists()
     assert load_file(out / "generator.safetensors")
     summary = json.loads((out / "summary.json").read_text())
-    assert {"zero_shot_accuracy", "clip_direction", "change", "seconds"} <= summary.keys()
-    assert all(isinstance(value, (int, float)) for value in summary.values())
+    assert {"zero_shot_accuracy", "prompt_accuracy", "prompt_gain", "clip_direction", "change"} <= means(summary).keys()
+    assert all(isinstance(value, float) for value in means(summary).values())
+    assert summary["counts"]["individuals"] == 3
+    assert summary["intervals_over"] == "frames"
     with Image.open(out / "faces.png") as grid:
         assert grid.width > 64
     report = (out / "report.html").read_text()
     assert "person-0-000" in report
     assert "stage 2" in report
+    assert f"pcmecl-fast train --data {folder} --holdout 0.3" in report
+    assert f"<dd>{torch.__version__}</dd>" in report
+    assert "Lower row" not in report
+    assert "true edit to compare with" in report
 
 
-def test_evaluate_finds_what_train_found(runs, tmp_path):
+def test_evaluate_reproduces_the_measures_of_train(runs, tmp_path):
     assert main(["evaluate", "--run", str(runs / "train"), "--out", str(tmp_path / "again"), "--device", "cpu"]) == 0
     first, second = (json.loads((out / "summary.json").read_text()) for out in (runs / "train", tmp_path / "again"))
-    del first["seconds"], second["seconds"]
-    assert first == pytest.approx(second, rel=1e-3, abs=1e-3)
+    assert first["counts"] == second["counts"]
+    assert means(first) == pytest.approx(means(second), rel=1e-3, abs=1e-3)
     assert (tmp_path / "again" / "report.html").is_file()
 
 
@@ -160,14 +173,14 @@ def test_edit_writes_every_picture_of_a_folder_under_its_name(runs, folder, tmp_
         assert (edited - before).abs().mean() < 0.1  # three steps from the identity
 
 
-def test_edit_takes_one_picture(runs, folder, tmp_path):
+def test_edit_accepts_one_picture(runs, folder, tmp_path):
     (source, *_) = sorted((folder / "person-0-001" / "sad").iterdir())
     options = ["--run", str(runs / "train"), "--input", str(source), "--emotion", "neutral", "--device", "cpu"]
     assert main(["edit", *options, "--out", str(tmp_path)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
-def test_edit_takes_a_video_and_keeps_its_length_and_rate(runs, tmp_path):
+def test_edit_accepts_a_video_and_keeps_its_length_and_rate(runs, tmp_path):
     pytest.importorskip("av", reason="PyAV is not installed")
     faces = SyntheticFaces(1, emotions=["sad"], clips=1, frames_per_clip=6, size=64)
     write_frames(tmp_path / "talk.mp4", faces.frames(range(6)), 12)
@@ -177,7 +190,7 @@ def test_edit_takes_a_video_and_keeps_its_length_and_rate(runs, tmp_path):
     assert (rate, len(frames)) == (12, 6)
 
 
-def test_demo_on_drawn_faces_has_every_number_that_a_reader_looks_for(tmp_path):
+def test_demo_on_drawn_faces_has_every_number_that_a_reader_looks_for(tmp_path, capsys):
     options = [*SYNTHETIC, *SMALL, *SMALL_GENERATOR, "--steps", "2", "--prompt-steps", "2"]
     assert main(["demo", *options, "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -186,7 +199,10 @@ def test_demo_on_drawn_faces_has_every_number_that_a_reader_looks_for(tmp_path):
         "identity_similarity_truth psnr zero_shot_accuracy seconds"
     )
     assert set(expected.split()) <= summary.keys()
-    assert all(isinstance(value, (int, float)) for value in summary.values())
+    assert means(summary).keys() | {"seconds"} == {k for k, v in summary.items() if isinstance(v, float)}
+    shown = " ".join(capsys.readouterr().out.split())
+    for said in ("edited", "unedited", "truth", "of 12 individuals", "CLIP names the emotion in", "report.html"):
+        assert said in shown, said
     assert summary["emotion_accuracy_source"] <= 0.2
     for name in ("report.html", "faces.png", "config.yaml", "generator.safetensors", "prompts/bank.safetensors"):
         assert (tmp_path / name).stat().st_size > 0
@@ -226,9 +242,9 @@ def test_the_config_that_a_run_writes_repeats_it(runs, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
-def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path, suffix, monkeypatch):
+def test_options_override_the_file_and_the_file_the_defaults(tmp_path, suffix, monkeypatch):
     seen = []
-    monkeypatch.setitem(COMMANDS, "train", (COMMANDS["train"][0], seen.append))
+    monkeypatch.setitem(COMMANDS, "train", (COMMANDS["train"][0], lambda config, command: seen.append(config)))
     values = {
         "steps": 7,
         "size": 48,
@@ -260,7 +276,7 @@ def test_options_come_before_the_file_and_the_file_before_the_defaults(tmp_path,
         ("steps: [", "is neither YAML nor JSON"),
     ],
 )
-def test_a_config_file_that_makes_no_sense_is_explained(tmp_path, capsys, content, says):
+def test_an_invalid_config_file_is_explained(tmp_path, capsys, content, says):
     path = tmp_path / "config.yaml"
     path.write_text(content)
     line = wrong(capsys, "train", "--config", path)
@@ -268,7 +284,7 @@ def test_a_config_file_that_makes_no_sense_is_explained(tmp_path, capsys, conten
     assert says in line
 
 
-def test_a_config_file_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_config_file_is_named(tmp_path, capsys):
     line = wrong(capsys, "train", "--config", tmp_path / "config.yaml")
     assert line.startswith(f"pcmecl-fast train: --config: there is no file {tmp_path / 'config.yaml'}")
 
@@ -292,10 +308,10 @@ def test_options_that_do_not_exist_are_explained(arguments, says, capsys):
     assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-# What bad data gets
+# Bad data
 
 
-def test_a_folder_that_is_not_there_or_empty_is_named(tmp_path, capsys):
+def test_a_missing_or_empty_folder_is_named(tmp_path, capsys):
     line = wrong(capsys, "prompts", "--data", tmp_path / "nothing", "--out", tmp_path / "out")
     assert line.startswith(f"pcmecl-fast prompts: --data: {tmp_path / 'nothing'} does not exist")
     (tmp_path / "empty").mkdir()
@@ -312,7 +328,7 @@ def test_a_folder_of_an_unknown_emotion_is_named(folder, tmp_path, capsys):
     assert "'hapy' (close to 'happy')" in line
 
 
-def test_an_emotion_that_nobody_is_asked_about_is_named(folder, tmp_path, capsys):
+def test_a_folder_of_an_unrequested_emotion_is_named(folder, tmp_path, capsys):
     options = ["--emotions", "neutral", "happy", *SMALL]
     line = wrong(capsys, "prompts", "--data", folder, "--out", tmp_path / "out", *options)
     assert "--emotions: folders in" in line
@@ -328,7 +344,7 @@ def test_people_with_one_emotion_each_teach_nothing(folder, tmp_path, capsys):
     assert "person-0-000, person-0-001, person-0-002" in line
 
 
-def test_one_individual_is_learned_from_with_a_warning(folder, tmp_path, caplog):
+def test_training_on_one_individual_works_with_a_warning(folder, tmp_path, caplog):
     shutil.copytree(folder / "person-0-001", tmp_path / "faces" / "person-0-001")
     options = ["--holdout", "0.3", "--steps", "2", "--out", str(tmp_path / "out"), *SMALL]
     with caplog.at_level(logging.WARNING):
@@ -345,7 +361,7 @@ def test_an_individual_with_one_emotion_is_named_in_a_warning(folder, tmp_path, 
     assert "only one emotion, so no change to learn from: person-0-000" in caplog.text
 
 
-def test_a_truncated_picture_stops_the_run_unless_it_may_be_skipped(folder, tmp_path, capsys, caplog):
+def test_a_truncated_picture_stops_the_run_unless_skipping_is_allowed(folder, tmp_path, capsys, caplog):
     data = shutil.copytree(folder, tmp_path / "faces")
     (picture, *_) = sorted((data / "person-0-001" / "sad").iterdir())
     picture.write_bytes(picture.read_bytes()[:200])
@@ -359,24 +375,24 @@ def test_a_truncated_picture_stops_the_run_unless_it_may_be_skipped(folder, tmp_
     assert str(picture) in caplog.text
 
 
-# What bad models and files get
+# Bad models and files
 
 
-def test_an_unknown_clip_is_answered_with_close_names(tmp_path, capsys):
+def test_an_unknown_clip_lists_close_names(tmp_path, capsys):
     line = wrong(capsys, "prompts", "--clip", "tinyface", "--out", tmp_path)
     assert "no CLIP model is called 'tinyface'; did you mean tiny-face?" in line
     line = wrong(capsys, "prompts", "--clip", "ViT-B-32", "--clip-pretrained", "opnai", "--out", tmp_path)
     assert "'opnai' is neither a file nor a weights tag of 'ViT-B-32'" in line
 
 
-def test_prompts_of_another_tower_are_refused(runs, folder, tmp_path, capsys):
+def test_prompts_of_another_tower_are_rejected(runs, folder, tmp_path, capsys):
     options = ["--prompts", runs / "prompts", "--clip", "ViT-S-32-alt", "--out", tmp_path, *SMALL]
     line = wrong(capsys, "train", "--data", folder, "--holdout", "0.3", *options)
     assert "was made with 'tiny-face'" in line
     assert "got 'ViT-S-32-alt'" in line
 
 
-def test_prompts_for_other_emotions_are_refused(runs, tmp_path, capsys):
+def test_prompts_for_other_emotions_are_rejected(runs, tmp_path, capsys):
     options = ["--prompts", runs / "prompts", "--out", tmp_path, *SYNTHETIC, *SMALL, *SMALL_GENERATOR]
     line = wrong(capsys, "train", *options)
     assert "--prompts: has the emotions ['neutral', 'happy', 'sad'], the data set has ['neutral', 'happy']" in line
@@ -394,7 +410,7 @@ def test_a_broken_checkpoint_is_named(command, tmp_path, capsys):
     assert "start without --resume" in line
 
 
-def test_folders_that_are_no_runs_are_named(runs, folder, tmp_path, capsys):
+def test_folders_that_are_not_runs_are_named(runs, folder, tmp_path, capsys):
     line = wrong(capsys, "evaluate", "--run", tmp_path)
     assert f"--run: {tmp_path} is not the output folder of `pcmecl-fast train` (no config.yaml)" in line
     line = wrong(capsys, "evaluate", "--run", runs / "prompts")
@@ -406,7 +422,7 @@ def test_folders_that_are_no_runs_are_named(runs, folder, tmp_path, capsys):
     assert f"--prompts: {tmp_path} holds no prompts.safetensors" in line
 
 
-def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp_path, capsys):
+def test_edits_of_nothing_or_to_an_unknown_emotion_are_rejected(runs, folder, tmp_path, capsys):
     edit = ["edit", "--run", runs / "train", "--out", tmp_path / "out", "--device", "cpu"]
     line = wrong(capsys, *edit, "--input", folder, "--emotion", "bored")
     assert "--emotion: this generator knows neutral, happy, sad, got 'bored'" in line
@@ -432,7 +448,7 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_refused(runs, folder, tmp
         (["--backend", "triton"], "backend 'triton' cannot run"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_named(options, says, tmp_path, capsys):
+def test_an_invalid_value_is_named(options, says, tmp_path, capsys):
     if "--backend" in options:
         from pcmecl_fast.ops import backend_status
 
@@ -443,7 +459,7 @@ def test_a_value_that_makes_no_sense_is_named(options, says, tmp_path, capsys):
     assert says in line
 
 
-def test_where_a_mistake_happened_is_shown_when_asked_for(tmp_path, monkeypatch):
+def test_a_traceback_is_shown_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("PCMECL_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError):
         main(["prompts", "--data", str(tmp_path / "nothing"), "--out", str(tmp_path)])

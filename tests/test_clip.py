@@ -1,4 +1,4 @@
-"""CLIP models by name: frozen whatever happens, the built-in one without a network, the others by open_clip."""
+"""CLIP models by name: always frozen, the built-in one without a network, the others through open_clip."""
 
 import copy
 import logging
@@ -48,7 +48,7 @@ def test_tiny_face_knows_emotions_on_people_and_wordings_it_has_not_seen(clip):
     assert zero_shot_accuracy(clip.model) >= 0.85
 
 
-def test_tiny_face_says_what_a_clip_says(clip):
+def test_tiny_face_has_the_attributes_of_any_clip(clip):
     assert clip.image_size == 64
     assert clip.tokenizer(["sad", "a very happy face"]).shape == (2, 77)
     assert isinstance(clip.logit_scale, float)
@@ -58,7 +58,7 @@ def test_tiny_face_says_what_a_clip_says(clip):
 
 
 @pytest.mark.parametrize("context", ["shared", "per-emotion"])
-def test_tiny_face_takes_prompt_trees(clip, context):
+def test_tiny_face_supports_prompt_trees(clip, context):
     torch.manual_seed(0)
     prompts = PersonalizedPrompts(clip, ["happy", "a person who looks sad"], context=context)
     condition = torch.randn(3, clip.embed_dim)
@@ -146,7 +146,7 @@ def test_the_text_hash_does_not_look_at_the_image_tower(clip):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_clip_lies_where_it_is_asked_to(clip):
+def test_a_clip_is_loaded_on_the_requested_device(clip):
     there = load_clip(device="cuda")
     assert there.device.type == "cuda"
     assert there.text_hash() == clip.text_hash()
@@ -197,7 +197,7 @@ def test_a_local_file_gives_its_weights_without_a_warning(tmp_path, caplog, smal
     assert loaded.text_hash() != small_clip.text_hash()
 
 
-# What bad names get
+# Bad names
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_an_unknown_tag_lists_the_models_tags():
         load_clip("ViT-B-32", "opnai")
 
 
-def test_tiny_face_takes_no_other_weights():
+def test_tiny_face_accepts_no_other_weights():
     with pytest.raises(ValueError, match="pretrained: 'tiny-face' has its weights built in and takes none, got 'open"):
         load_clip("tiny-face", "openai")
 

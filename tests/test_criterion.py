@@ -57,7 +57,7 @@ def test_it_is_the_direction_loss_of_the_frames_features(clip, criterion):
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_the_formula_by_hand(clip):
+def test_it_matches_the_formula_spelled_out(clip):
     source, edited, individual, a, b = sample(6, 3, 32, 32)
     scale, contrast = 7.0, 0.5
     loss = PCMECLCriterion(clip, bank_for(clip), scale=scale, contrast=contrast)(source, edited, individual, a, b)
@@ -89,7 +89,7 @@ def test_source_features_that_are_known_save_encoding_them(clip, criterion, shap
     with torch.no_grad():
         known = clip.encode_image(source.flatten(0, -4)).unflatten(0, shape[:-3])
     loss = criterion(source, edited, *labels)
-    nan = torch.full_like(source, torch.nan)  # not looked at
+    nan = torch.full_like(source, torch.nan)  # never read
     torch.testing.assert_close(criterion(nan, edited, *labels, source_features=known), loss)
 
 
@@ -108,7 +108,7 @@ def test_gradients_reach_the_edited_frames_and_nothing_else(clip, criterion):
     assert known.grad is None
 
 
-def test_asking_for_the_emotion_that_is_shown_contributes_nothing(criterion):
+def test_a_target_equal_to_the_source_emotion_contributes_nothing(criterion):
     source, edited, individual, a, b = sample(6, 3, 32, 32)
     b[1:4] = a[1:4]
     criterion(source, edited, individual, a, b).backward()
@@ -136,7 +136,7 @@ def test_an_edit_that_changes_nothing_is_finite_with_gradient_zero(criterion):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (17, 91), (65, 33), (130, 128)])
-def test_any_height_and_width_is_taken(criterion, size):
+def test_any_height_and_width_is_accepted(criterion, size):
     source, edited, *labels = sample(2, 3, *size)
     loss = criterion(source, edited, *labels)
     loss.backward()
@@ -157,7 +157,7 @@ def test_following_its_gradient_lowers_it(criterion):
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_autocast_runs_and_stays_near(criterion):
+def test_autocast_runs_and_stays_close(criterion):
     source, edited, *labels = sample(4, 3, 32, 32)
     exact = criterion(source, edited, *labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -221,17 +221,17 @@ def test_a_bank_on_disk_stays_there(clip, tmp_path, dtype):
         on_disk(source, edited, labels[0] + 4, *labels[1:])
 
 
-def test_a_half_clip_takes_a_bank_in_float32(clip):
+def test_a_half_precision_clip_accepts_a_float32_bank(clip):
     half = load_clip(dtype=torch.bfloat16)
     source, edited, *labels = sample(3, 3, 32, 32)
     loss = PCMECLCriterion(half, bank_for(clip))(source, edited, *labels)
     torch.testing.assert_close(loss, PCMECLCriterion(clip, bank_for(clip))(source, edited, *labels), rtol=0.1, atol=0.1)
 
 
-# How far edits shall go
+# How far edits should go
 
 
-def test_strength_asks_for_what_is_lacking_of_a_length(clip):
+def test_strength_penalizes_the_shortfall_from_a_length(clip):
     bank, (source, edited, individual, a, b) = bank_for(clip), sample(6, 3, 32, 32)
     b[5] = a[5]
     lengths = torch.rand(E, E) + 0.05
@@ -241,18 +241,18 @@ def test_strength_asks_for_what_is_lacking_of_a_length(clip):
     with torch.no_grad():
         change = F.normalize(clip.encode_image(edited), dim=-1) - F.normalize(clip.encode_image(source), dim=-1)
     lacking = []
-    for k in range(5):  # the last asks for nothing
+    for k in range(5):  # the last requests no change
         direction = F.normalize(bank.features[individual[k], b[k]] - bank.features[individual[k], a[k]], dim=0)
         lacking.append(max(0.0, 1 - float(change[k] @ direction) / float(lengths[a[k], b[k]])))
     assert abs((found - plain).item() - 0.7 * sum(lacking) / 5) < 1e-4
 
 
-def test_edits_that_go_far_enough_are_free(clip):
+def test_edits_that_go_far_enough_cost_nothing(clip):
     bank, (source, edited, *labels) = bank_for(clip), sample(3, 3, 32, 32)
     unchanged = PCMECLCriterion(clip, bank, strength=2.0, lengths=torch.full((E, E), 0.3))
     without = PCMECLCriterion(clip, bank)
     torch.testing.assert_close(unchanged(source, source, *labels) - without(source, source, *labels), torch.tensor(2.0))
-    # Along its own change every edit goes all the way.
+    # Along its own change every edit goes the full length.
     with torch.no_grad():
         before, after = (F.normalize(clip.encode_image(x), dim=-1) for x in (source, edited))
     rows = torch.stack([before, after], dim=1)
@@ -267,7 +267,7 @@ def test_real_lengths_are_those_of_the_data(clip):
     faces = SyntheticFaces(3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, missing=[(1, 2)])
     seen = unit_features(clip, faces)
     text = F.normalize(torch.randn(3, 3, clip.embed_dim, generator=torch.Generator().manual_seed(3)), dim=-1)
-    # Directions between random ones and those of the data, so that most changes follow them.
+    # A mix of random directions and the data's, so that most changes follow them.
     for n in range(3):
         for e in range(3):
             of = (faces.individual_index == n) & (faces.emotion_index == e)
@@ -298,7 +298,7 @@ def test_personal_lengths_are_each_ones_own(clip):
             of = (faces.individual_index == n) & (faces.emotion_index == e)
             means[n, e] = seen[of].mean(0) if of.any() else 0
     text = 0.1 * text + means
-    # The bank has its own order, and somebody of whom there are no frames.
+    # The bank has its own order, and a person without frames.
     order = [2, 0, 1]
     names = [faces.individuals[n] for n in order]
     bank = PromptBank(torch.cat([text[order], text[:1]]), [*names, "stranger"], emotions, tower=Tower.of(clip))
@@ -313,7 +313,7 @@ def test_personal_lengths_are_each_ones_own(clip):
                 assert own > 0
                 ratios.append(own / float(everybody[a, b]))
                 assert abs(float(found[row, a, b]) - max(own, float(everybody[a, b]) / 5)) < 1e-5
-        if n == 1:  # what she does not show: as much more or less than everybody's as what she does show
+        if n == 1:  # a change she does not show: scaled from everyone's like those she does
             lacking = everybody[0, 2] * sum(ratios) / len(ratios)
             torch.testing.assert_close(found[row, 0, 2], lacking)
     torch.testing.assert_close(found[3], everybody)
@@ -349,10 +349,10 @@ def test_strength_needs_lengths(clip):
         PCMECLCriterion(clip, bank_for(clip), strength=1.0)
 
 
-# What bad arguments get
+# Bad arguments
 
 
-def test_a_bank_of_another_tower_is_refused(clip, other_clip):
+def test_a_bank_of_another_tower_is_rejected(clip, other_clip):
     with pytest.raises(ValueError, match=r"bank: made with 'other-face' \(by hand\), not with this clip"):
         PCMECLCriterion(clip, bank_for(other_clip))
 

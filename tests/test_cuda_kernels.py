@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, under the host harness: sizes that the operators' own tests leave out.
+"""The CUDA kernels on the CPU, under the host harness: sizes that the operators' own tests do not cover.
 
 Block and warp borders, several chunks of S, every number of emotions, and threads that run in either order: a kernel
 that lacks a barrier would show.
@@ -37,7 +37,7 @@ def test_direction_loss_of_aligned_features(dtype, width):
     check(make("direction_loss", people=2, width=width, dtype=dtype, contrast=0.4, scale=100.0, degenerate=True))
 
 
-def test_features_that_begin_anywhere_in_memory_are_taken():
+def test_unaligned_features_are_supported():
     call = make("direction_loss", people=2, width=16, contrast=0.0, degenerate=True)
     for i, x in enumerate(call.floats[:3]):
         moved = torch.empty(x.numel() + 1).narrow(0, 1, x.numel()).view(x.shape).copy_(x.detach())
@@ -46,7 +46,7 @@ def test_features_that_begin_anywhere_in_memory_are_taken():
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_banks_gradient_adds_repeated_individuals_up(deterministic):
+def test_the_banks_gradient_sums_over_repeated_individuals(deterministic):
     torch.use_deterministic_algorithms(deterministic)
     try:
         check(make("direction_loss", batch=40, people=2, width=140, contrast=0.3, degenerate=True))
@@ -78,7 +78,7 @@ def test_correlation_loss_at_the_scales_ends(scale):
     check(call)
 
 
-def test_a_scale_that_float_sums_cannot_hold_gives_nan_and_not_a_wrong_number():
+def test_a_scale_that_overflows_float_sums_gives_nan_and_not_a_wrong_number():
     assert make("correlation_loss", scale=151.0)(backend="cuda").isnan()
 
 
@@ -142,7 +142,7 @@ def check(call: Call) -> None:
 
 
 def correlation(**options) -> Call:
-    """Some emotions are missing, where features are NaN."""
+    """Some emotions are missing: their features are NaN."""
     call = make("correlation_loss", missing=True, degenerate=True, **options)
     (mask,) = call.rest
     call.floats[:2] = [x.detach().masked_fill(~mask[..., None], torch.nan) for x in call.floats[:2]]

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: nothing spilled at the common sizes, 16 bytes a load. Without a GPU."""
+"""The compiled CUDA kernels: no spills at the common sizes, 16 bytes per load. Needs no GPU."""
 
 import re
 
@@ -22,7 +22,7 @@ def test_every_operator_is_there_for_every_architecture(kernels):
         assert {(arch, name) for name in ("Direction", "Correlation", "Tree", "Frames")} <= of
 
 
-def test_nothing_is_spilled_but_by_heads_wider_than_128(kernels):
+def test_only_heads_wider_than_128_spill(kernels):
     spilled = {kernel.name for kernel in kernels if kernel.spills}
     assert all(re.fullmatch(r"backward_kernel<\w+, \d, 32> of Tree", name) for name in spilled), spilled
 

@@ -1,4 +1,4 @@
-"""The compiled extension: built where it can be, and explained where it is missing or belongs to another torch."""
+"""The compiled extension: built if possible, and explained if it is missing or belongs to another torch."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ built = pytest.mark.skipif(isinstance(extension.load(), str), reason="the extens
 
 @pytest.fixture
 def built_file(tmp_path):
-    """Writes a file as the extension's, built with another torch."""
+    """Writes a file like the extension's, built with another torch."""
 
     def write(version: str) -> Path:
         path = tmp_path / "_C.so"
@@ -57,7 +57,7 @@ def test_one_built_with_another_torch_is_not_loaded_and_says_how_to_rebuild_it(b
     assert reason.startswith("_C.so was built with torch 2.11.0+cu130, this is torch 2.15.0; rebuild it: `make build`")
 
 
-def test_a_file_that_is_no_extension_is_of_an_unknown_version(tmp_path):
+def test_a_file_that_is_not_an_extension_has_an_unknown_version(tmp_path):
     (tmp_path / "_C.so").write_bytes(b"\x7fELF")
     assert "built with torch of an unknown version" in extension._load(tmp_path / "_C.so", "2.15.0")
 
@@ -71,7 +71,7 @@ def test_one_that_does_not_load_says_how_to_rebuild_it(built_file, monkeypatch):
     assert reason.startswith("_C.so does not load (undefined symbol: _ZN2at); rebuild it: `make build`")
 
 
-def test_a_missing_extension_is_said_once(monkeypatch, caplog):
+def test_a_missing_extension_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(extension, "_path", lambda: None)
     load = extension.cache(extension.load.__wrapped__)
     with caplog.at_level(logging.WARNING, logger="pcmecl_fast"):

@@ -1,4 +1,4 @@
-"""The feature store: every frame is seen once by a tower, and nothing it gives is ever out of date."""
+"""The feature store: a tower sees every frame once, and features are never out of date."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ EVERY = torch.arange
 
 
 class Counted(FrameDataset):
-    """A data set that counts how often its frames are read, and dies at a given one."""
+    """A data set that counts how often its frames are read, and raises at a given one."""
 
     def __init__(self, faces, die_at=None):
         self.faces, self.read, self.die_at = faces, 0, die_at
@@ -49,7 +49,7 @@ def pictures(root, count=6):
     return FolderFaces(root, size=32)
 
 
-def test_it_gives_what_the_tower_gives(clip, tmp_path, few_faces):
+def test_it_returns_the_towers_features(clip, tmp_path, few_faces):
     faces = few_faces()
     stored = FeatureStore(tmp_path, clip)(faces)
     expected = unit_features(clip, faces)
@@ -61,7 +61,7 @@ def test_it_gives_what_the_tower_gives(clip, tmp_path, few_faces):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
-def test_half_types_take_half_the_disk_and_come_back_in_float32(clip, tmp_path, few_faces, dtype, error):
+def test_half_types_take_half_the_disk_and_are_returned_in_float32(clip, tmp_path, few_faces, dtype, error):
     faces = few_faces()
     stored = FeatureStore(tmp_path, clip, dtype=dtype)(faces)[EVERY(len(faces))]
     assert stored.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_another_tower_or_dtype_has_features_of_its_own(clip, other_clip, tmp_pa
     assert len({path.parent for path in shards(tmp_path)}) == 3
 
 
-def test_a_build_that_is_stopped_twice_equals_one_built_at_once(clip, tmp_path):
+def test_a_fill_interrupted_twice_equals_an_uninterrupted_one(clip, tmp_path):
     faces = SyntheticFaces(4, clips=1, frames_per_clip=2, size=32)
     for die_at in (20, 17):
         stopped = Counted(faces, die_at=die_at)
@@ -106,7 +106,7 @@ def test_a_build_that_is_stopped_twice_equals_one_built_at_once(clip, tmp_path):
     assert torch.equal(twice[EVERY(len(faces))], once[EVERY(len(faces))])
 
 
-def test_a_build_that_is_killed_goes_on_where_it_was(clip, tmp_path):
+def test_a_killed_fill_resumes_where_it_stopped(clip, tmp_path):
     code = (
         "import sys, torch\n"
         "from pcmecl_fast import load_clip\n"
@@ -128,7 +128,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(clip, tmp_path):
     torch.testing.assert_close(stored[EVERY(len(faces))], unit_features(clip, faces), rtol=0, atol=1e-5)
 
 
-def test_a_touched_picture_is_computed_again(clip, tmp_path):
+def test_a_touched_picture_is_recomputed(clip, tmp_path):
     faces = pictures(tmp_path / "faces")
     FeatureStore(tmp_path / "store", clip)(faces)
     path = tmp_path / "faces" / faces.keys[2]
@@ -149,7 +149,7 @@ def test_a_picture_that_changes_under_an_open_data_set_is_an_error(clip, tmp_pat
         FeatureStore(tmp_path / "store", clip)(faces)
 
 
-def test_a_truncated_shard_is_computed_again(clip, tmp_path, few_faces, caplog):
+def test_a_truncated_shard_is_recomputed(clip, tmp_path, few_faces, caplog):
     faces = few_faces()
     FeatureStore(tmp_path, clip, shard_frames=6)(faces, batch_size=6)
     broken = shards(tmp_path)[1]

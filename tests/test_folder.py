@@ -1,4 +1,4 @@
-"""What reading faces from folders promises, on pictures made here."""
+"""Reading faces from folders, on pictures made here."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_frames_are_the_centred_square_resized(tmp_path: Path, size: int) -> Non
     assert torch.equal(frames, torch.ones(2, 3, size, size))
 
 
-def test_large_jpegs_read_at_a_fraction_keep_their_look(tmp_path: Path) -> None:
+def test_large_jpegs_decoded_at_reduced_scale_look_the_same(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 1024).astype(np.uint8)
     pixels = np.stack([np.tile(ramp, (1024, 1)), np.tile(ramp[:, None], (1, 1024)), np.full((1024, 1024), 90)], axis=-1)
     for name in ("1.jpg", "2.png"):
@@ -136,7 +136,7 @@ def test_large_jpegs_read_at_a_fraction_keep_their_look(tmp_path: Path) -> None:
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    exif[0x0112] = 6  # rotate clockwise by 90°
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     pixels[:8] = 255
     (tmp_path / "ann" / "happy").mkdir(parents=True)
@@ -176,7 +176,9 @@ def test_every_mode_becomes_rgb(tmp_path: Path, image: Image.Image, colour: tupl
 
 
 @pytest.mark.parametrize("options", [{"cache": False}, {"cache_bytes": 0}, {"cache_bytes": 3 * 3 * 8 * 8}])
-def test_what_is_not_kept_is_decoded_again_to_the_same_frames(tmp_path: Path, options: dict[str, int]) -> None:
+def test_frames_that_are_not_cached_are_decoded_again_to_the_same_pixels(
+    tmp_path: Path, options: dict[str, int]
+) -> None:
     people(tmp_path, {"ann": {"happy": 3, "sad": 2}, "ben": {"sad": 2}})
     order = [6, 0, 3, 3, 2]
     kept = FolderFaces(tmp_path, size=8).frames(order)
@@ -192,7 +194,7 @@ def test_a_file_that_breaks_later_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_data_loader_takes_it(tmp_path: Path, workers: int) -> None:
+def test_it_works_in_a_data_loader(tmp_path: Path, workers: int) -> None:
     faces = FolderFaces(people(tmp_path, {"ann": {"happy": 3, "sad": 2}}), size=8)
     batch = next(iter(DataLoader(faces, batch_size=5, num_workers=workers)))
     assert torch.equal(batch["frame"], faces.frames(range(5)))
@@ -288,7 +290,7 @@ def test_a_long_list_of_broken_files_is_cut(tmp_path: Path) -> None:
         FolderFaces(tmp_path, size=8)
 
 
-def test_broken_files_are_skipped_when_asked_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_files_are_skipped_on_request_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     people(tmp_path, {"ann": {"happy": 2}})
     truncated(tmp_path / "ann" / "sad" / "cut.jpg")
     truncated(tmp_path / "ben" / "happy" / "cut.jpg")
@@ -310,7 +312,7 @@ def test_skipping_everything_is_an_error(tmp_path: Path) -> None:
 # Layout
 
 
-def test_a_root_that_is_no_folder_of_faces_says_so(tmp_path: Path) -> None:
+def test_a_root_that_is_not_a_folder_of_faces_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         FolderFaces(tmp_path / "absent", size=8)
     with pytest.raises(ValueError, match="holds no pictures or videos"):
@@ -352,7 +354,7 @@ def test_unknown_emotions_are_named_with_the_closest_known(tmp_path: Path) -> No
         assert hint in str(error.value)
 
 
-def test_given_emotions_are_kept_in_their_order_and_are_all_there_is(tmp_path: Path) -> None:
+def test_given_emotions_keep_their_order_and_allow_no_others(tmp_path: Path) -> None:
     people(tmp_path, {"ann": {"joy": 1, "awe": 2}})
     faces = FolderFaces(tmp_path, size=8, emotions=["joy", "bored", "awe"])
     assert faces.emotions == ["joy", "bored", "awe"]
@@ -403,7 +405,7 @@ def test_a_subset_is_a_view_that_keeps_names_and_indices(tmp_path: Path) -> None
     ("indices", "error"),
     [([3], IndexError), ([-4], IndexError), ([0.5], TypeError), ([[0]], ValueError), ([True, False], ValueError)],
 )
-def test_bad_indices_are_refused(indices: list, error: type[Exception]) -> None:
+def test_bad_indices_are_rejected(indices: list, error: type[Exception]) -> None:
     with pytest.raises(error, match="indices: "):
         as_indices(indices, 3)
 
@@ -513,7 +515,7 @@ def test_a_new_individual_moves_at_most_one_other() -> None:
         assert len(moved) <= 1
 
 
-def test_impossible_splits_are_refused() -> None:
+def test_impossible_splits_are_rejected() -> None:
     for fraction in (0, 1, -0.5):
         with pytest.raises(ValueError, match="fraction"):
             split(Named(named(4, 4)), fraction=fraction)
@@ -529,7 +531,7 @@ def test_impossible_splits_are_refused() -> None:
 
 
 @pytest.mark.skipif(not MEAD_STILLS.is_dir(), reason=f"no real stills at {MEAD_STILLS}")
-def test_real_stills_are_read_as_they_are_counted() -> None:
+def test_all_real_stills_are_read() -> None:
     faces = FolderFaces(MEAD_STILLS, size=64)
     assert faces.individuals == [f"actor_{letter}" for letter in "abcdefg"]
     assert faces.emotions == list(EMOTIONS)

@@ -1,4 +1,4 @@
-"""The step as a CUDA graph: what it does around the graph, shown without a GPU; on one, the weights it ends with."""
+"""The step as a CUDA graph: the logic around the graph, tested without a GPU; with one, the final weights."""
 
 import logging
 
@@ -41,7 +41,7 @@ def test_steps_are_replayed_with_each_calls_inputs():
     assert graph.replays == 4
 
 
-def test_another_shape_is_taken_without_the_graph():
+def test_another_shape_runs_without_the_graph():
     def capture(step, inputs):
         graph = Recorded(step, inputs)
         return graph, graph.outputs
@@ -56,7 +56,7 @@ def failing(step, inputs):
     raise RuntimeError("operation not permitted when stream is capturing\nand pages of advice")
 
 
-def test_a_step_that_cannot_be_captured_goes_on_and_says_so_once(caplog):
+def test_a_step_that_cannot_be_captured_still_runs_and_logs_why_once(caplog):
     run = graphed(lambda x: (2 * x,), failing)
     with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
         results = [run(torch.tensor(float(i)))[0].item() for i in range(WARM_UP + 3)]
@@ -84,12 +84,12 @@ def test_a_cpu_has_no_graphs():
         make_step(step, optimizer, "on", CPU)
 
 
-def test_a_checkpoint_of_captured_steps_goes_on_without_them():
+def test_a_checkpoint_of_captured_steps_resumes_without_a_graph():
     weight = torch.ones(1, requires_grad=True)
     optimizer = torch.optim.AdamW([weight], lr=torch.tensor(0.1))
     weight.grad = torch.ones(1)
     optimizer.step()
-    optimizer.param_groups[0]["capturable"] = True  # as the checkpoint of a GPU run has it
+    optimizer.param_groups[0]["capturable"] = True  # as in the checkpoint of a GPU run
     make_step(lambda x: (x,), optimizer, "auto", CPU)
     optimizer.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)

@@ -16,7 +16,7 @@ def test_the_shipped_judge_reads_people_it_has_not_seen():
     assert errors["identity_similarity"] > 0.8
 
 
-def test_training_writes_a_judge_that_loads_and_is_gone_on_from(tmp_path):
+def test_training_writes_a_judge_that_loads_and_can_be_trained_further(tmp_path):
     options = {"steps": 2, "batch": 4, "individuals": 1}
     train(JudgeConfig(**options, out=tmp_path))
     file = tmp_path / "judge.safetensors"
@@ -37,6 +37,6 @@ def test_the_same_seed_trains_the_same_judge(tmp_path):
     assert first == second
 
 
-def test_the_weights_of_another_network_are_refused():
+def test_the_weights_of_another_network_are_rejected():
     with pytest.raises(ValueError, match=r"reader.safetensors does not hold the weights of a Judge: it lacks body"):
         load_judge(path=ASSETS / "reader.safetensors")

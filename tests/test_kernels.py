@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference: on a CUDA device where there is one, else on the CPU in the interpreter.
+"""The Triton kernels against the reference: on a CUDA device if there is one, else on the CPU in the interpreter.
 
 Triton reads TRITON_INTERPRET when it is first imported, and torch.compile's own kernels would be interpreted too; so
 these tests run in a process of their own, which `test_kernels_interpreted.py` starts.
@@ -46,7 +46,7 @@ def _leave_deterministic_algorithms_as_they_were():
 
 @pytest.fixture
 def whole_tiles(monkeypatch):
-    """The interpreter's time goes by the operation, so there it takes fewer and larger ones; a GPU keeps its own."""
+    """The interpreter's time depends on the number of operations, so it uses few large ones; a GPU keeps its own."""
     if INTERPRETED:
         from pcmecl_fast.kernels import correlation, products
         from pcmecl_fast.kernels.common import Config
@@ -75,7 +75,7 @@ def test_direction_loss(dtype, size, contrast, reduction, deterministic):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_change_of_nothing_has_no_gradient(normalize):
+def test_a_zero_change_has_no_gradient(normalize):
     call = direction("direction_loss", (5, 2, 7, 33), torch.float32, normalize=normalize)
     call.floats[1] = call.floats[0].detach().clone()
     _, gradients = value_and_gradients(call, call.floats, backend="triton")
@@ -110,7 +110,7 @@ def test_correlation_loss_by_chunks_gives_the_same(monkeypatch, negatives):
         assert_close_for(torch.float32)(x, x_whole)
 
 
-def test_what_is_missing_is_not_read():
+def test_missing_entries_are_not_read():
     call = correlation((3, 5, 17), torch.float32, missing=True)
     (visual, text, scale), (mask,) = call.floats, call.rest
     expected = call(backend="triton")

@@ -1,4 +1,4 @@
-"""The house: imports go one way and in no circle, and files stay readable."""
+"""The package's structure: imports go one way without cycles, and files stay readable."""
 
 import ast
 import graphlib
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pcmecl_fast"
-# From what knows nothing of the package to what knows everything. Files of one layer may import each other.
+# From the bottom layer to the top. Files of one layer may import each other.
 LAYERS = (
     ("files", "libraries", "options", "hub", "machine"),
     ("ops", "kernels"),
@@ -57,9 +57,9 @@ def imports_of(path: Path, *, types_too: bool = False) -> set[str]:
     return found - {module_of(path)}
 
 
-def test_no_import_circles():
+def test_there_are_no_import_cycles():
     graph = {name: imports_of(path, types_too=True) for name, path in MODULES.items()}
-    # A package's own file gathers what lies below it: asking the package for one of its files is no way round.
+    # A package's __init__ imports the files below it: importing one of them through the package is not a cycle.
     graph = {name: {n for n in needs if not name.startswith(f"{n}.")} for name, needs in graph.items()}
     assert list(graphlib.TopologicalSorter(graph).static_order())
 

@@ -1,4 +1,4 @@
-"""What the package needs, and what its commands need: the criterion works without the commands' libraries."""
+"""The dependencies of the package and of its commands: the criterion works without the commands' libraries."""
 
 import subprocess
 import sys
@@ -15,7 +15,9 @@ else:
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys({!r}.split()))\n"
-THE_COMMANDS_ALONE = [name for name in LIBRARIES if name not in ("jinja2", "yaml")]  # torch and open_clip bring these
+THE_COMMANDS_ALONE = [
+    name for name in LIBRARIES if name not in ("jinja2", "yaml")
+]  # torch and open_clip depend on these
 LEARNING_AND_LOSS = """
 import torch
 from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank, load_clip, ops
@@ -26,7 +28,7 @@ prompts = PersonalizedPrompts(clip, ["neutral", "happy"])
 bank = PromptBank.build(prompts, torch.randn(2, clip.embed_dim), ["anna", "ben"], ["neutral", "happy"], clip=clip)
 edited = torch.zeros(2, 3, 64, 64, requires_grad=True)
 index = torch.tensor([0, 1])
-PCMECLCriterion(clip, bank)(torch.rand(2, 3, 64, 64), edited, index, index, 1 - index).backward()
+PCMECLCriterion(clip, bank)(torch.rand(2, 3, 64, 64) * 2 - 1, edited, index, index, 1 - index).backward()
 """
 
 
@@ -52,6 +54,6 @@ def test_a_command_without_its_libraries_says_so_in_one_line(command, library, t
     assert "Traceback" not in done.stderr
 
 
-def test_the_package_itself_asks_for_five_libraries():
+def test_the_package_itself_requires_five_libraries():
     names = [need.partition(">")[0] for need in PROJECT["dependencies"]]
     assert names == ["torch", "open_clip_torch", "safetensors", "numpy", "tqdm"]

@@ -21,7 +21,7 @@ def faces():
     return SyntheticFaces(9, emotions=["happy"], clips=1, frames_per_clip=1).frames(range(9))
 
 
-def test_a_png_comes_back_to_half_a_grey_level(tmp_path, faces):
+def test_a_png_round_trips_to_half_a_grey_level(tmp_path, faces):
     write_frames(tmp_path / "face.png", faces[:1], None)
     rate, frames = read_frames(tmp_path / "face.png", 64)
     assert rate is None
@@ -33,7 +33,7 @@ def test_a_png_comes_back_to_half_a_grey_level(tmp_path, faces):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp", ".JPG", ".Png"])
-def test_other_pictures_come_back_nearly(tmp_path, faces, suffix):
+def test_other_pictures_round_trip_approximately(tmp_path, faces, suffix):
     path = tmp_path / f"face{suffix}"
     write_frames(path, faces[:1], None)
     rate, frames = read_frames(path, 64)
@@ -51,14 +51,14 @@ def test_the_suffix_names_the_format(tmp_path, faces):
 
 @needs_av
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".avi", ".mkv", ".webm"])
-def test_a_video_comes_back_with_its_frames_and_rate(tmp_path, faces, suffix):
+def test_a_video_round_trips_with_its_frames_and_rate(tmp_path, faces, suffix):
     path = tmp_path / f"clip{suffix}"
     write_frames(path, faces, Fraction(10))
     rate, frames = read_frames(path, 64)
     assert rate == 10
     assert frames.shape == faces.shape
     assert (frames - faces).abs().mean() < 0.06
-    # In their order: each is nearest to its own.
+    # In order: each is nearest to its original.
     distance = (frames[:, None] - faces[None]).abs().mean((2, 3, 4))
     assert distance.argmin(1).tolist() == list(range(9))
 
@@ -82,7 +82,7 @@ def test_the_centred_square_of_a_wide_picture_is_read(tmp_path):
     assert read_frames(tmp_path / "wide.png", 10)[1].eq(1).all()
 
 
-def test_colours_beyond_the_range_are_cut(tmp_path):
+def test_colours_out_of_range_are_clamped(tmp_path):
     write_frames(tmp_path / "a.png", torch.stack([torch.full((3, 4, 4), x) for x in (3.0,)]), None)
     assert read_frames(tmp_path / "a.png", 4)[1].eq(1).all()
 
@@ -107,15 +107,15 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, faces, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-# What bad input gets
+# Bad input
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"input: there is no file .*face.png"):
         read_frames(tmp_path / "face.png", 8)
 
 
-def test_a_file_that_is_no_picture_is_named_with_what_is_taken(tmp_path):
+def test_a_file_that_is_not_a_picture_is_named_with_the_supported_formats(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ValueError, match=r"input: .*notes.txt is not a picture or video; takes .avi, .jpeg, .jpg"):
         read_frames(tmp_path / "notes.txt", 8)

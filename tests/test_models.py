@@ -73,13 +73,13 @@ def test_edits_stay_in_range_and_depend_on_the_target_and_the_frame():
     torch.testing.assert_close(alone, edited[1][:1], rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_asked_nothing_changed():
+def test_its_own_emotion_as_target_changes_nothing():
     model, source = generator(), smooth(2, 32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
         model.shown[-1].weight.zero_()
-        model.shown[-1].bias.copy_(torch.tensor([0.0, 200.0, 0.0]))  # sees a happy face, and is sure of it
+        model.shown[-1].bias.copy_(torch.tensor([0.0, 200.0, 0.0]))  # confidently recognises a happy face
         kept, changed = model(source, torch.tensor([1, 1])), model(source, torch.tensor([2, 2]))
     torch.testing.assert_close(kept, source)
     assert (changed - source).abs().max() > 1e-3
@@ -97,7 +97,7 @@ def test_shading_darkens_and_lightens_without_changing_hues():
 
 
 @pytest.mark.parametrize("size", [(16, 28), (64, 64), (37, 29)])
-def test_any_sides_are_taken(size):
+def test_any_frame_size_is_accepted(size):
     assert generator()(frames(2, 3, *size), torch.tensor([0, 2])).shape == (2, 3, *size)
 
 
@@ -117,7 +117,7 @@ def test_a_reference_frame_drives_it_too():
     assert model(source, frames(2, 3, 64, 64)).shape == source.shape
 
 
-def test_no_flow_is_no_warp_and_a_flow_moves_what_is_seen():
+def test_zero_flow_warps_nothing_and_a_flow_moves_the_image():
     source = frames(2, 3, 8, 8)
     torch.testing.assert_close(warp(source, torch.zeros(2, 2, 8, 8)), source)
     right = torch.zeros(2, 2, 8, 8)
@@ -129,7 +129,7 @@ def test_no_flow_is_no_warp_and_a_flow_moves_what_is_seen():
 
 
 def test_folding_is_what_skin_cannot_stretch():
-    # Moving everything, or stretching it by a third of a pixel from pixel to pixel, is free; a tear is not.
+    # Moving everything, or stretching it by a third of a pixel per pixel, is free; a tear is not.
     height, width = 8, 16
     across = torch.arange(width).expand(1, 2, height, width)
     assert folding(torch.full((1, 2, height, width), 0.3)) == 0
@@ -139,7 +139,7 @@ def test_folding_is_what_skin_cannot_stretch():
     assert folding(torn.transpose(2, 3) * (width / height)) > 0
 
 
-def test_fields_lie_as_the_head_does():
+def test_fields_follow_the_heads_pose():
     grid = pose_grid(torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.25, 0.0]]), 4, 4)
     straight, moved = grid
     assert straight[0, 0].tolist() == [-0.75, -0.75]
@@ -148,7 +148,7 @@ def test_fields_lie_as_the_head_does():
     torch.testing.assert_close(rolled, torch.tensor([1.1 * 0.75 - 0.2 * 0.75, -0.2 * 0.75 - 1.1 * 0.75]))
 
 
-def test_a_flow_that_became_nan_is_seen_and_does_not_crash():
+def test_a_nan_flow_is_visible_and_does_not_crash():
     flow = torch.zeros(1, 2, 8, 8)
     flow[0, 0, 2], flow[0, 1, 5] = torch.nan, torch.inf
     source, flow = frames(1, 3, 8, 8).requires_grad_(), flow.requires_grad_()

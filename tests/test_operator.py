@@ -1,4 +1,4 @@
-"""A backend adds any pair of functions on tensors, and the operator gives them all that an operator needs.
+"""A backend adds any pair of functions on tensors, and the operator supplies everything else.
 
 The pairs here are the reference and its own derivative, so that what is shown is the seam, not a kernel.
 """
@@ -28,7 +28,7 @@ each_operator = pytest.mark.parametrize("name", operators.OPERATORS)
 
 @pytest.fixture(autouse=True)
 def _twin_as_triton(monkeypatch):
-    """The reference's twin, under the name of a backend that is not tested here."""
+    """A copy of the reference, under the name of a backend that is not tested here."""
     twin = Backend("triton", missing=lambda: None)
     for one in (DIRECTION_LOGITS, DIRECTION_LOSS, CORRELATION_LOSS, TREE_ATTENTION, CLIP_FRAMES):
         twin.add(one, forward_of(one), backward_of(one))
@@ -77,7 +77,7 @@ def put_together(one, flat):
 
 
 def make(name):
-    """A call of the operator in float64, some of its inputs strided."""
+    """A float64 call of the operator with some strided inputs."""
     call = operators.make(name, dtype=torch.float64, **SIZES[name])
     strided = [x.detach().mT.contiguous().mT if x.dim() > 1 else x.detach() for x in call.floats]
     return call, [x.requires_grad_() for x in strided]
@@ -88,7 +88,7 @@ def test_every_operator_has_its_row_in_the_tests_table():
 
 
 @each_operator
-def test_it_gives_what_its_kernels_give(name):
+def test_it_returns_what_its_kernels_return(name):
     (call, ours), (_, theirs) = make(name), make(name)
     out, expected = call(*ours, backend="triton"), call(*theirs, backend="reference")
     assert_close_for(torch.float64)(out, expected)
@@ -142,7 +142,7 @@ def test_kernels_run_outside_autocast(name):
 
 
 @each_operator
-def test_a_second_derivative_says_who_has_one(name):
+def test_a_second_derivative_names_the_backend_that_has_one(name):
     call, floats = make(name)
     result = call(*floats, backend="triton").square().sum()
     gradient, *_ = torch.autograd.grad(result, floats, create_graph=True)

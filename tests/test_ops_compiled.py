@@ -1,4 +1,4 @@
-"""What holds for the compiled backends beyond the formulas: PyTorch's machinery around them, extremes, memory."""
+"""The compiled backends beyond the formulas: PyTorch's machinery around them, extremes, memory."""
 
 import subprocess
 import sys
@@ -64,7 +64,7 @@ def test_checkpointing_changes_nothing(operator):
 
 
 @operators
-def test_two_runs_in_deterministic_mode_are_equal_to_the_bit(operator):
+def test_two_runs_in_deterministic_mode_are_bitwise_equal(operator):
     torch.use_deterministic_algorithms(True)
     try:
         call, same = sized(operator, 3), sized(operator, 3)
@@ -74,7 +74,7 @@ def test_two_runs_in_deterministic_mode_are_equal_to_the_bit(operator):
 
 
 @operators
-def test_one_thread_and_two_agree_to_rounding(operator):
+def test_one_thread_and_two_agree_up_to_rounding(operator):
     threads = torch.get_num_threads()
     results = []
     try:
@@ -90,7 +90,7 @@ def test_one_thread_and_two_agree_to_rounding(operator):
 
 
 @operators
-def test_strided_inputs_and_gradients_are_taken(operator):
+def test_strided_inputs_and_gradients_are_supported(operator):
     call, same = sized(operator), sized(operator)
     strided = [x.mT.contiguous().mT if x.dim() > 1 else x for x in same.floats]
     out, expected = call(), same(*strided)
@@ -129,7 +129,7 @@ def test_no_scale_overflows_or_underflows(kind, scale, negatives):
         torch.testing.assert_close(x.double(), x_exact, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_a_scale_that_float64_cannot_hold_says_so():
+def test_a_scale_that_overflows_float64_is_reported():
     visual, text, _ = make("correlation_loss").floats
     with pytest.raises(RuntimeError, match="scale: got 2000; supports at most 1000"):
         correlation_loss(visual, text, scale=2000)
@@ -138,7 +138,7 @@ def test_a_scale_that_float64_cannot_hold_says_so():
     assert correlation_loss(visual, text, scale=2000, backend="auto").isfinite()
 
 
-def test_more_emotions_than_it_supports_go_to_the_reference():
+def test_more_emotions_than_it_supports_run_on_the_reference():
     visual, text = (torch.randn(1, 33, 4) for _ in range(2))
     with pytest.raises(RuntimeError, match="emotions: got 33; supports at most 32"):
         correlation_loss(visual, text)
@@ -146,7 +146,7 @@ def test_more_emotions_than_it_supports_go_to_the_reference():
 
 
 def test_no_logit_and_no_whole_product_is_stored(compiled_backend):
-    # 512 individuals of 7 emotions: 462 million logits, 1.85 GB. In a process of its own, whose peak is its own.
+    # 512 individuals of 7 emotions: 462 million logits, 1.85 GB. In a separate process, to measure its own peak.
     program = PEAK.format(backend=compiled_backend)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 64
@@ -160,8 +160,8 @@ def test_a_trainer_step_compiles_into_one_graph(clip):
     )
     criterion = PCMECLCriterion(clip, bank, contrast=0.2)
     generator = WarpFields(emotions, 64)
-    # A new generator changes next to nothing, and looks at the very pixels, where bilinear sampling has its kinks:
-    # there the loss and its gradients are made of rounding.
+    # A new generator changes next to nothing and samples exactly at pixels, where bilinear sampling has its kinks:
+    # there the loss and its gradients are nothing but rounding.
     torch.nn.init.constant_(generator.pose.bias, 0.3)
     for field in (generator.flow, generator.shade):
         torch.nn.init.normal_(field, std=0.5)

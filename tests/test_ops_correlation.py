@@ -54,7 +54,7 @@ def test_an_offset_of_one_individuals_features_changes_nothing(negatives):
 
 
 def test_features_that_are_mostly_offset_keep_their_low_bits():
-    # Real image features of one face differ in the third digit; float32 has to give what float64 gives.
+    # Real image features of one face differ in the third digit; float32 must match float64.
     visual, text, _ = correlation_inputs(4, 7, 64, dtype=torch.float64)
     offset = torch.nn.functional.normalize(torch.randn(4, 1, 64, generator=seed(4), dtype=torch.float64), dim=-1)
     visual = (offset + 1e-2 * visual.detach()).float()
@@ -84,7 +84,7 @@ def test_for_one_individual_the_three_kinds_of_negatives_agree():
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-def test_a_missing_emotion_is_as_good_as_not_there(negatives):
+def test_a_missing_emotion_is_equivalent_to_leaving_it_out(negatives):
     visual, text, _ = correlation_inputs(3, 5, 17, dtype=torch.float64)
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[:, 1] = False
@@ -159,10 +159,10 @@ def test_identical_emotions_are_finite_with_no_gradient_through_their_norm(side,
     assert_close_for(torch.float32)(loss, oracle(visual, text, torch.tensor(100.0), None, negatives))
     for x in (visual, text):
         assert x.grad.isfinite().all()
-        assert x.grad.abs().max() < 1e4  # 1e8 and more where 1/ε gets through
+        assert x.grad.abs().max() < 1e4  # 1e8 and more if 1/ε gets through
 
 
-def test_features_without_any_change_cost_what_guessing_costs_and_have_no_gradient():
+def test_features_without_any_change_cost_as_much_as_guessing_and_have_no_gradient():
     visual, text, _ = correlation_inputs(2, 3, 17, dtype=torch.float32)
     still = visual.detach()[:, :1].repeat(1, 3, 1).requires_grad_()
     loss = correlation_loss(still, text)
@@ -198,7 +198,7 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(correlation_loss(visual, text, mask=mask), plain)
 
 
-def test_strided_inputs_are_taken():
+def test_strided_inputs_are_supported():
     visual, text, mask = correlation_inputs(3, 5, 8, dtype=torch.float32)
     strided = (x.transpose(0, 2).contiguous().transpose(0, 2) for x in (visual, text))
     loss = correlation_loss(*strided, mask=mask.mT.contiguous().mT)
@@ -214,7 +214,7 @@ def test_compiles_into_one_graph():
     assert visual.grad.isfinite().all()
 
 
-# Each row: the arguments that are wrong, the exception, and what it says.
+# Each row: the wrong arguments, the exception, and its message.
 WRONG = [
     ({"visual": None}, TypeError, "visual: got NoneType; takes a tensor"),
     ({"visual": torch.zeros(3, 4, 5).long()}, TypeError, "visual: got torch.int64; takes float16, bfloat16"),

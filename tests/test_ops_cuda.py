@@ -27,7 +27,7 @@ def on(device, operator, dtype=torch.float32):
 
 @operators
 @dtypes
-def test_cuda_gives_what_the_cpu_gives(operator, dtype):
+def test_cuda_matches_the_cpu(operator, dtype):
     on_cuda, on_cpu = on("cuda", operator, dtype), on("cpu", operator, dtype)
     out, gradients = value_and_gradients(on_cuda, on_cuda.floats)
     expected, exact_gradients = value_and_gradients(on_cpu, on_cpu.widened(), backend="reference")
@@ -39,7 +39,7 @@ def test_cuda_gives_what_the_cpu_gives(operator, dtype):
 @operators
 def test_nothing_waits_for_the_device(operator):
     call = on("cuda", operator)
-    call().sum().backward()  # tables are made and kernels compiled once
+    call().sum().backward()  # tables are built and kernels compiled once
     torch.cuda.set_sync_debug_mode("error")
     try:
         call().sum().backward()
@@ -75,7 +75,7 @@ def test_gradients_are_bitwise_the_same_in_every_deterministic_run(operator):
         assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
 
 
-def test_correlation_loss_takes_no_tf32_where_the_user_allows_it(monkeypatch, request):
+def test_correlation_loss_avoids_tf32_even_if_the_user_allows_it(monkeypatch, request):
     name = request.node.callspec.params["_backend"]
     if name == "reference":
         pytest.skip("the reference does what the user asked for")

@@ -53,7 +53,7 @@ def test_loss_and_its_gradients_follow_the_formula(dtype, size, contrast, reduct
     assert_close_for(torch.float32)(scale.grad, exact_scale.grad if exact_scale.grad is not None else torch.tensor(0.0))
 
 
-def test_the_bank_learns_from_individuals_with_many_samples_one_and_none():
+def test_the_bank_gets_gradients_from_individuals_with_many_samples_one_and_none():
     inputs = direction_inputs(300, 5, 4, 33, dtype=torch.float64)
     individual = inputs[3]
     individual %= 3
@@ -72,7 +72,7 @@ def test_logits_are_cosines_with_zero_at_the_source_emotion():
     assert (logits[torch.arange(64), a] == 0).all()
 
 
-def test_moving_exactly_along_the_change_asked_for_costs_nothing():
+def test_moving_exactly_along_the_requested_change_costs_nothing():
     _, _, bank, individual, a, b = direction_inputs(9, 3, 5, 32, dtype=torch.float64)
     source = torch.randn(9, 32, generator=seed(2), dtype=torch.float64)
     edited = source + 0.7 * (bank[individual, b] - bank[individual, a])
@@ -105,9 +105,9 @@ def test_an_edit_that_changes_nothing_is_finite_with_gradient_zero():
         assert x.grad.eq(0).all()
 
 
-def test_a_change_counts_from_the_length_epsilon_on():
+def test_a_change_counts_once_it_is_longer_than_epsilon():
     source, _, bank, individual, a, _ = direction_inputs(2, 3, 5, 32, dtype=torch.float64)
-    b, source = (a + 1) % 5, source * 0  # from zero, so that a change this small is not rounded away
+    b, source = (a + 1) % 5, source * 0  # starting at zero, so that such a small change is not rounded away
     change = torch.nn.functional.normalize((bank[individual, b] - bank[individual, a]).detach(), dim=1)
     edited = (change * torch.tensor([[0.9e-8], [1.1e-8]])).requires_grad_()
     loss = direction_loss(source, edited, bank, individual, a, b, normalize=False, reduction="none")
@@ -133,7 +133,7 @@ def test_zero_features_are_finite(zero):
         assert edited.grad[1].eq(0).all()
 
 
-def test_two_emotions_with_the_same_text_are_no_direction():
+def test_two_emotions_with_the_same_text_have_no_direction():
     source, edited, bank, *_ = direction_inputs(2, 1, 4, 16, dtype=torch.float32)
     bank.data[0, 2] = bank.data[0, 1]
     individual, a, b = torch.tensor([0, 0]), torch.tensor([1, 1]), torch.tensor([2, 2])
@@ -146,7 +146,7 @@ def test_two_emotions_with_the_same_text_are_no_direction():
         assert x.grad.eq(0).all()
 
 
-def test_asking_for_no_change_adds_nothing_and_is_left_out_of_the_mean():
+def test_requesting_no_change_adds_nothing_and_is_excluded_from_the_mean():
     source, edited, bank, individual, a, b = direction_inputs(8, 3, 5, 32, dtype=torch.float64)
     same, other = torch.tensor([1, 4, 5]), torch.tensor([0, 2, 3, 6, 7])
     b[same] = a[same]
@@ -201,7 +201,7 @@ def test_gradcheck(contrast, normalize):
 
 def test_gradcheck_beside_a_sample_without_change():
     # The cosine jumps at δ = 0: a numerical derivative there measures the jump. So row 2, whose δ is 0, is spliced in
-    # as a constant, and the derivatives are those of everything else; that its own are 0 is a test above.
+    # as a constant, and only everything else is differentiated; a test above shows that its own gradient is 0.
     source, edited, bank, individual, a, _ = direction_inputs(5, 3, 4, 7, dtype=torch.float64)
     b = (a + 1) % 4
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
@@ -239,7 +239,7 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(direction_logits(*inputs, individual, a), plain_logits)
 
 
-def test_under_autocast_dtypes_may_differ_and_the_widest_counts():
+def test_under_autocast_dtypes_may_differ_and_the_widest_wins():
     source, edited, bank, individual, a, b = direction_inputs(5, 3, 4, 65, dtype=torch.float32)
     half = edited.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -256,7 +256,7 @@ def test_any_integer_dtype_indexes(dtype):
     assert torch.equal(direction_loss(*inputs, individual.to(dtype), a.to(dtype), b.to(dtype)), expected)
 
 
-def test_strided_inputs_are_taken():
+def test_strided_inputs_are_supported():
     source, edited, bank, *rest = direction_inputs(5, 3, 4, 8, dtype=torch.float32)
     expected = direction_loss(source, edited, bank, *rest)
     strided = (x.mT.contiguous().mT for x in (source, edited, bank))
@@ -274,7 +274,7 @@ def test_compiles_into_one_graph():
         compiled(*inputs, individual, a, b + 4, contrast=0.5)
 
 
-# Each row: the arguments that are wrong, the exception, and what it says.
+# Each row: the wrong arguments, the exception, and its message.
 WRONG = [
     ({"source": [1.0]}, TypeError, "source: got list; takes a tensor"),
     ({"source": torch.zeros(5, 7, dtype=torch.int64)}, TypeError, "source: got torch.int64; takes float16, bfloat16"),

@@ -1,4 +1,4 @@
-"""clip_frames against the cubic filter written out, and against properties a resize has to have."""
+"""clip_frames against the cubic filter written out, and against properties that any resize must have."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_an_empty_batch_is_empty_with_a_graph():
     assert frames.grad.shape == frames.shape
 
 
-def test_lists_and_integers_describe_colours_too():
+def test_colours_may_be_lists_and_integers():
     frames = frames_input(1, 9, 9, dtype=torch.float32)
     expected = clip_frames(frames, 4, (0.0, 0.5, 1.0), (1.0, 1.0, 2.0))
     assert torch.equal(clip_frames(frames, 4, [0, 0.5, 1], [1, 1, 2]), expected)
@@ -84,7 +84,7 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(clip_frames(frames, 16, CLIP_MEAN, CLIP_STD), plain)
 
 
-def test_strided_frames_are_taken():
+def test_strided_frames_are_supported():
     frames = frames_input(2, 45, 31, dtype=torch.float32)
     expected = clip_frames(frames, 16, CLIP_MEAN, CLIP_STD)
     channels_last = frames.to(memory_format=torch.channels_last)
@@ -100,7 +100,7 @@ def test_compiles_into_one_graph():
     assert frames.grad.isfinite().all()
 
 
-# Each row: the arguments that are wrong, the exception, and what it says.
+# Each row: the wrong arguments, the exception, and its message.
 WRONG = [
     ({"frames": "face.png"}, TypeError, "frames: got str; takes a tensor"),
     ({"frames": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)}, TypeError, "frames: got torch.uint8; takes float16, bfl"),
@@ -133,7 +133,7 @@ def oracle(frames: Tensor, side: int) -> Tensor:
 
 
 def resize_weights(before: int, after: int) -> list[list[float]]:
-    """How much each old pixel adds to each new one: Keys' cubic (a = -1/2), widened by the factor of a reduction."""
+    """The weight of each old pixel in each new one: Keys' cubic (a = -1/2), widened by the reduction factor."""
     factor = before / after
     stretch = max(factor, 1.0)
     table = []

@@ -1,4 +1,4 @@
-"""Every operator on every compiled backend equals the reference in float64: drawn shapes, masks and coincidences."""
+"""Every operator on every compiled backend matches the reference in float64: random shapes, masks and coincidences."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from pcmecl_fast.ops import PromptTree
 
 pytestmark = pytest.mark.usefixtures("compiled_backend")
 
-# The largest error, relative to the norm: what the operators promise.
+# The largest error, relative to the norm, that the operators guarantee.
 PROMISED = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 drawn = settings(
     max_examples=40,
@@ -67,7 +67,7 @@ def some_scale(number: int) -> float:
 
 
 def assert_as_promised(call: Call, at_least: float = 0.0) -> None:
-    """The result and the gradients of its weighted sum, against float64 from the same, rounded inputs.
+    """The result and the gradients of its weighted sum, against float64 on the same, rounded inputs.
 
     `at_least` widens float32's promise where the reference itself computes its constants in float32.
     """

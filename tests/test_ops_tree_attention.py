@@ -47,7 +47,7 @@ def test_a_mask_is_made_once_per_device():
     assert PromptTree(3, (1, 5)).mask("meta").device.type == "meta"
 
 
-def test_a_mask_first_made_in_inference_mode_serves_training():
+def test_a_mask_first_made_in_inference_mode_works_in_training():
     tree = PromptTree(2, (3, 1, 4, 1, 5, 9, 2, 6))  # a layout no other test makes a mask of
     qkv = attention_input(1, tree.length, 1, 4, dtype=torch.float32)
     with torch.inference_mode():
@@ -90,7 +90,7 @@ def test_gradcheck_of_every_element():
 
 
 @layouts
-def test_no_token_hears_of_another_segment_or_of_its_future(layout):
+def test_no_token_sees_another_segment_or_its_own_future(layout):
     qkv = attention_input(1, layout.length, 1, 4, dtype=torch.float32)
     mask = layout.mask()
     for token in range(layout.length):
@@ -123,13 +123,13 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(tree_attention(qkv, LAYOUTS[0]), plain)
 
 
-def test_strided_inputs_are_taken():
+def test_strided_inputs_are_supported():
     qkv = attention_input(2, LAYOUTS[0].length, 2, 8, dtype=torch.float32)
     strided = qkv.transpose(0, 3).contiguous().transpose(0, 3)
     assert_close_for(torch.float32)(tree_attention(strided, LAYOUTS[0]), tree_attention(qkv, LAYOUTS[0]))
 
 
-def test_compiles_into_one_graph_and_leaves_no_stand_in_behind():
+def test_compiles_into_one_graph_and_leaves_no_fake_tensor_behind():
     layout = PromptTree(4, (2, 7, 1, 8))  # a layout no other test makes a mask of
     qkv = attention_input(2, layout.length, 2, 8, dtype=torch.float32)
     out = torch.compile(lambda x: tree_attention(x, layout), fullgraph=True, backend="aot_eager")(qkv)
@@ -138,7 +138,7 @@ def test_compiles_into_one_graph_and_leaves_no_stand_in_behind():
     assert qkv.grad.isfinite().all()
 
 
-# Each row: the arguments that are wrong, the exception, and what it says.
+# Each row: the wrong arguments, the exception, and its message.
 QKV = torch.zeros(2, 6, 3, 2, 4)
 WRONG = [
     ({"qkv": None}, TypeError, "qkv: got NoneType; takes a tensor"),
@@ -175,7 +175,7 @@ def test_a_wrong_layout_is_named(prefix, lengths, error, says):
 
 
 def oracle(qkv: Tensor, layout: PromptTree) -> Tensor:
-    """Attention of each prompt as its own causal sequence; the prefix's rows are the same in all, and kept once."""
+    """Attention of each prompt as its own causal sequence; the prefix's rows, equal in all, are kept once."""
     prefix, start, rows = layout.prefix, layout.prefix, []
     for segment, length in enumerate(layout.segment_lengths):
         prompt = torch.cat([qkv[:, :prefix], qkv[:, start : start + length]], dim=1)

@@ -115,7 +115,7 @@ TOWERS = TREE_TOWERS | PADDED_TOWERS
 
 
 def tower(name, dtype=torch.float64):
-    """A model with random weights, all of them: layer scales, biases and norms at their start hide mistakes."""
+    """A model with all weights random: initial layer scales, biases and norms would hide mistakes."""
     torch.manual_seed(0)
     clip = TOWERS[name]()
     clip.model.to(dtype)
@@ -126,7 +126,7 @@ def tower(name, dtype=torch.float64):
 
 
 def learned(clip, descriptions=EMOTIONS, **kwargs):
-    """Prompts some steps into learning: a condition network that does something."""
+    """Prompts a few steps into training: their condition network has an effect."""
     torch.manual_seed(1)
     prompts = PersonalizedPrompts(clip, descriptions, **{"n_ctx": 4} | kwargs)
     nn.init.normal_(prompts.condition_net[2].weight, std=0.1)
@@ -151,7 +151,7 @@ def test_prompts_that_start_at_words_are_the_features_of_those_words(name, conte
         torch.testing.assert_close(features, spelled.expand_as(features), rtol=0, atol=1e-12)
 
 
-def test_a_tower_of_hugging_face_reads_the_context():
+def test_a_hugging_face_tower_reads_the_context():
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     from open_clip.hf_model import HFTextEncoder
 
@@ -232,7 +232,7 @@ def test_open_clips_low_precision_towers_run(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
-def test_autocast_runs_and_stays_near(backend):
+def test_autocast_runs_and_stays_close(backend):
     prompts, c = learned(tower("openai", torch.float32)), conditions(2, torch.float32)
     exact = prompts(c)
     with torch.autocast("cpu", torch.bfloat16):
@@ -271,7 +271,7 @@ def test_a_frozen_tower_that_someone_unfroze_gives_the_same():
         (["angry"], {"init": ""}, ValueError, "has 0 tokens"),
     ],
 )
-def test_arguments_that_make_no_prompt_are_named(descriptions, kwargs, error, message):
+def test_arguments_that_cannot_make_a_prompt_are_named(descriptions, kwargs, error, message):
     with pytest.raises(error, match=message):
         PersonalizedPrompts(tower("openai"), descriptions, **kwargs)
 
@@ -301,18 +301,18 @@ def test_where_eos_is_a_pad_one_pad_stays(name):
         (torch.zeros(2, D, device="meta"), "on meta, the prompts on cpu, the clip on cpu"),
     ],
 )
-def test_a_condition_that_does_not_fit_is_named(condition, message):
+def test_a_mismatched_condition_is_named(condition, message):
     with pytest.raises(ValueError, match=message):
         PersonalizedPrompts(tower("openai"), EMOTIONS)(condition)
 
 
 @pytest.mark.parametrize("pool", ["none", "first"])
-def test_towers_that_do_not_pool_the_prompt_are_refused(pool):
+def test_towers_that_do_not_pool_the_prompt_are_rejected(pool):
     with pytest.raises(ValueError, match="pools"):
         PersonalizedPrompts(text_clip(CLIP, pool_type=pool), EMOTIONS)
 
 
-def test_an_unknown_tower_is_refused():
+def test_an_unknown_tower_is_rejected():
     clip = SimpleNamespace(model=nn.Linear(2, 2), tokenizer=clip_tokenizer(), embed_dim=D)
     with pytest.raises(TypeError, match="no token embedding"):
         PersonalizedPrompts(clip, EMOTIONS)

@@ -1,4 +1,4 @@
-"""The reader hears speech and knows people whatever the emotion, ships with the package, and is used frozen."""
+"""The reader reads speech and identity whatever the emotion, ships with the package, and is used frozen."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_another_emotion_costs_less_than_other_words_or_another_person(reader, f
     index = torch.arange(len(faces))
     source = faces.frames(index)
     emotional = reading_losses(reader, source, faces.truth(index, (faces.emotion_index + 1) % 7))
-    # Frames of one clip differ in speech; the same position in the next person's clips is somebody else.
+    # Frames of one clip differ in speech; the same position in the next person's clips shows somebody else.
     talking = reading_losses(reader, source, faces.frames(index // 4 * 4 + (index + 2) % 4))
     somebody = reading_losses(reader, source, faces.frames((index + len(faces) // 8) % len(faces)))
     assert emotional[0] < talking[0]

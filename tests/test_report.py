@@ -1,4 +1,4 @@
-"""What a report promises: one file that needs nothing else, shows everything it is given, and trusts no name."""
+"""Reports: one self-contained file that shows everything it is given and trusts no name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pcmecl_fast.evaluate.origin import Origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
+from pcmecl_fast.evaluate.results import Cell, Row, Table
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(1)> & {{ 7*7 }}'
 
@@ -40,8 +42,18 @@ def make_grid(rows: int = 2, columns: int = 3, size: int = 20, *, truth: bool = 
 def make_report() -> Report:
     return Report(
         title="A run",
-        summary={"accuracy": 0.912345, "frames": 12345, "backend": "reference"},
-        notes={"accuracy": "0 to 1, higher is better."},
+        lead="What it is.",
+        results=Table(
+            ["edited", "unedited"],
+            [
+                Row("accuracy", [Cell.of(0.912345, [0.85, 0.96]), None], "0 to 1."),
+                Row("frames", [Cell.of(12345), Cell.of("reference")]),
+            ],
+            "Over 7 edits.",
+        ),
+        prompts=Table(["right"], [Row("plain", [Cell.of(0.5, [0.25, 0.75], "%")])]),
+        words=["They helped."],
+        limits=["Not measured: taste."],
         curves={
             "stage 1/loss": [(s, 1 / (s + 1)) for s in range(400)],
             "stage 1/lr": [(0, 1e-4), (400, 1e-6)],
@@ -50,6 +62,7 @@ def make_report() -> Report:
         grids=[make_grid()],
         config={"data": {"path": Path("/some/where"), "sizes": (1, 2)}, "seed": 3},
         warnings=["Two pairs are missing."],
+        origin=Origin("2001-02-03 04:05:06", "pcmecl-fast train --out 'a b'", 12.3, {"torch": "9.9"}),
     )
 
 
@@ -107,7 +120,7 @@ def test_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     assert page.html.count("url(") == page.html.count("url(#")
 
 
-def test_every_id_is_unique_and_every_reference_is_met(tmp_path: Path) -> None:
+def test_every_id_is_unique_and_every_reference_resolves(tmp_path: Path) -> None:
     page = page_of(make_report(), tmp_path)
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
@@ -154,8 +167,11 @@ def test_names_are_escaped_wherever_they_appear(tmp_path: Path) -> None:
     )
     report = Report(
         title=HOSTILE,
-        summary={HOSTILE: HOSTILE},
-        notes={HOSTILE: HOSTILE},
+        lead=HOSTILE,
+        results=Table([HOSTILE], [Row(HOSTILE, [Cell(HOSTILE, HOSTILE)], HOSTILE)], HOSTILE),
+        words=[HOSTILE],
+        limits=[HOSTILE],
+        origin=Origin(HOSTILE, HOSTILE, None, {HOSTILE: HOSTILE}),
         curves={f"{HOSTILE}/a": [(0, 1.0)], "a/$x^{": [(0, 1.0)], HOSTILE: []},
         grids=[grid],
         config={HOSTILE: HOSTILE},
@@ -165,7 +181,7 @@ def test_names_are_escaped_wherever_they_appear(tmp_path: Path) -> None:
     assert page.all("script") == []
     assert not any("onerror" in attributes for _, attributes in page.elements)
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.all("img"))
-    assert page.text.count(HOSTILE) >= 9
+    assert page.text.count(HOSTILE) >= 19
     assert "$x^{" in page.text
 
 
@@ -189,13 +205,30 @@ def test_any_folder_name_can_be_shown(name: str, tmp_path: Path) -> None:
 def test_every_part_of_the_report_is_shown(tmp_path: Path) -> None:
     page = page_of(make_report(), tmp_path)
     for shown in (
-        *("A run", "accuracy", "0.912", "0 to 1, higher is better.", "frames", "12,345", "backend", "reference"),
+        *("A run", "accuracy", "0.912", "0.850 to 0.960", "0 to 1.", "frames", "12,345", "reference", "Over 7 edits."),
+        *("What it is.", "50.0 %", "25.0 to 75.0", "They helped.", "Not measured: taste."),
+        *("2001-02-03 04:05:06", "pcmecl-fast train --out 'a b'", "12 s", "9.9"),
         *("stage 1", "stage 2", "loss", "lr", "Held-out people", "Frames never trained on.", "person-0", "happy"),
         *("path: /some/where", "seed: 3", "Two pairs are missing."),
     ):
         assert shown in page.text, shown
     assert len(page.all("svg")) == 3
     assert len(page.all("img")) == 2 * (1 + 3 + 3)
+
+
+def test_faces_come_first_and_the_origin_last(tmp_path: Path) -> None:
+    page = page_of(make_report(), tmp_path)
+    sections = [attributes["id"] for attributes in page.all("section")]
+    assert sections == ["faces", "results", "prompts", "limits", "curves", "origin"]
+    assert [a["href"] for a in page.all("a")] == [f"#{section}" for section in sections]
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_the_layout_of_a_grid_is_told_on_the_page_and_fits_its_rows(truth: bool, tmp_path: Path) -> None:
+    grid = make_grid(1, 1, truth=truth)
+    assert ("Lower row: the true edit." in grid.layout) == truth
+    assert ("Right: its edit to the emotion of each column." in grid.layout) != truth
+    assert grid.layout in page_of(replace(make_report(), grids=[grid]), tmp_path).text
 
 
 @pytest.mark.parametrize(
@@ -207,7 +240,8 @@ def test_every_part_of_the_report_is_shown(tmp_path: Path) -> None:
     ],
 )
 def test_a_metric_reads_well(value: Any, shown: str, tmp_path: Path) -> None:
-    report = replace(make_report(), summary={"metric": value}, curves={}, grids=[])
+    table = Table(["value"], [Row("metric", [Cell.of(value)])])
+    report = replace(make_report(), results=table, curves={}, grids=[])
     assert f">{shown}</td>" in page_of(report, tmp_path).html
 
 
@@ -235,7 +269,7 @@ def test_frames_are_shown_pixel_for_pixel() -> None:
     face = torch.round((grid.edited[0, 0] + 1) * 127.5)
     scale = 128 // 20
     enlarged = face.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    inner = enlarged[:, scale:-scale, scale:-scale]  # its border carries the mark of the source's own emotion
+    inner = enlarged[:, scale:-scale, scale:-scale]  # its border marks the source's own emotion
     _, height, width = inner.shape
     corners = (drawn == inner[:, :1, :1]).all(dim=0).nonzero().tolist()
     assert any(torch.equal(drawn[:, y : y + height, x : x + width], inner) for y, x in corners)
@@ -245,12 +279,13 @@ def test_frames_are_shown_pixel_for_pixel() -> None:
 
 
 def test_an_empty_report_is_a_page(tmp_path: Path) -> None:
-    assert "no results" in page_of(Report("Nothing", {}, {}, {}, [], {}), tmp_path).text
+    assert "no results" in page_of(Report("Nothing"), tmp_path).text
 
 
 def test_without_truth_only_source_and_edited_are_shown(tmp_path: Path) -> None:
     page = page_of(replace(make_report(), curves={}, grids=[make_grid(truth=False)]), tmp_path)
     assert len(page.all("img")) == 2 * (1 + 3)
+    assert "row" not in page.text
     assert "truth" not in page.text
     assert "truth" not in " ".join(image["alt"] or "" for image in page.all("img"))
 
@@ -323,7 +358,7 @@ def test_saved_picture_is_the_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_any_float_type_and_gradients_are_taken(dtype: torch.dtype) -> None:
+def test_any_float_type_and_gradients_are_accepted(dtype: torch.dtype) -> None:
     grid = make_grid()
     assert grid.truth is not None
     other = replace(
@@ -335,7 +370,7 @@ def test_any_float_type_and_gradients_are_taken(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grid_image(other), grid_image(grid), atol=0.01, rtol=0)
 
 
-def test_shapes_that_do_not_fit_are_named() -> None:
+def test_mismatched_shapes_are_named() -> None:
     grid = make_grid()
     with pytest.raises(ValueError, match=r"edited: got shape \(2, 2, 3, 20, 20\), takes \(2, 3, 3, 20, 20\)"):
         replace(grid, edited=grid.edited[:, :2])

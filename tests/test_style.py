@@ -1,4 +1,4 @@
-"""Measures of personal style: they tell true edits from none, and from those in everybody's style."""
+"""Measures of personal style: they tell true edits from no edits, and from edits in the average style."""
 
 import pytest
 import torch
@@ -29,9 +29,9 @@ def perfect(faces, trials):
 
 
 def drawn_by(other, trials):
-    """An edit that draws the truth of a data set; told the frames by the order of the trials."""
-    asked = iter(trials.index.split(128))
-    return lambda frames, target: other.truth(next(asked), target)
+    """An edit that draws a data set's truth; it knows the frames from the order of the trials."""
+    batches = iter(trials.index.split(128))
+    return lambda frames, target: other.truth(next(batches), target)
 
 
 def test_true_edits_have_a_smaller_style_error_than_none(faces, trials, perfect):
@@ -44,7 +44,7 @@ def test_true_edits_have_a_smaller_style_error_than_none(faces, trials, perfect)
     assert nothing["edit_strength"] == 0
 
 
-def test_edits_in_everybodys_style_show_the_emotion_and_not_the_person(faces, trials, perfect):
+def test_edits_in_the_average_style_show_the_emotion_but_not_the_person(faces, trials, perfect):
     average = SyntheticFaces(8, clips=1, frames_per_clip=1, seed=2, style=0.0)
     assert torch.equal(average.identities.vector(), faces.identities.vector())
     alike = judge_style(drawn_by(average, trials), faces, trials, device=CPU)

@@ -1,4 +1,4 @@
-"""Drawn talking faces: functions of their parameters, so that any frame can be drawn again with another emotion."""
+"""Drawn talking faces: functions of their parameters, so any frame can be redrawn with another emotion."""
 
 import inspect
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_a_frame_does_not_depend_on_those_drawn_with_it():
 
 
 @pytest.mark.parametrize("size", [1, 20, 33, 64])
-def test_frames_are_pictures_of_the_size_asked_for(size):
+def test_frames_are_pictures_of_the_requested_size(size):
     data = faces(2, size=size)
     frames = every(data)
     assert frames.shape == (28, 3, size, size)
@@ -63,7 +63,7 @@ def test_frames_are_pictures_of_the_size_asked_for(size):
     assert frames.abs().max() <= 1
 
 
-def test_a_size_is_the_same_face_closer():
+def test_a_larger_size_is_the_same_face_in_more_detail():
     large, small = faces(size=64), faces(size=32)
     halved = torch.nn.functional.avg_pool2d(every(large), 2)
     assert (halved - every(small)).abs().mean() < 0.06
@@ -90,7 +90,7 @@ def test_indices_are_read_as_in_every_data_set():
         data.frames([0.5])
 
 
-def test_stamps_change_with_the_parameters_the_size_and_every_file_that_decides_the_pixels(tmp_path, monkeypatch):
+def test_stamps_change_with_the_parameters_the_size_and_every_file_that_determines_the_pixels(tmp_path, monkeypatch):
     stamps = faces().stamps()
     assert faces().stamps() == stamps
     assert not set(faces(seed=1).stamps() + faces(size=16).stamps()) & set(stamps)
@@ -139,7 +139,7 @@ def test_a_subset_is_a_view_that_keeps_names_and_indices():
     assert view.available().sum() == 3
 
 
-def test_it_divides_and_trains_as_any_data_set():
+def test_it_splits_and_trains_like_any_data_set():
     data = faces(5)
     train, held = split(data, by="individual")
     assert len(train) + len(held) == len(data)
@@ -149,7 +149,7 @@ def test_it_divides_and_trains_as_any_data_set():
 # Truth
 
 
-def test_the_truth_with_the_own_emotion_is_the_frame():
+def test_the_truth_for_its_own_emotion_is_the_frame():
     data = faces(frames_per_clip=6)
     index = torch.arange(len(data))
     assert torch.equal(data.truth(index, data.emotion_index), data.frames(index))
@@ -179,13 +179,13 @@ def test_the_truth_differs_in_the_face_and_nowhere_else():
     assert change.flatten(1).amax(1).min() > 0.3  # every edit shows
     share = change.gt(0.05).float().mean((1, 2))
     assert share.max() < 0.25
-    # Head sizes and poses considered, nobody's face reaches here: what lies above, and to both sides.
+    # Whatever the head's size and pose, no face reaches these regions: above, and to both sides.
     border = torch.zeros(64, 64, dtype=torch.bool)
     border[:8], border[:, :10], border[:, -10:] = True, True, True
     assert change[:, border].eq(0).all()
 
 
-def test_the_truth_refuses_what_frames_refuses():
+def test_the_truth_rejects_what_frames_rejects():
     data = faces()
     with pytest.raises(IndexError):
         data.truth([len(data)], torch.tensor([0]))
@@ -251,7 +251,7 @@ def test_speech_is_smooth_and_in_range():
     assert (track[1:] - track[:-1]).abs().max() < 1
 
 
-def test_differences_of_speech_are_parts_of_the_range():
+def test_differences_of_speech_are_fractions_of_the_range():
     speech = torch.tensor(list(VISEMES.values()))
     least, most = speech.amin(0), speech.amax(0)
     torch.testing.assert_close(most - least, torch.tensor(SPEECH_SPANS))
@@ -274,7 +274,7 @@ def test_the_mouth_follows_the_speech_and_nothing_else_does():
         assert change.gt(0.05).float().mean((1, 2)).max() < 0.15
 
 
-# What bad arguments get
+# Bad arguments
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_the_mouth_follows_the_speech_and_nothing_else_does():
         ({"size": 0}, "each must be at least 1"),
         (
             {"individuals": 1, "emotions": ["sad"], "missing": [(0, 0)]},
-            "missing: every .* is left out; nothing remains to draw",
+            "missing: leaves out every .*; nothing remains to draw",
         ),
     ],
 )

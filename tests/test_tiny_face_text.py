@@ -14,7 +14,7 @@ from pcmecl_fast.synthetic.tiny_face_text import TextConfig, describe, emotion_s
 
 
 @pytest.mark.parametrize("emotion", EMOTIONS)
-def test_sentences_name_the_emotion_and_are_none_of_those_kept_for_the_test(emotion):
+def test_sentences_name_the_emotion_and_are_not_among_the_test_wordings(emotion):
     words = random.Random(0)
     unseen = {template.format(word) for template in UNSEEN_TEMPLATES for word in EMOTION_WORDS[emotion]}
     sentences = {emotion_sentence(emotion, words) for _ in range(500)}
@@ -23,7 +23,7 @@ def test_sentences_name_the_emotion_and_are_none_of_those_kept_for_the_test(emot
     assert not sentences & unseen
 
 
-def test_details_stand_before_the_emotion_as_well_as_behind():
+def test_details_come_before_the_emotion_as_well_as_after():
     words, faces = random.Random(1), SyntheticFaces(2, clips=1, frames_per_clip=1)
     index = int((faces.emotion_index == EMOTIONS.index("happy")).nonzero()[0, 0])
     captions = [describe(faces, index, words) for _ in range(300)]
@@ -38,7 +38,7 @@ def test_details_stand_before_the_emotion_as_well_as_behind():
     assert any(smile in caption and not any(w in caption for w in EMOTION_WORDS["happy"]) for caption in captions)
 
 
-def test_strange_words_describe_no_face_and_name_no_emotion():
+def test_unrelated_words_describe_no_face_and_name_no_emotion():
     words = random.Random(2)
     added = {word for _ in range(300) for word in strewn("", words, 1.0).split()}
     assert len(added) > 200

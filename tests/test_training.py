@@ -1,4 +1,4 @@
-"""Both stages learn, on data with gaps, and survive a kill at any moment; what is frozen stays as it was."""
+"""Both stages learn, on data with gaps, and survive being killed at any moment; what is frozen does not change."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
+from summaries import means
 
 from pcmecl_fast import PromptBank, use_backend
 from pcmecl_fast.clip import load_clip
@@ -70,7 +71,7 @@ def ends(curve, count=4):
 
 
 class Numbers(FrameDataset):
-    """Frames that are nothing but a colour."""
+    """Frames of a single colour."""
 
     def __init__(self, individual_index, emotion_index, colour=0.0):
         self.individual_index = torch.tensor(individual_index)
@@ -88,7 +89,7 @@ class Numbers(FrameDataset):
 
 
 def test_stage_one_learns(clip, tmp_path):
-    # One frame of each, and everybody in every step: the same batch again and again.
+    # One frame of each, and everyone in every step: the same batch every time.
     data = SyntheticFaces(6, emotions=EMOTIONS, clips=1, frames_per_clip=1, size=64)
     config = prompts_config(tmp_path, steps=100, batch_individuals=6, n_ctx=8, prompt_lr=0.02)
     _, bank, loop = learn_prompts(clip, data, config)
@@ -103,8 +104,8 @@ def test_stage_one_learns(clip, tmp_path):
 def test_stage_one_from_the_store_and_from_frames_are_the_same(
     clip, tmp_path, few_faces, monkeypatch, condition, steps
 ):
-    # Encoded in float64, a frame has the same float32 features whatever else is in its batch: training amplifies any
-    # other rounding.
+    # Encoded in float64, a frame has the same float32 features whatever else is in its batch; otherwise training would
+    # amplify the rounding.
     exact, encode = load_clip("tiny-face", dtype=torch.float64), features._encode
     monkeypatch.setattr(features, "_encode", lambda _, *of: encode(exact, *of))
     config = {"steps": steps, "n_ctx": 8, "condition": condition}
@@ -128,7 +129,7 @@ def test_stage_one_with_trees_and_store_is_the_reference(clip, tmp_path, few_fac
 
 
 def far_from_the_identity(*args):
-    """A generator whose edits are no rounding, and fall between the pixels."""
+    """A generator whose edits are more than rounding and fall between pixels."""
     generator = make_generator(*args)
     torch.nn.init.constant_(generator.pose.bias, 0.3)
     for field in (generator.flow, generator.shade):
@@ -136,7 +137,7 @@ def far_from_the_identity(*args):
     return generator
 
 
-def test_stage_two_takes_the_sources_features_from_the_store(clip, tmp_path, few_faces, monkeypatch):
+def test_stage_two_reads_source_features_from_the_store(clip, tmp_path, few_faces, monkeypatch):
     encoded = []
     seen = type(clip).encode_image
     monkeypatch.setattr(type(clip), "encode_image", lambda self, x, **k: encoded.append(len(x)) or seen(self, x, **k))
@@ -176,7 +177,7 @@ def test_missing_emotions_are_no_obstacle(clip, tmp_path, few_faces):
     data = few_faces(missing=[(0, 1), (1, 0), (2, 0), (2, 2)])  # the last shows one emotion only
     _, bank, loop = learn_prompts(clip, data, prompts_config(tmp_path, steps=6))
     assert all(value == value for curve in loop.curves.values() for _, value in curve)
-    # A bank has a row for everyone and every emotion: that is what a generator is asked for.
+    # A bank has a row for everyone and every emotion, since a generator may target any of them.
     assert bank.features.shape == (3, 3, clip.embed_dim)
     assert bank.features.isfinite().all()
 
@@ -201,13 +202,13 @@ def test_descriptions_may_be_sentences(clip, tmp_path, few_faces):
         learn_prompts(clip, few_faces(), prompts_config(tmp_path, descriptions=sentences[:2]))
 
 
-def test_data_without_a_change_of_emotion_is_refused(clip, tmp_path):
+def test_data_without_a_change_of_emotion_is_rejected(clip, tmp_path):
     with pytest.raises(ValueError, match="dataset: training needs at least one individual with two emotions"):
         learn_prompts(clip, Numbers([0, 1], [1, 1]), prompts_config(tmp_path))
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4])
-def test_the_matching_loss_is_its_definition(missing):
+def test_the_matching_loss_follows_its_definition(missing):
     torch.manual_seed(0)
     people, emotions, scale = 4, 3, 9.0
     visual, text = (F.normalize(torch.randn(people, emotions, 8), dim=-1) for _ in range(2))
@@ -227,7 +228,7 @@ def test_the_matching_loss_is_its_definition(missing):
     torch.testing.assert_close(matching_loss(garbage, text, mask, scale), expected)
 
 
-def test_conditions_are_means_and_zero_for_nobody():
+def test_conditions_are_means_and_zero_without_frames():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     conditions = individual_conditions(features, torch.tensor([0, 0, 2]), 3)
     torch.testing.assert_close(conditions, torch.tensor([[0.5, 0.5], [0.0, 0.0], [0.6, 0.8]]))
@@ -287,7 +288,7 @@ def test_the_mouth_loss_looks_at_the_mouth():
         assert (mouth_loss(source, edited, box) > 0) == counts
 
 
-def test_the_reader_keeps_drawn_faces_and_pixels_keep_others(clip, stage1, tmp_path, caplog):
+def test_drawn_faces_are_compared_by_the_reader_and_others_by_pixels(clip, stage1, tmp_path, caplog):
     bank, drawn = bank_and_data(clip, stage1)
     _, loop = train_generator(clip, bank, drawn, train_config(tmp_path / "drawn"))
     assert {"stage 2/speech", "stage 2/person"} <= loop.curves.keys()
@@ -300,7 +301,7 @@ def test_the_reader_keeps_drawn_faces_and_pixels_keep_others(clip, stage1, tmp_p
     assert caplog.text.count("the reader knows drawn faces only") == 1
 
 
-def test_references_show_what_is_asked_for():
+def test_references_show_the_target_emotion():
     shown = torch.tensor([0, 1, 2, 1, 0, 2])
     target = torch.tensor([2, 2, 1, 0] * 10)
     index = draw_references(shown, target, torch.Generator().manual_seed(0))
@@ -308,7 +309,7 @@ def test_references_show_what_is_asked_for():
     assert len(index.unique()) == 6
 
 
-def test_a_bank_for_other_emotions_is_refused(clip, stage1, tmp_path, few_faces):
+def test_a_bank_for_other_emotions_is_rejected(clip, stage1, tmp_path, few_faces):
     bank, _ = bank_and_data(clip, stage1)
     other = SyntheticFaces(3, emotions=["neutral", "sad", "happy"], clips=1, frames_per_clip=1, size=32, seed=1)
     with pytest.raises(ValueError, match=r"bank: has the emotions \['neutral', 'happy', 'sad'\], the data set has"):
@@ -317,7 +318,7 @@ def test_a_bank_for_other_emotions_is_refused(clip, stage1, tmp_path, few_faces)
         train_generator(clip, bank, few_faces(seed=8), train_config(tmp_path))
 
 
-def test_without_real_changes_edits_may_be_of_any_length(clip, tmp_path, few_faces, caplog):
+def test_without_real_changes_the_length_of_edits_is_not_constrained(clip, tmp_path, few_faces, caplog):
     _, bank, _ = learn_prompts(clip, Numbers([0, 0, 1, 1], [0, 1, 0, 1]), prompts_config(tmp_path / "prompts"))
     names = Numbers([0, 1], [0, 1])  # nobody shows two emotions
     with caplog.at_level(logging.WARNING, logger="pcmecl_fast"):
@@ -359,11 +360,10 @@ def summary_of(run):
 def test_every_kind_of_run_ends_in_a_summary_and_can_be_evaluated_again(tmp_path, options):
     summary = run_train(train_config(tmp_path, **options))
     assert all(value == value for value in summary.values())
-    assert summary_of(tmp_path) == pytest.approx(summary)
+    assert summary_of(tmp_path) == summary
     again = run_evaluate(EvaluateConfig(run=tmp_path, device="cpu"))
-    assert {k: v for k, v in again.items() if k != "seconds"} == pytest.approx(
-        {k: v for k, v in summary.items() if k != "seconds"}, rel=1e-3, abs=1e-3
-    )
+    assert again["counts"] == summary["counts"]
+    assert means(again) == pytest.approx(means(summary), rel=1e-3, abs=1e-3)
 
 
 def test_the_seed_of_an_evaluation_draws_other_targets(stage1, tmp_path):
@@ -392,7 +392,7 @@ def test_missing_emotions_are_spread_over_the_people():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
-def test_a_backend_that_is_not_here_stops_the_run_and_says_what_to_take(tmp_path, backend):
+def test_an_unavailable_backend_stops_the_run_and_names_the_alternatives(tmp_path, backend):
     from pcmecl_fast.ops import backend_status
 
     if {status.name: status for status in backend_status()}[backend].available:
@@ -419,7 +419,7 @@ def test_the_backend_reaches_every_operator(tmp_path, stage1, monkeypatch):
     }
 
 
-def test_rows_are_made_for_people_that_the_prompts_have_not_seen(clip, stage1, tmp_path):
+def test_rows_are_computed_for_people_unseen_by_the_prompts(clip, stage1, tmp_path):
     summary = run_train(train_config(tmp_path, prompts=stage1, seed=5))  # other people than stage 1 had
     assert summary["clip_direction"] == summary["clip_direction"]
     assert not (tmp_path / "prompts").exists()
@@ -428,7 +428,7 @@ def test_rows_are_made_for_people_that_the_prompts_have_not_seen(clip, stage1, t
 # Checkpoints
 
 
-def test_a_loop_that_is_resumed_does_the_steps_that_are_left_with_the_same_randomness(tmp_path):
+def test_a_resumed_loop_does_the_remaining_steps_with_the_same_randomness(tmp_path):
     def loop(folder, resume):
         torch.manual_seed(0)
         model = torch.nn.Linear(1, 1)
@@ -471,14 +471,14 @@ def test_resuming_a_finished_stage_changes_nothing(clip, tmp_path, few_faces):
         ({"generator_options": {"shading": 0.1}}, "generator_options was {.*'shading': 0.4.* is {.*'shading': 0.1"),
     ],
 )
-def test_a_checkpoint_of_another_configuration_is_refused(clip, stage1, tmp_path, change, says):
+def test_a_checkpoint_of_another_configuration_is_rejected(clip, stage1, tmp_path, change, says):
     bank, data = bank_and_data(clip, stage1)
     train_generator(clip, bank, data, train_config(tmp_path))
     with pytest.raises(ValueError, match=f"resume: .*stage-2.ckpt belongs to another configuration: {says}"):
         train_generator(clip, bank, data, train_config(tmp_path, resume=True, **change))
 
 
-def test_a_checkpoint_of_another_tower_is_refused(clip, other_clip, tmp_path, few_faces):
+def test_a_checkpoint_of_another_tower_is_rejected(clip, other_clip, tmp_path, few_faces):
     learn_prompts(clip, few_faces(), prompts_config(tmp_path))
     with pytest.raises(ValueError, match=r"resume: .*stage-1.ckpt belongs to another configuration: clip was"):
         learn_prompts(other_clip, few_faces(), prompts_config(tmp_path, resume=True))
@@ -498,7 +498,7 @@ def test_a_broken_checkpoint_is_named_in_one_line(clip, tmp_path, few_faces, dam
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(clip, tmp_path, few_faces, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_to_resume_from(clip, tmp_path, few_faces, monkeypatch):
     _, whole, _ = learn_prompts(clip, few_faces(), prompts_config(tmp_path / "whole", steps=6))
     fsync, left = os.fsync, [2]  # two checkpoints fit
 
@@ -518,7 +518,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_go_on_from(clip, tmp_path, fe
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_never_was(stage1, tmp_path):
+def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(stage1, tmp_path):
     config = train_config(tmp_path / "whole", prompts=stage1, size=16, steps=40)
     run_train(config)
     assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["steps"] == 40

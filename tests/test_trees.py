@@ -31,7 +31,7 @@ from pcmecl_fast.towers.text import encode_padded, encode_tree, eos_positions, t
 
 SENTENCES = [
     "a photo of a face that looks angry",
-    "a photo of a face that looks angry and",  # goes on where another ends
+    "a photo of a face that looks angry and",  # continues where another ends
     "a photo of a smile",
     "sad",
 ]
@@ -108,7 +108,7 @@ def pack(model, prompts, n_ctx, context, max_tokens):
 
 
 @pytest.mark.parametrize("name", TREE_TOWERS)
-def test_causal_towers_that_pool_at_eos_take_the_tree(name, caplog):
+def test_causal_towers_that_pool_at_eos_use_the_tree(name, caplog):
     with caplog.at_level(logging.INFO, "pcmecl_fast"):
         prompts = learned(tower(name))
     assert prompts._packed is not None
@@ -123,7 +123,7 @@ def test_causal_towers_that_pool_at_eos_take_the_tree(name, caplog):
         strict=True,
     ),
 )
-def test_other_towers_take_the_padded_path_and_one_line_in_the_log_says_why(name, reason, caplog):
+def test_other_towers_use_the_padded_path_and_one_log_line_says_why(name, reason, caplog):
     with caplog.at_level(logging.INFO, "pcmecl_fast"):
         prompts = learned(tower(name))
         prompts(conditions(1)), prompts(conditions(2))
@@ -162,7 +162,7 @@ def own_model(model):
     ("change", "reason"),
     [(widen, "not causal"), (drop, "dropout"), (own_block, "OwnBlock"), (own_model, "OwnModel")],
 )
-def test_a_tower_changed_in_any_way_that_matters_is_noticed(change, reason):
+def test_any_relevant_change_of_a_tower_is_noticed(change, reason):
     model = text_clip(CLIP).model
     assert tree_obstacle(model) is None
     change(model)
@@ -178,7 +178,7 @@ def test_a_causal_tower_without_sos_shares_a_context_but_nothing_else(caplog):
     assert "no token before the context" in caplog.text
 
 
-def test_a_tower_that_looks_for_another_eos_is_left_to_the_padded_path(caplog):
+def test_a_tower_with_another_eos_uses_the_padded_path(caplog):
     clip = text_clip(CLIP, WordTokenizer([3], [2]), pool_type="eos", eos_id=9, vocab_size=60)
     with caplog.at_level(logging.INFO, "pcmecl_fast"):
         assert learned(clip)._packed is None
@@ -224,7 +224,7 @@ def test_a_common_beginning_of_the_descriptions_is_packed_once():
 
 @contexts
 @pytest.mark.parametrize("max_tokens", [20, 64, 192])
-def test_a_thousand_classes_become_equal_trees_with_little_filling(max_tokens, context):
+def test_a_thousand_classes_become_equal_trees_with_little_padding(max_tokens, context):
     clip = text_clip(CLIP, clip_tokenizer(77), context_length=77)
     names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))
     prompts = PersonalizedPrompts(clip, names, n_ctx=4, context=context)
@@ -245,7 +245,7 @@ def test_a_thousand_classes_become_equal_trees_with_little_filling(max_tokens, c
         assert packed.classes[packed.place[c]] == c
 
 
-def test_few_classes_stay_in_the_order_given():
+def test_few_classes_keep_their_order():
     packed = learned(tower("openai"), SENTENCES)._packed
     assert packed.place.tolist() == packed.classes.tolist() == [0, 1, 2, 3]
     assert packed.eos.tolist() == packed.layout.eos.tolist()
@@ -285,7 +285,7 @@ def test_activations_kept_for_the_backward_pass_shrink_with_the_tokens():
 
 
 def kept_bytes(model, run):
-    """Bytes that autograd keeps, beside the model's own weights."""
+    """Bytes that autograd saves, not counting the model's own weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -297,7 +297,7 @@ def kept_bytes(model, run):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features = run()
-    assert features.requires_grad  # and alive: else its memory could be counted twice
+    assert features.requires_grad  # and keep it alive: otherwise its memory could be counted twice
     return sum(kept.values())
 
 
@@ -341,13 +341,13 @@ def test_distributed_training_has_no_unused_parameter(tmp_path):
         prompts, c = learned(tower("openai")), conditions(2)
         plain = gradients(prompts, lambda: prompts(c))
         distributed = nn.parallel.DistributedDataParallel(prompts)
-        for _ in range(2):  # the second step is where unused parameters are complained of
+        for _ in range(2):  # the second step is the one that reports unused parameters
             assert_equal(gradients(prompts, lambda: distributed(c)), plain, 1e-13)
     finally:
         dist.destroy_process_group()
 
 
-def test_repeats_bitwise_when_asked_to():
+def test_repeats_bitwise_in_deterministic_mode():
     prompts, c = learned(tower("openai", torch.float32), context="per-emotion"), conditions(2, torch.float32)
     torch.use_deterministic_algorithms(True)
     try:

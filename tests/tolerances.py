@@ -1,4 +1,4 @@
-"""How close a result has to come to the exact one, by the result's dtype: written once, for every test.
+"""How close a result must be to the exact one, by the result's dtype: defined once for all tests.
 
 The exact one is computed in float64 from the same inputs, already rounded to the dtype under test. A half type's
 tolerance is a few of its roundings; float32's leaves room for a logit scale of 100 on cosines right to 1e-7.

@@ -21,25 +21,8 @@ from pcmecl_fast.synthetic.judge import Reading, emotion_columns, load_judge
 Edit = Callable[[Tensor, Tensor], Tensor]
 """(source frames (B, 3, S, S), target emotions (B,)) to edited frames."""
 
-NOTES = {
-    "emotion_accuracy": "Edited frames in which an independent classifier (not CLIP) sees the target emotion; 0–1, ↑",
-    "emotion_accuracy_source": "The same classifier and targets on the unedited frames; near 0 by construction",
-    "emotion_accuracy_truth": "The same on the true frames of the same person with the target emotion; a ceiling",
-    "expression_error": "Mean absolute error of the action units read from the edit, against the true ones; 0–1.5, ↓",
-    "expression_error_source": "The same for unedited frames: the score of doing nothing",
-    "expression_error_truth": "The same for the true frames: the reader's own error",
-    "mouth_error": "Mouth openness and spread read from the edit, against the source's; fraction of their range, ↓",
-    "mouth_error_truth": "The same for the true frames: the reader's own error",
-    "identity_similarity": "Cosine of identity vectors read from edit and source; up to 1, ↑",
-    "identity_similarity_truth": "The same for true frames and sources",
-    "psnr": "Edited against true frames, dB, ↑",
-    "psnr_source": "Unedited against true frames, dB: the score of doing nothing",
-    "zero_shot_accuracy": "Emotion of the source frames by CLIP and the plain descriptions; 0–1",
-    "prompt_accuracy": "The same with the personalized prompts; 0–1, ↑",
-    "clip_direction": "Mean cosine between the edit's change of CLIP features and its prompts' change; -1–1, ↑",
-    "change": "Mean absolute change of a pixel by the edit, on a scale of 2",
-    "seconds": "Wall time of the whole run",
-}
+Values = dict[str, Tensor]
+"""Measures of T trials: (T,) float, or bool for what is right or wrong; `intervals.summarize` takes their means."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +45,14 @@ def draw_trials(dataset: FrameDataset, count: int, *, seed: int = 0) -> Trials:
 @torch.no_grad()
 def judge_edits(
     edit: Edit, faces: SyntheticFaces, trials: Trials, *, device: torch.device, batch_size: int = 64
-) -> dict[str, float]:
-    """Everything that paired truth reveals about edits of drawn faces; `NOTES` explains the keys."""
+) -> Values:
+    """Everything that paired truth reveals about edits of drawn faces; `results.MEASURES` explains the keys.
+
+    A key alone is of the edited frames; with `_source` of the unedited ones, with `_truth` of the true edits.
+    """
     judge = load_judge(device)
     columns = emotion_columns(faces.emotions).to(device)
-    sums: dict[str, float] = {}
-
-    def add(name: str, values: Tensor) -> None:
-        sums[name] = sums.get(name, 0.0) + float(values.float().sum())
-
+    values = _Collected()
     for chunk in tqdm(torch.arange(len(trials.index)).split(batch_size), desc="evaluating", leave=False):
         index, target = trials.index[chunk], trials.target[chunk]
         units = faces.true_action_units(index, target).to(device)
@@ -79,48 +61,69 @@ def judge_edits(
         frames[""] = edit(frames["_source"], target.to(device)).float()
         read: dict[str, Reading] = {name: judge(x) for name, x in frames.items()}
         for name, seen in read.items():
-            add(f"emotion_accuracy{name}", seen.emotion[:, columns].argmax(1) == target.to(device))
-            add(f"expression_error{name}", (seen.action_units - units).abs().mean((1, 2)))
-            add(f"mouth_error{name}", speech_difference(seen.speech, speech).mean(1))
-            add(f"identity_similarity{name}", F.cosine_similarity(seen.identity, read["_source"].identity))
+            values.add(f"emotion_accuracy{name}", seen.emotion[:, columns].argmax(1) == target.to(device))
+            values.add(f"expression_error{name}", (seen.action_units - units).abs().mean((1, 2)))
+        for name in ("", "_truth"):  # the source says what it says, and is who it is
+            values.add(f"mouth_error{name}", speech_difference(read[name].speech, speech).mean(1))
+            same = F.cosine_similarity(read[name].identity, read["_source"].identity)
+            values.add(f"identity_similarity{name}", same)
         for name in ("", "_source"):
             each = peak_signal_noise_ratio(
                 frames[name], frames["_truth"], data_range=(-1.0, 1.0), reduction="none", dim=(1, 2, 3)
             )
-            add(f"psnr{name}", each)
-    for uninformative in ("mouth_error_source", "identity_similarity_source"):
-        sums.pop(uninformative)
-    return {name: value / len(trials.index) for name, value in sums.items()}
+            values.add(f"psnr{name}", each)
+    return values.all()
 
 
 @torch.no_grad()
 def clip_view(
     edit: Edit, clip: Clip, bank: PromptBank, dataset: FrameDataset, trials: Trials, *, batch_size: int = 64
-) -> dict[str, float]:
+) -> Values:
     """What CLIP itself sees in the edits: works for real faces too, but flatters edits trained against CLIP."""
     bank = bank.to(clip.device)
-    rows = (
-        bank.rows([dataset.keys[i] for i in trials.index.tolist()])
-        if bank.condition == "frame"
-        else bank.rows(dataset.individuals)[dataset.individual_index[trials.index]]
-    )
+    rows = _bank_rows(bank, dataset, trials)
     plain = zero_shot_features(clip, bank.descriptions)
-    sums = dict.fromkeys(("zero_shot_accuracy", "prompt_accuracy", "clip_direction", "change"), 0.0)
+    values = _Collected()
     for chunk in torch.arange(len(trials.index)).split(batch_size):
         index, target, row = trials.index[chunk], trials.target[chunk].to(clip.device), rows[chunk].to(clip.device)
         frames = dataset.frames(index).to(clip.device)
-        shown = dataset.emotion_index[index].to(clip.device)
         edited = edit(frames, target).float()
-        source_features = F.normalize(clip.encode_image(frames).float(), dim=-1)
-        cosines = ops.direction_logits(
-            source_features, clip.encode_image(edited).float(), bank.features.float(), row, shown
-        )
-        own = torch.einsum("bd,bed->be", source_features, bank.features[row].float())
-        sums["zero_shot_accuracy"] += float(((source_features @ plain.T).argmax(1) == shown).sum())
-        sums["prompt_accuracy"] += float((own.argmax(1) == shown).sum())
-        sums["clip_direction"] += float(cosines.gather(1, target[:, None]).sum())
-        sums["change"] += float((edited - frames).abs().mean((1, 2, 3)).sum())
-    return {name: value / max(1, len(trials.index)) for name, value in sums.items()}
+        features = {"": clip.encode_image(edited).float(), "_source": clip.encode_image(frames).float()}
+        for name, seen in features.items():
+            values.add(f"clip_emotion_accuracy{name}", (seen @ plain.T).argmax(1) == target)
+        shown = dataset.emotion_index[index].to(clip.device)
+        source = F.normalize(features["_source"], dim=-1)
+        cosines = ops.direction_logits(source, features[""], bank.features.float(), row, shown)
+        values.add("clip_direction", cosines.gather(1, target[:, None])[:, 0])
+        values.add("change", (edited - frames).abs().mean((1, 2, 3)))
+    return values.all()
+
+
+@torch.no_grad()
+def prompt_view(clip: Clip, bank: PromptBank, dataset: FrameDataset, trials: Trials, *, batch_size: int = 64) -> Values:
+    """Whether CLIP names the emotion of the unedited frames: by the plain descriptions, by the personalized prompts,
+    and, where there are other individuals, by the mean over the prompts of each of those."""
+    bank = bank.to(clip.device)
+    rows = _bank_rows(bank, dataset, trials)
+    everybody = bank.rows(dataset.individuals).to(clip.device) if bank.condition == "individual" else rows[:0]
+    plain = zero_shot_features(clip, bank.descriptions)
+    values = _Collected()
+    for chunk in torch.arange(len(trials.index)).split(batch_size):
+        index, row = trials.index[chunk], rows[chunk].to(clip.device)
+        source = F.normalize(clip.encode_image(dataset.frames(index).to(clip.device)).float(), dim=-1)
+        shown = dataset.emotion_index[index].to(clip.device)
+        by_plain = (source @ plain.T).argmax(1) == shown
+        by_own = torch.einsum("bd,bed->be", source, bank.features[row].float()).argmax(1) == shown
+        values.add("zero_shot_accuracy", by_plain)
+        values.add("prompt_accuracy", by_own)
+        values.add("prompt_gain", by_own.float() - by_plain.float())
+        if len(everybody) > 1:
+            cosines = torch.einsum("bd,ned->bne", source, bank.features[everybody].float())
+            right = (cosines.argmax(2) == shown[:, None]).float()  # (B, N)
+            by_others = (right.sum(1) - by_own.float()) / (len(everybody) - 1)
+            values.add("others_prompt_accuracy", by_others)
+            values.add("personal_gain", by_own.float() - by_others)
+    return values.all()
 
 
 @torch.no_grad()
@@ -128,3 +131,27 @@ def zero_shot_features(clip: Clip, descriptions: list[str]) -> Tensor:
     """Unit text features of the plain descriptions, (E, D): off-the-shelf CLIP."""
     tokens = clip.tokenizer(descriptions).to(clip.device)
     return F.normalize(clip.model.encode_text(tokens).float(), dim=-1)
+
+
+class _Collected:
+    """Values of trials, gathered batch by batch."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def add(
+        self,
+        name: str,
+        values: Tensor,  # (B,) float or bool
+    ) -> None:
+        self._parts.setdefault(name, []).append(values.cpu())
+
+    def all(self) -> Values:
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}
+
+
+def _bank_rows(bank: PromptBank, dataset: FrameDataset, trials: Trials) -> Tensor:
+    """Whose prompts each trial uses: (T,) rows of the bank."""
+    if bank.condition == "frame":
+        return bank.rows([dataset.keys[i] for i in trials.index.tolist()])
+    return bank.rows(dataset.individuals)[dataset.individual_index[trials.index]]

@@ -1,7 +1,8 @@
-"""Results on one page: metrics, training curves and the faces themselves, in a single self-contained file.
+"""A run on one page: faces, results, what the prompts did, curves, and its origin, in a single self-contained file.
 
 The page is for reading after a run and for sharing: no scripts, no network, light and dark, printable.
-Its text and style are in `report.html` beside this file; the numbers, charts and pictures are made here.
+Its look is in `report.html` beside this file and its words and numbers come from `results`; the charts and pictures are
+made here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pcmecl_fast.evaluate.origin import Origin
+from pcmecl_fast.evaluate.results import Table, readable
 from pcmecl_fast.files import write_atomically
 
 
@@ -35,16 +37,16 @@ from pcmecl_fast.files import write_atomically
 class FaceGrid:
     """Faces edited to each emotion: a row for each of R individuals, a column for each of C target emotions.
 
-    The source frame appears once, at the left of its row; each cell shows the edited frame above its truth. A frame
-    that is all NaN counts as absent (the truth of an emotion that was never recorded) and leaves its cell empty.
-    Frames wider than 128 pixels are shrunk to that.
+    The source frame appears once, at the left of its row; each cell shows the edited frame, above its truth if there is
+    one. `layout` says so in words. A frame that is all NaN counts as absent (the truth of an emotion that was never
+    recorded) and leaves its cell empty. Frames wider than 128 pixels are shrunk to that.
 
     Raises:
         ValueError: a tensor's shape, or the number of labels, does not match the rows and columns.
     """
 
     title: str
-    caption: str
+    caption: str  # who is shown; `layout` follows it
     rows: list[str]  # R individuals
     columns: list[str]  # C target emotions
     source: Tensor  # (R, 3, S, S) in [-1, 1]
@@ -66,18 +68,30 @@ class FaceGrid:
         if len(self.source_emotions) != r:
             raise ValueError(f"source_emotions: got {len(self.source_emotions)} labels, takes one for each of {r} rows")
 
+    @property
+    def layout(self) -> str:
+        """Where to find what, in a sentence or two that fit these rows."""
+        place = "Left: the source frame and the emotion that it shows."
+        if self.truth is None:
+            return f"{place} Right: its edit to the emotion of each column."
+        return f"{place} Upper row: its edit to the emotion of each column. Lower row: the true edit."
+
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows. Any part may be empty, and any number may be NaN, infinite or None."""
+    """What a report shows, in this order. Any part may be empty, and any number may be NaN, infinite or None."""
 
     title: str
-    summary: dict[str, float | int | str]  # metric name -> value
-    notes: dict[str, str]  # metric name -> one line: what it measures, its range, which way is better
-    curves: dict[str, list[tuple[int, float]]]  # "group/name" -> (step, value)
-    grids: list[FaceGrid]
-    config: dict[str, Any]  # nested; anything YAML cannot represent is shown as text
+    lead: str = ""  # one paragraph below the title
     warnings: list[str] = field(default_factory=list)
+    grids: list[FaceGrid] = field(default_factory=list)
+    results: Table | None = None
+    prompts: Table | None = None
+    words: list[str] = field(default_factory=list)  # paragraphs: what the prompts did
+    limits: list[str] = field(default_factory=list)  # paragraphs: what the numbers do not say
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # "group/name" -> (step, value)
+    origin: Origin | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # nested; what YAML has no word for is shown as text
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -88,10 +102,15 @@ def write_report(path: Path, report: Report) -> None:
     """
     page = _template().render(
         title=report.title,
+        lead=report.lead,
         warnings=report.warnings,
-        metrics=[(name, *_value(value), report.notes.get(name, "")) for name, value in report.summary.items()],
-        groups=_chart_groups(report.curves),
         grids=[_grid_view(grid) for grid in report.grids],
+        results=_if_filled(report.results),
+        prompts=_if_filled(report.prompts),
+        words=report.words,
+        limits=report.limits,
+        groups=_chart_groups(report.curves),
+        origin=report.origin,
         config=yaml.safe_dump(_plain(report.config), sort_keys=False, allow_unicode=True) if report.config else "",
     )
     # Folder names that are not valid UTF-8 reach Python as lone surrogates, which cannot be encoded.
@@ -120,35 +139,8 @@ def _template() -> jinja2.Template:
     return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
-# ---- Numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _value(value: object) -> tuple[str, str]:
-    """A value as text, and its kind: "number", "text", or "odd" for one that deserves a second look."""
-    if value is None:
-        return "none", "odd"
-    if isinstance(value, bool | np.bool_):
-        return ("yes" if value else "no"), "text"
-    if isinstance(value, Integral):
-        return f"{int(value):,}".replace("-", "−"), "number"
-    try:
-        number = float(value)  # type: ignore[arg-type]  # anything with __float__, NumPy and torch scalars included
-    except (TypeError, ValueError):
-        return str(value), "text"
-    if isinstance(value, str):
-        return value, "text"
-    if not math.isfinite(number):
-        return "NaN" if math.isnan(number) else "∞" if number > 0 else "−∞", "odd"
-    return _three_digits(number), "number"
-
-
-def _three_digits(number: float) -> str:
-    """Three significant digits, but all those of the integer part: 0.0123, 1.23, 12,346, 1.2e−07."""
-    if number == 0:
-        return "0"
-    magnitude = math.floor(math.log10(abs(number)))
-    text = f"{number:,.{max(0, 2 - magnitude)}f}" if -4 <= magnitude < 7 else f"{number:.2e}"
-    return text.replace("-", "−")
+def _if_filled(table: Table | None) -> Table | None:
+    return table if table is not None and table.rows else None
 
 
 def _plain(value: object) -> Any:
@@ -204,7 +196,7 @@ def _chart_view(name: str, points: list[tuple[int, float]], limits: tuple[int, i
     # Matplotlib's axis limits overflow on the largest floats; at this height a clipped line tells the same story.
     drawn = np.where(finite, values, math.nan).clip(-1e150, 1e150)
     lost = int((~finite).sum())
-    last, kind = _value(float(values[-1])) if len(values) else ("", "text")
+    last, kind = readable(float(values[-1])) if len(values) else ("", "text")
     return {
         "name": name,
         "last": last,
@@ -310,9 +302,9 @@ def _grid_view(grid: FaceGrid) -> dict[str, Any]:
     return {
         "title": grid.title,
         "caption": grid.caption,
+        "layout": grid.layout,
         "columns": grid.columns,
         "rows": rows,
-        "truth": grid.truth is not None,
         "same": bool(set(grid.columns) & set(grid.source_emotions)),
         "broken": any(map(_partly_broken, (grid.source, grid.edited, grid.truth))),
         "width": _shown_width(grid),
@@ -377,7 +369,7 @@ def _draw_grid(grid: FaceGrid) -> Image.Image:
     total_width = max(left + len(grid.columns) * (width + _GAP) - _GAP + _MARGIN, 3 * _WIDEST)
     title, body, small = _font(20, bold=True), _font(14), _font(12)
     heading = _wrapped(grid.title, title, total_width - 2 * _MARGIN)
-    caption = _wrapped(grid.caption, body, total_width - 2 * _MARGIN)
+    caption = _wrapped(f"{grid.caption} {grid.layout}", body, total_width - 2 * _MARGIN)
     own_emotion_shown = bool(set(grid.columns) & set(grid.source_emotions))
     legend = _MARGIN + 26 * len(heading) + 4 + 20 * len(caption)
     top = legend + (20 if own_emotion_shown else 0) + 8

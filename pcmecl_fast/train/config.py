@@ -219,6 +219,10 @@ class EvaluateConfig:
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
     """Implementation of every operator."""
 
+    @property
+    def folder(self) -> Path:
+        return self.run / "evaluation" if self.out is None else self.out
+
 
 @dataclass
 class EditConfig:
