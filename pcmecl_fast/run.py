@@ -205,7 +205,9 @@ def _missing(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def load_clip_for(config: RunConfig) -> Clip:
-    return load_clip(config.clip, config.clip_pretrained, device=device_named(config.device))
+    clip = load_clip(config.clip, config.clip_pretrained, device=device_named(config.device))
+    _ = clip.tokenizer  # fetched now, or rejected before any work is done
+    return clip
 
 
 def _prompts_for(

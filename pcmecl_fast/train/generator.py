@@ -114,7 +114,7 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
         try:
             lengths = measure(frame_features(clip, dataset, config), dataset, bank)
         except ValueError as error:
-            log.warning("stage 2: the length of edits is not constrained (%s)", error)
+            log.warning("strength=%s: the length of edits is not constrained, since %s", config.strength, error)
     strength = 0.0 if lengths is None else config.strength
     return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=strength, lengths=lengths)
 
