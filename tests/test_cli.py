@@ -293,7 +293,9 @@ def test_an_invalid_config_file_is_explained(tmp_path, capsys, content, says):
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path, capsys, content):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    assert wrong(capsys, "train", "--config", path).startswith(f"pcmecl-fast: config: {path} is neither YAML nor JSON")
+    assert wrong(capsys, "train", "--config", path).startswith(
+        f"pcmecl-fast train: --config: {path} is neither YAML nor JSON"
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_an_option_of_another_shape_is_named(tmp_path, capsys, content, says):
     path = tmp_path / "config.yaml"
     path.write_text(content)
     line = wrong(capsys, "train", "--config", path)
-    assert line.startswith(f"pcmecl-fast: config: {path}: ")
+    assert line.startswith(f"pcmecl-fast train: --config: {path}: ")
     assert says in line
 
 
