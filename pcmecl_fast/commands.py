@@ -206,7 +206,7 @@ def _evaluate(config: EvaluateConfig, command: str) -> None:
 
 
 def _edit(config: EditConfig, command: str) -> None:
-    from pcmecl_fast.run import run_edit
+    from pcmecl_fast.edit import run_edit
 
     table = Table(show_header=False)
     for key, value in run_edit(config).items():
@@ -222,7 +222,9 @@ def _ablate(config: AblateConfig, command: str) -> None:
 
 def _backends(config: BackendsConfig, command: str) -> None:
     from pcmecl_fast.ops import backend_status
+    from pcmecl_fast.ops.operator import requested_backend
 
+    requested_backend(None)  # the variable's word is checked here too
     rows = [asdict(status) for status in backend_status()]
     if config.json:
         print(json.dumps(rows, indent=2))

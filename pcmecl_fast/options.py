@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -38,8 +38,11 @@ def read_options(path: str | Path, *, argument: str = "config") -> dict[str, Any
         raise FileNotFoundError(f"{argument}: there is no file {path}")
     try:
         options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{argument}: {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    # Beside its own errors, YAML's reader lets pass those of Python for bytes that are no text, a 13th month, a number
+    # of 5000 digits, or brackets without end.
+    except (yaml.YAMLError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{argument}: {path} is neither YAML nor JSON: {why}") from error
     if not isinstance(options, dict):
         raise ValueError(f"{argument}: {path} holds no options, got {type(options).__name__}")
     return options
@@ -51,7 +54,7 @@ def from_options(config_class: type[T], options: Mapping[str, Any], *, source: s
     Raises:
         ValueError: an option is unknown, missing or of the wrong type; the message begins with `source`.
     """
-    as_typed = dacite.Config(strict=True, cast=[tuple], type_hooks={Path: _as_path, float: _as_float})
+    as_typed = dacite.Config(strict=True, cast=[tuple], type_hooks=_TYPE_HOOKS)
     try:
         return dacite.from_dict(config_class, options, as_typed)
     except dacite.UnexpectedDataError as error:
@@ -59,7 +62,7 @@ def from_options(config_class: type[T], options: Mapping[str, Any], *, source: s
         raise ValueError(f"{source}: {unknown}") from error
     except dacite.WrongTypeError as error:
         raise ValueError(f"{source}: {error.field_path}: got {error.value!r}; {_takes(error)}") from error
-    except dacite.DaciteError as error:
+    except (dacite.DaciteError, ValueError, TypeError) as error:  # the last two from types that cannot hold a value
         raise ValueError(f"{source}: {error}") from error
 
 
@@ -71,6 +74,18 @@ def plain_options(config: Any) -> dict[str, Any]:
 def option_name(name: str) -> str:
     """A field's name as it is written on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def named_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two sets of options, "--lr was 0.003, is 0.001, …"; "" where nothing does.
+
+    A key that is no field's name stands for something else that must stay the same, and is said as it is.
+    """
+    return ", ".join(
+        f"{option_name(key) if key.isidentifier() else key} was {was.get(key)}, is {now.get(key)}"
+        for key in {**now, **was}
+        if str(was.get(key)) != str(now.get(key))
+    )
 
 
 def in_options(text: str, config_class: type) -> str:
@@ -132,11 +147,34 @@ def _as_path(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
 
 
+def _as_list(value: Any) -> Any:
+    """dacite would take a string or a mapping apart, and show what is left of it."""
+    if isinstance(value, str | Mapping):
+        raise dacite.WrongTypeError(field_type=list, value=value)
+    return value
+
+
+def _as_mapping(value: Any) -> Any:
+    if isinstance(value, str):
+        raise dacite.WrongTypeError(field_type=dict, value=value)
+    return value
+
+
 def _as_float(value: Any) -> Any:
     """YAML reads 1e-3, which has no point, as a string."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         return value
     try:
         return float(value)
+    except OverflowError:
+        return str(value)
     except ValueError:
         return value  # rejected later with the option's name, like any wrong type
+
+
+_TYPE_HOOKS: dict[Any, Callable[[Any], Any]] = {
+    Path: _as_path,
+    float: _as_float,
+    dict[str, Any]: _as_mapping,
+    **dict.fromkeys((list[str], list[float], list[int]), _as_list),
+}

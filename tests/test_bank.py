@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from pcmecl_fast import PersonalizedPrompts, PromptBank
-from pcmecl_fast.files import save_rows, save_tensors, write_atomically
+from pcmecl_fast.files import load_tensors, save_rows, save_tensors, write_atomically
 from pcmecl_fast.prompts import Tower, condition_of, load_prompts, save_prompts
 
 PEOPLE = ["ann", "ben", "cleo"]
@@ -229,6 +229,39 @@ def test_a_truncated_file_is_named(clip, tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=re.escape(f"path: {path} is not a whole safetensors file")):
         PromptBank.load(path, clip)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tower": None}, "KeyError: 'tower'"),
+        ({"tower": {"name": 1}}, "tower: wrong value type"),
+        ({"individuals": 3}, "TypeError"),
+        ({"emotions": [["neutral"], "happy", "sad"]}, "TypeError"),
+        ({"condition": "nobody"}, "condition: takes 'individual' or 'frame'"),
+        ({"features": torch.ones(3, 3, 7)}, r"takes \(N, E, \d+\), got \(3, 3, 7\)"),
+        ({"features": torch.ones(3, 3, 64, dtype=torch.int32)}, "'I32'|takes a float"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_named(clip, tmp_path, change, says, on_disk):
+    path = tmp_path / "bank.safetensors"
+    bank = build(clip)
+    header = {name: value for name, value in (bank._header() | change).items() if value is not None}
+    save_tensors(path, "bank", {"features": header.pop("features", bank.features)}, header)
+    with pytest.raises(ValueError, match=f"path: {re.escape(str(path))} is damaged, or .*({says})"):
+        PromptBank.load(path, clip, on_disk=on_disk)
+
+
+@pytest.mark.parametrize("change", [{"n_ctx": 4}, {"n_ctx": "3"}, {"context": "none"}, {"emotions": ["one"]}])
+def test_prompts_that_do_not_fit_their_header_are_named(clip, tmp_path, change):
+    path = tmp_path / "prompts.safetensors"
+    save_prompts(path, learned(clip), EMOTIONS, clip)
+    tensors, header = load_tensors(path, "prompts")
+    save_tensors(path, "prompts", {k: v.clone() for k, v in tensors.items()}, header | change)
+    with pytest.raises(ValueError, match=f"path: {re.escape(str(path))} is damaged, or") as caught:
+        load_prompts(path, clip)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_of_another_kind_is_rejected(clip, tmp_path):

@@ -153,21 +153,22 @@ def test_evaluate_reproduces_the_measures_of_train(runs, tmp_path):
 def test_evaluate_judges_other_data_too(runs, folder):
     people = SyntheticFaces(2, emotions=EMOTIONS, clips=1, frames_per_clip=5, size=40, seed=9)
     other = draw_folder(folder.parent / "other", people)
-    assert main(["evaluate", "--run", str(runs / "train"), "--data", str(other), "--device", "cpu"]) == 0
+    evaluate = ["evaluate", "--run", str(runs / "train"), "--data", str(other), "--device", "cpu"]
+    assert main(evaluate) == 0
     summary = json.loads((runs / "train" / "evaluation" / "summary.json").read_text())
     assert 0 <= summary["prompt_accuracy"] <= 1
     assert "person-9-000" in (runs / "train" / "evaluation" / "report.html").read_text()
 
 
-def test_edit_writes_every_picture_of_a_folder_under_its_name(runs, folder, tmp_path):
+def test_edit_writes_every_picture_of_a_folder_under_its_name_and_the_emotions(runs, folder, tmp_path):
     source = folder / "person-0-001" / "neutral"
     options = ["--run", str(runs / "train"), "--input", str(source), "--emotion", "happy", "--device", "cpu"]
     assert main(["edit", *options, "--out", str(tmp_path / "edited")]) == 0
     written = sorted((tmp_path / "edited").iterdir())
-    assert [path.name for path in written] == sorted(path.name for path in source.iterdir())
+    assert [path.name for path in written] == sorted(f"{path.stem}.happy.png" for path in source.iterdir())
     for path in written:
         _, edited = read_frames(path, 32)
-        _, before = read_frames(source / path.name, 32)
+        _, before = read_frames(source / path.name.replace(".happy", ""), 32)
         with Image.open(path) as picture:
             assert picture.size == (32, 32)
         assert (edited - before).abs().mean() < 0.1  # three steps from the identity
@@ -177,7 +178,7 @@ def test_edit_accepts_one_picture(runs, folder, tmp_path):
     (source, *_) = sorted((folder / "person-0-001" / "sad").iterdir())
     options = ["--run", str(runs / "train"), "--input", str(source), "--emotion", "neutral", "--device", "cpu"]
     assert main(["edit", *options, "--out", str(tmp_path)]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{source.stem}.neutral.png"]
 
 
 def test_edit_accepts_a_video_and_keeps_its_length_and_rate(runs, tmp_path):
@@ -186,7 +187,7 @@ def test_edit_accepts_a_video_and_keeps_its_length_and_rate(runs, tmp_path):
     write_frames(tmp_path / "talk.mp4", faces.frames(range(6)), 12)
     options = ["--run", str(runs / "train"), "--input", str(tmp_path / "talk.mp4"), "--emotion", "happy"]
     assert main(["edit", *options, "--device", "cpu", "--out", str(tmp_path / "edited")]) == 0
-    rate, frames = read_frames(tmp_path / "edited" / "talk.mp4", 32)
+    rate, frames = read_frames(tmp_path / "edited" / "talk.happy.mp4", 32)
     assert (rate, len(frames)) == (12, 6)
 
 
@@ -226,7 +227,7 @@ def test_a_generator_driven_by_a_reference_asks_for_one(folder, runs, tmp_path, 
     assert "pcmecl-fast edit: --reference: this generator is driven by a picture" in wrong(capsys, *edit)
     edit += ["--reference", reference, "--out", tmp_path / "edited"]
     assert main([str(argument) for argument in edit]) == 0
-    assert (tmp_path / "edited" / source.name).is_file()
+    assert (tmp_path / "edited" / f"{source.stem}.sad.png").is_file()
 
 
 # Config files
@@ -281,6 +282,34 @@ def test_an_invalid_config_file_is_explained(tmp_path, capsys, content, says):
     path.write_text(content)
     line = wrong(capsys, "train", "--config", path)
     assert line.startswith(f"pcmecl-fast train: --config: {path}")
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\xfa", b"steps: 2001-99-99", b"steps: " + b"9" * 5000, b"steps: " + b"[" * 3000],
+    ids=["no text", "no date", "many digits", "many brackets"],
+)
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path, capsys, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    assert wrong(capsys, "train", "--config", path).startswith(f"pcmecl-fast: config: {path} is neither YAML nor JSON")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("emotions: happy", 'field "emotions" - should be "list" instead of value "happy"'),
+        ("mouth_box: {left: 1}", 'field "mouth_box" - should be "list" instead of value "{\'left\': 1}"'),
+        ("lr: 1" + "0" * 400, 'field "lr" - should be "float"'),
+    ],
+    ids=["a word", "a mapping", "a number beyond floats"],
+)
+def test_an_option_of_another_shape_is_named(tmp_path, capsys, content, says):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    line = wrong(capsys, "train", "--config", path)
+    assert line.startswith(f"pcmecl-fast: config: {path}: ")
     assert says in line
 
 
@@ -407,7 +436,7 @@ def test_a_broken_checkpoint_is_named(command, tmp_path, capsys):
     (tmp_path / f"{name}.ckpt").write_bytes(b"PK half a checkpoint")
     line = wrong(capsys, command, *options, "--resume")
     assert f"--resume: {tmp_path / name}.ckpt is not a whole checkpoint" in line
-    assert "start without --resume" in line
+    assert "--overwrite starts again" in line
 
 
 def test_folders_that_are_not_runs_are_named(runs, folder, tmp_path, capsys):
@@ -439,10 +468,19 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_rejected(runs, folder, tm
     ("options", "says"),
     [
         (["--missing", "3"], "--missing: takes 0 to 0 emotions, got 3"),
-        (["--individuals", "0"], "--individuals, --clips, --frames-per-clip and --size: each must be at least 1"),
+        (["--individuals", "0"], "--individuals: takes 1 or more, got 0"),
+        (["--steps", "-1"], "--steps: takes 1 or more, got -1"),
+        (["--prompt-steps", "0"], "--prompt-steps: takes 1 or more, got 0"),
+        (["--batch", "0"], "--batch: takes 1 or more, got 0"),
+        (["--holdout", "2"], "--holdout: takes more than 0 to less than 1, got 2.0"),
+        (["--jitter", "nan"], "--jitter: takes 0 to 1, got nan"),
+        (["--size", "0"], "--size: takes 1 or more, got 0"),
+        (["--w-cycle", "-1"], "--w-cycle: takes 0 or more, got -1.0"),
+        (["--checkpoint-every", "0"], "--checkpoint-every: takes 1 or more, got 0"),
+        (["--mouth-box", "0.6", "0.5", "0.4", "0.9"], "--mouth-box: takes left, top, right and bottom, the first two"),
         (["--descriptions", "calm"], "--descriptions: takes one for each of the 2 emotions (neutral, happy), got 1"),
         (["--descriptions", "calm", "calm"], "--descriptions: got 'calm' twice"),
-        (["--n-ctx", "0"], "--n-ctx: got 0, takes 1 or more"),
+        (["--n-ctx", "0"], "--n-ctx: takes 1 or more, got 0"),
         (["--n-ctx", "80"], "--descriptions: "),
         (["--device", "tpu9"], "tpu9"),
         (["--backend", "triton"], "backend 'triton' cannot run"),
@@ -454,9 +492,11 @@ def test_an_invalid_value_is_named(options, says, tmp_path, capsys):
 
         if {status.name: status for status in backend_status()}["triton"].available:
             pytest.skip("triton runs here")
-    line = wrong(capsys, "train", *SYNTHETIC, *SMALL, *SMALL_GENERATOR, "--out", tmp_path, *options)
+    out = tmp_path / "runs" / "out"
+    line = wrong(capsys, "train", *SYNTHETIC, *SMALL, *SMALL_GENERATOR, "--out", out, *options)
     assert line.startswith("pcmecl-fast train: ")
     assert says in line
+    assert not out.parent.exists()
 
 
 def test_a_traceback_is_shown_on_request(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from PIL import Image
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.features import FeatureStore, LiveFeatures, individual_conditions, unit_features
 from pcmecl_fast.data.folder import FolderFaces
+from pcmecl_fast.files import save_tensors
 from pcmecl_fast.synthetic import SyntheticFaces
 
 EVERY = torch.arange
@@ -160,6 +161,23 @@ def test_a_truncated_shard_is_recomputed(clip, tmp_path, few_faces, caplog):
     assert torch.equal(stored[EVERY(len(faces))], unit_features(clip, faces, batch_size=6))
     assert caplog.text.count("recomputing a broken shard of features") == 1
     assert broken not in shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"features": torch.ones(6, 3), "frames": torch.zeros(6, 16, dtype=torch.uint8)},
+        {"features": torch.ones(6, 3)},
+    ],
+    ids=["other sizes", "a tensor short"],
+)
+def test_a_shard_of_something_else_is_computed_again(clip, tmp_path, few_faces, tensors):
+    faces = few_faces()
+    expected = FeatureStore(tmp_path, clip)(faces)[EVERY(len(faces))]
+    [shard] = shards(tmp_path)
+    save_tensors(shard, "features", tensors, {})
+    assert torch.equal(FeatureStore(tmp_path, clip)(faces)[EVERY(len(faces))], expected)
+    assert shard not in shards(tmp_path)
 
 
 def test_two_processes_read_while_one_fills(clip, tmp_path):

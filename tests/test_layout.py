@@ -20,7 +20,7 @@ LAYERS = (
     ("models",),
     ("train",),
     ("evaluate",),
-    ("run", "ablation"),
+    ("run", "run_folder", "edit", "ablation"),
     ("commands",),
     ("cli",),
 )

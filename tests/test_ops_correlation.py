@@ -93,6 +93,14 @@ def test_a_missing_emotion_is_equivalent_to_leaving_it_out(negatives):
     assert_close_for(torch.float64)(whole, correlation_loss(visual[:, kept], text[:, kept], negatives=negatives))
 
 
+def test_features_of_no_width_are_alike():
+    nothing = torch.empty(2, 3, 0, requires_grad=True)
+    loss = correlation_loss(nothing, nothing)
+    torch.testing.assert_close(loss, torch.tensor(math.log(12)))
+    loss.backward()
+    assert nothing.grad.shape == nothing.shape
+
+
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
 def test_a_missing_emotions_features_are_not_read(garbage, negatives):

@@ -105,6 +105,12 @@ def test_an_edit_that_changes_nothing_is_finite_with_gradient_zero():
         assert x.grad.eq(0).all()
 
 
+def test_an_edit_that_changes_nothing_may_lie_otherwise_in_memory():
+    source, _, bank, individual, a, _ = direction_inputs(64, 3, 5, 33, dtype=torch.float32)
+    edited = source.detach().t().contiguous().t()
+    assert direction_logits(source, edited, bank, individual, a).eq(0).all()
+
+
 def test_a_change_counts_once_it_is_longer_than_epsilon():
     source, _, bank, individual, a, _ = direction_inputs(2, 3, 5, 32, dtype=torch.float64)
     b, source = (a + 1) % 5, source * 0  # starting at zero, so that such a small change is not rounded away

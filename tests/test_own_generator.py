@@ -14,9 +14,9 @@ from summaries import means
 
 from pcmecl_fast.cli import main
 from pcmecl_fast.data.media import read_frames, write_frames
+from pcmecl_fast.edit import run_edit
 from pcmecl_fast.models import Generator, WarpFields, WarpFieldsConfig, load_generator, save_generator
 from pcmecl_fast.models.base import BUILT_IN, generator_class, make_generator
-from pcmecl_fast.run import run_edit
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import EditConfig
 
@@ -102,7 +102,7 @@ def test_it_trains_resumes_evaluates_and_edits_from_a_file_outside_the_package(t
     write_frames(picture, SyntheticFaces(1, emotions=EMOTIONS, size=32).frames([0]), None)
     edit = ["edit", "--run", str(whole), "--input", str(picture), "--emotion", "happy", "--device", "cpu"]
     assert main([*edit, "--out", str(tmp_path / "edited")]) == 0
-    _, edited = read_frames(tmp_path / "edited" / "face.png", 32)
+    _, edited = read_frames(tmp_path / "edited" / "face.happy.png", 32)
     assert edited.shape == (1, 3, 32, 32)
     generator = load_generator(whole / "generator.safetensors")
     assert (type(generator).__name__, generator.config.width, generator.emotions) == ("Residual", 8, EMOTIONS)
@@ -121,7 +121,7 @@ def test_one_that_uses_random_numbers_resumes_and_edits_the_same(tmp_path, monke
     edited = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         run_edit(EditConfig(picture, "happy", run=whole, out=tmp_path / name, seed=seed, device="cpu"))
-        edited[name] = (tmp_path / name / "face.png").read_bytes()
+        edited[name] = (tmp_path / name / "face.happy.png").read_bytes()
     assert edited["first"] == edited["again"] != edited["other"]
 
 
@@ -145,7 +145,7 @@ def test_operators_that_it_calls_follow_the_backend_of_edit(here, tmp_path):
     write_frames(tmp_path / "face.png", torch.zeros(1, 3, 32, 32), None)
     edit = EditConfig(tmp_path / "face.png", "happy", run=tmp_path, out=tmp_path / "edited", device="cpu")
     run_edit(dataclasses.replace(edit, backend="reference"))
-    run_edit(edit)
+    run_edit(dataclasses.replace(edit, overwrite=True))
     assert sys.modules["asks"].seen == ["reference", "auto"]
 
 

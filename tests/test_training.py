@@ -368,7 +368,9 @@ def test_every_kind_of_run_ends_in_a_summary_and_can_be_evaluated_again(tmp_path
 
 def test_the_seed_of_an_evaluation_draws_other_targets(stage1, tmp_path):
     run_train(train_config(tmp_path, prompts=stage1))
-    first, second = (run_evaluate(EvaluateConfig(run=tmp_path, seed=seed, device="cpu")) for seed in (0, 1))
+    first, second = (
+        run_evaluate(EvaluateConfig(run=tmp_path, seed=seed, device="cpu", overwrite=True)) for seed in (0, 1)
+    )
     assert first["psnr_source"] != second["psnr_source"]
     assert first["zero_shot_accuracy"] == second["zero_shot_accuracy"]  # of the sources, which are the same
 
@@ -397,7 +399,7 @@ def test_an_unavailable_backend_stops_the_run_and_names_the_alternatives(tmp_pat
 
     if {status.name: status for status in backend_status()}[backend].available:
         pytest.skip(f"{backend} runs here")
-    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run clip_frames: "):
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run here: "):
         run_train(train_config(tmp_path, backend=backend))
 
 
@@ -465,26 +467,28 @@ def test_resuming_a_finished_stage_changes_nothing(clip, tmp_path, few_faces):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"seed": 1}, "seed was 0, is 1"),
-        ({"steps": 9}, "steps was 3, is 9"),
-        ({"batch": 6}, "batch was 4, is 6"),
-        ({"generator_options": {"shading": 0.1}}, "generator_options was {.*'shading': 0.4.* is {.*'shading': 0.1"),
+        ({"seed": 1}, "--seed was 0, is 1"),
+        ({"steps": 9}, "--steps was 3, is 9"),
+        ({"batch": 6}, "--batch was 4, is 6"),
+        ({"generator_options": {"shading": 0.1}}, "--generator-options was {.*'shading': 0.4.* is {.*'shading': 0.1"),
     ],
 )
 def test_a_checkpoint_of_another_configuration_is_rejected(clip, stage1, tmp_path, change, says):
     bank, data = bank_and_data(clip, stage1)
     train_generator(clip, bank, data, train_config(tmp_path))
-    with pytest.raises(ValueError, match=f"resume: .*stage-2.ckpt belongs to another configuration: {says}"):
+    with pytest.raises(ValueError, match=f"--resume: .*stage-2.ckpt belongs to another configuration: {says}"):
         train_generator(clip, bank, data, train_config(tmp_path, resume=True, **change))
 
 
 def test_a_checkpoint_of_another_tower_is_rejected(clip, other_clip, tmp_path, few_faces):
     learn_prompts(clip, few_faces(), prompts_config(tmp_path))
-    with pytest.raises(ValueError, match=r"resume: .*stage-1.ckpt belongs to another configuration: clip was"):
+    with pytest.raises(
+        ValueError, match=r"--resume: .*stage-1.ckpt belongs to another configuration: the weights of --clip was"
+    ):
         learn_prompts(other_clip, few_faces(), prompts_config(tmp_path, resume=True))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another file of torch"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another file of torch", "a flipped bit"])
 def test_a_broken_checkpoint_is_named_in_one_line(clip, tmp_path, few_faces, damage):
     learn_prompts(clip, few_faces(), prompts_config(tmp_path, steps=2))
     path = tmp_path / "stage-1.ckpt"
@@ -492,8 +496,11 @@ def test_a_broken_checkpoint_is_named_in_one_line(clip, tmp_path, few_faces, dam
         torch.save({"weights": torch.ones(1)}, path)
     else:
         content = path.read_bytes()
-        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello there"}[damage])
-    with pytest.raises(ValueError, match=r"resume: .*stage-1.ckpt is not a .*; start without --resume") as caught:
+        weight = content.index(torch.load(path, weights_only=True)["states"]["prompts"]["context"].numpy().tobytes())
+        flipped = content[:weight] + bytes([content[weight] ^ 1]) + content[weight + 1 :]
+        cut = content[: len(content) // 2]
+        path.write_bytes({"cut": cut, "empty": b"", "text": b"hello there", "a flipped bit": flipped}[damage])
+    with pytest.raises(ValueError, match=r"--resume: .*stage-1.ckpt is not a .*; --overwrite starts again") as caught:
         learn_prompts(clip, few_faces(), prompts_config(tmp_path, steps=2, resume=True))
     assert "\n" not in str(caught.value)
 
@@ -509,7 +516,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_resume_from(clip, tmp_path, f
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", filling)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*stage-1.ckpt'"):
         learn_prompts(clip, few_faces(), prompts_config(tmp_path / "full", steps=6))
     monkeypatch.undo()
     assert not [path for path in (tmp_path / "full").iterdir() if path.name.startswith(".")]

@@ -63,6 +63,12 @@ class FrameDataset(Dataset[Sample], ABC):
             for frame in self.frames(chunk)
         ]
 
+    def labels_hash(self) -> str:
+        """Which frames there are and how they are labelled, in 16 letters."""
+        digest = hashlib.blake2b(repr((self.individuals, self.emotions, self.keys)).encode(), digest_size=8)
+        digest.update(self.individual_index.numpy().tobytes() + self.emotion_index.numpy().tobytes())
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.keys)
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset
-from pcmecl_fast.files import load_tensors, save_tensors
+from pcmecl_fast.files import load_tensors, naming_damage, remove_unfinished, save_tensors
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -100,6 +100,7 @@ class FeatureStore:
         return StoredFeatures(self._shards, self._digests, frames, self.clip)
 
     def _fill(self, dataset: FrameDataset, frames: np.ndarray, batch_size: int, backend: str | None) -> None:
+        remove_unfinished(self.folder)
         missing = torch.from_numpy(self._missing(frames, remove_broken=True))
         if not len(missing):
             return
@@ -140,8 +141,13 @@ class FeatureStore:
 
     def _open(self, path: Path) -> None:
         tensors, _ = load_tensors(path, "features")
-        self._shards[path] = tensors["features"]
-        self._digests[path] = tensors["frames"].numpy().reshape(-1).view(f"S{_DIGEST}")
+        with naming_damage(path):
+            features, frames = tensors["features"], tensors["frames"]
+            expected = ((len(frames), self.clip.embed_dim), self.dtype, (len(frames), _DIGEST), torch.uint8)
+            if (features.shape, features.dtype, frames.shape, frames.dtype) != expected:
+                raise ValueError(f"features {tuple(features.shape)} of frames {tuple(frames.shape)}")
+        self._shards[path] = features
+        self._digests[path] = frames.numpy().reshape(-1).view(f"S{_DIGEST}")
 
 
 class StoredFeatures:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pcmecl_fast.files import load_tensors, save_tensors
+from pcmecl_fast.files import load_tensors, naming_damage, save_tensors
 from pcmecl_fast.options import from_options, plain_options
 
 BUILT_IN = {"warp-fields": "pcmecl_fast.models.warp_fields:WarpFields"}
@@ -123,6 +123,15 @@ def generator_config(name: str, options: Mapping[str, Any]) -> Any:
         raise ValueError(f"{error} (options of {name}: {known})") from error
 
 
+@dataclass
+class _MadeWith:
+    """What a file says of its generator beside the weights."""
+
+    emotions: list[str]
+    size: int
+    options: dict[str, Any]
+
+
 def save_generator(path: str | Path, generator: Generator) -> None:
     """Write the weights and the arguments the generator was created with."""
     header = {
@@ -148,10 +157,12 @@ def load_generator(path: str | Path, device: torch.device | str | None = None) -
     name = header.get("generator")
     if not isinstance(name, str):
         raise ValueError(f"path: {path} does not name its generator: another version of pcmecl_fast wrote it")
+    with naming_damage(path):
+        made_with = from_options(_MadeWith, {k: header[k] for k in ("emotions", "size", "options")}, source="header")
     try:
-        generator = make_generator(name, header["emotions"], header["size"], header["options"])
+        generator = make_generator(name, made_with.emotions, made_with.size, made_with.options)
         generator.load_state_dict(state)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"path: {path} was written by the generator {name}, not as it is here: {error}") from error
     return generator.eval().requires_grad_(False).to(device)
 

@@ -68,7 +68,7 @@ def correlation_loss(
     negatives: str,
 ) -> Tensor:  # ()
     individuals, emotions, _ = visual.shape
-    present = torch.ones_like(visual[..., 0], dtype=torch.bool) if mask is None else mask
+    present = visual.new_ones(individuals, emotions, dtype=torch.bool) if mask is None else mask
     before, after = ordered_pairs(emotions, visual.device)
     pairs = len(before)
     valid = (present[:, before] & present[:, after]).flatten()
@@ -121,7 +121,9 @@ def clip_frames(
 def _direction_cosines(
     source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor, normalize: bool
 ) -> Tensor:  # (B, E) in the computing dtype
-    source, edited = _wide(source), _wide(edited)
+    # In one order in memory, and so summed in one: else the norms of two equal features differ by a rounding, and their
+    # difference is a direction.
+    source, edited = _wide(source).contiguous(), _wide(edited).contiguous()
     bank = _wide(bank)  # before the gather, so that the samples' gradients add up in float32
     if normalize:
         source, edited = _unit(source), _unit(edited)

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.files import MappedTensor, load_tensors, save_rows, save_tensors
+from pcmecl_fast.files import MappedTensor, load_tensors, naming_damage, save_rows, save_tensors
+from pcmecl_fast.options import from_options
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 
 
@@ -228,17 +229,20 @@ class PromptBank:
             ValueError: the file is broken, is not a bank, or belongs to another tower.
         """
         tensors, header = load_tensors(path, "bank")
-        tower = Tower(**header["tower"])
+        tower = _tower_of(path, header)
         tower.check(clip, Path(path))
-        mapped = MappedTensor(path, "features") if on_disk else None
-        bank = cls(
-            tensors["features"].to(clip.device) if mapped is None else mapped.tensor,
-            header["individuals"],
-            header["emotions"],
-            descriptions=header["descriptions"],
-            tower=tower,
-            condition=header["condition"],
-        )
+        with naming_damage(path):
+            mapped = MappedTensor(path, "features") if on_disk else None
+            bank = cls(
+                tensors["features"].to(clip.device) if mapped is None else mapped.tensor,
+                header["individuals"],
+                header["emotions"],
+                descriptions=header["descriptions"],
+                tower=tower,
+                condition=header["condition"],
+            )
+            if bank.features.shape[2] != clip.embed_dim:
+                raise ValueError(f"features: takes (N, E, {clip.embed_dim}), got {tuple(bank.features.shape)}")
         bank._mapped = mapped
         return bank
 
@@ -301,7 +305,16 @@ def save_prompts(path: str | Path, prompts: PersonalizedPrompts, emotions: Seque
 def load_prompts(path: str | Path, clip: Clip) -> tuple[PersonalizedPrompts, list[str]]:
     """Read learned prompts and the emotions they are for; raises what `PromptBank.load` raises."""
     tensors, header = load_tensors(path, "prompts")
-    Tower(**header["tower"]).check(clip, Path(path))
-    prompts = PersonalizedPrompts(clip, header["descriptions"], n_ctx=header["n_ctx"], context=header["context"])
-    prompts.load_state_dict(tensors)
-    return prompts.to(clip.device), header["emotions"]
+    _tower_of(path, header).check(clip, Path(path))
+    with naming_damage(path):
+        prompts = PersonalizedPrompts(clip, header["descriptions"], n_ctx=header["n_ctx"], context=header["context"])
+        prompts.load_state_dict(tensors)
+        emotions = header["emotions"]
+        if len(emotions) != len(prompts.descriptions):
+            raise ValueError(f"{len(emotions)} emotions, {len(prompts.descriptions)} descriptions")
+    return prompts.to(clip.device), emotions
+
+
+def _tower_of(path: str | Path, header: dict[str, Any]) -> Tower:
+    with naming_damage(path):
+        return from_options(Tower, header["tower"], source="tower")
