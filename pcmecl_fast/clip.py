@@ -194,7 +194,8 @@ def _open_clip_tokenizer(name: str) -> Any:
         return open_clip.get_tokenizer(name)
     words = _words(name, None, [f"the tokenizer {fetched!r}"], attribute=".tokenizer")
     try:
-        return from_hub(lambda: open_clip.get_tokenizer(name), **words)
+        with _quiet_root(logging.WARNING):
+            return from_hub(lambda: open_clip.get_tokenizer(name), **words)
     except ModuleNotFoundError as error:
         raise ImportError(f"name: the tokenizer of {name!r} needs {error.name}; pip install {error.name}") from error
 

@@ -46,7 +46,7 @@ def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T
         raise HubError(
             f"{subject} needs {what}, which this machine does not have, and {constants.ENDPOINT} cannot be reached "
             f'({why}). Run  python -c "from pcmecl_fast import load_clip; {bring}"  on a machine that can, and '
-            f"copy its folder {constants.HF_HUB_CACHE} here (or anywhere here, and set HF_HUB_CACHE to that)"
+            f"copy what it has in ~/.cache/huggingface/hub to {constants.HF_HUB_CACHE} here"
         ) from error
 
 

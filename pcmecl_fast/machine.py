@@ -31,7 +31,7 @@ def busy_notice() -> str | None:
     load, cores = os.getloadavg()[0], _cores()
     if load < max(1.0, 0.5 * cores):
         return None
-    return f"other processes keep {load:.1f} of this machine's {cores} cores busy: this will take longer than usual"
+    return f"others are using this machine (load {load:.1f} on {cores} cores): this will take longer than usual"
 
 
 def _cores() -> int:

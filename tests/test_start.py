@@ -79,4 +79,4 @@ def test_a_busy_machine_is_pointed_out(monkeypatch, load, cores, busy):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     notice = machine.busy_notice()
     assert (notice is not None) == busy
-    assert not busy or f"{load:.1f} of this machine's {cores} cores" in notice
+    assert not busy or f"load {load:.1f} on {cores} cores" in notice
