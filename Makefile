@@ -20,7 +20,7 @@ build:
 	$(RUN)/python setup.py --quiet build_ext --inplace --force
 
 demo: $(READY)
-	$(RUN)/pcmecl-fast demo
+	$(RUN)/pcmecl-fast demo --resume # a demo that was stopped goes on, a finished one shows its results
 
 test: $(READY)
 	$(RUN)/python -m pytest

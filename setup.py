@@ -13,10 +13,12 @@ Environment variables read here:
     MAX_JOBS              compilers that ninja starts at once.
     CXX                   the C++ compiler.
 
-ccache is used where it is installed. The extensions are compiled against the torch that is installed (hence pip's
---no-build-isolation); a wheel's local version names it and its CUDA, as in 0.1.0+torch2.15cu132. The CPU's runs on any
-processor of the machine's architecture: AVX2 and AVX-512 lie beside the baseline and are chosen at run time
-(csrc/cpu/kernels.cpp).
+ccache is used where it is installed. The extensions are compiled against the torch that they will run with, the one in
+the environment that is installed into: pip's isolated build cannot see it and is shown it here; an isolated build of
+another kind (uv, build) needs --no-build-isolation. What could not be built leaves its reason in the package, where
+`pcmecl-fast backends` finds it, since pip shows nothing of what a build prints. A wheel's local version names its
+torch and CUDA, as in 0.1.0+torch2.15cu132. The CPU's runs on any processor of the machine's architecture: AVX2 and
+AVX-512 lie beside the baseline and are chosen at run time (csrc/cpu/kernels.cpp).
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.dist import Distribution
 
 CPU_SOURCES = ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))]
@@ -51,7 +55,7 @@ def extensions() -> dict[str, Any]:
         if asked == "1":
             raise SystemExit(f"pcmecl_fast: the extension cannot be built: {missing}")
         _say(missing)
-        return {}
+        return {"cmdclass": {"build_py": _recording({"_C": missing, "_C_cuda": missing})}}
 
     wanted = {"pcmecl_fast._C": asked == "1"}  # and whether a failure is an error
     cuda_missing = "PCMECL_CUDA=0" if cuda_asked == "0" else _cuda_missing()
@@ -61,7 +65,7 @@ def extensions() -> dict[str, Any]:
         raise SystemExit(f"pcmecl_fast: the CUDA extension cannot be built: {cuda_missing}")
     elif cuda_asked == "auto":
         _say_without_cuda(cuda_missing)
-    return _buildable(wanted)
+    return _buildable(wanted, {"_C_cuda": cuda_missing} if cuda_missing and cuda_asked == "auto" else {})
 
 
 def _asked(variable: str) -> str:
@@ -74,14 +78,30 @@ def _asked(variable: str) -> str:
 def _missing() -> str | None:
     """Why the extensions cannot be built, or None if they can."""
     try:
-        import torch  # noqa: F401
+        _import_torch()
     except ImportError as error:
-        return f"torch cannot be imported ({error}); install it first and use pip's --no-build-isolation"
+        return (
+            f"there was no torch to build it against ({error}): install torch before this package, and where a build "
+            "is isolated from it, show it by pip's --no-build-isolation"
+        )
     if sys.platform == "win32":
         return "it is written for GCC and Clang"
     if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
         return "there is no C++ compiler (c++, or what CXX names); on Debian: apt install g++"
     return None
+
+
+def _import_torch() -> None:
+    """Make `import torch` find the torch of the environment that is installed into."""
+    try:
+        import torch
+    except ImportError:
+        # pip hides the environment's own packages from a build, but it is still run by its interpreter.
+        installed = sysconfig.get_path("purelib")
+        if installed in sys.path or not Path(installed, "torch").is_dir():
+            raise
+        sys.path.append(installed)
+        import torch  # noqa: F401
 
 
 def _cuda_missing() -> str | None:
@@ -121,7 +141,7 @@ def _output(*command: str) -> str:
     return done.stdout + done.stderr  # a dry run prints to stderr
 
 
-def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
+def _buildable(wanted: dict[str, bool], not_built: dict[str, str]) -> dict[str, Any]:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
@@ -139,10 +159,13 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
                 except Exception as error:
                     if wanted[extension.name]:
                         raise
+                    why = _failed(error)
+                    if not self.inplace:
+                        _record(Path(self.build_lib), {extension.name.rpartition(".")[2]: why})
                     if extension.name == "pcmecl_fast._C":
-                        _say(_failed(error))
+                        _say(why)
                         break
-                    _say_without_cuda(_failed(error))
+                    _say_without_cuda(why)
             asked[:] = built  # only what was built is copied next to the sources
             self.extensions = asked
 
@@ -166,7 +189,11 @@ def _buildable(wanted: dict[str, bool]) -> dict[str, Any]:
                 extra_compile_args={"cxx": [*FLAGS, version], "nvcc": ["-O3", "--resource-usage"]},
             )
         )
-    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}, "distclass": _ForOneTorch}
+    return {
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": Build, "build_py": _recording(not_built)},
+        "distclass": _ForOneTorch,
+    }
 
 
 class _ForOneTorch(Distribution):
@@ -183,6 +210,23 @@ def _local_version() -> str:
 
     number = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     return f"torch{number}" + (f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu")
+
+
+def _recording(not_built: dict[str, str]) -> type[build_py]:
+    """The command that gathers the package, with the reasons for what is missing in it."""
+
+    class Recording(build_py):
+        def run(self) -> None:
+            super().run()
+            if not self.editable_mode:
+                _record(Path(self.build_lib), not_built)
+
+    return Recording
+
+
+def _record(folder: Path, not_built: dict[str, str]) -> None:
+    for name, why in not_built.items():
+        (folder / "pcmecl_fast" / f"{name}.not-built").write_text(f"{why}\n")
 
 
 def _failed(error: Exception) -> str:

@@ -9,6 +9,7 @@ personalized  prompts conditioned on the individual, learned in stage 1
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ from pcmecl_fast.evaluate.metrics import Trials, zero_shot_features
 from pcmecl_fast.evaluate.style import judge_prompts, judge_style
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.models import make_generator
+from pcmecl_fast.ops.operator import usable_backend
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, Tower, load_prompts
 from pcmecl_fast.run import bank_for, load_clip_for, open_data
+from pcmecl_fast.run_folder import RunFolder, open_run
 from pcmecl_fast.synthetic import SyntheticFaces
-from pcmecl_fast.train.config import AblateConfig, RunConfig, TrainConfig
+from pcmecl_fast.train.config import AblateConfig, RunConfig, TrainConfig, check_options
 from pcmecl_fast.train.generator import criterion_for, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
@@ -135,7 +138,17 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
     """
     if make_generator(config.generator, EMOTIONS, config.size, config.generator_options).driven_by != "emotion":
         raise ValueError("generator: the ablation judges generators driven by an emotion, not by a reference")
-    config.out.mkdir(parents=True, exist_ok=True)
+    check_options(config)
+    config = config.located()
+    with open_run(config.out, config, overwrite=config.overwrite, extend=True) as folder:
+        usable_backend(config.backend)
+        folder.begin()
+        rows = _train_all(config, folder)
+    show(rows)
+    return rows
+
+
+def _train_all(config: AblateConfig, folder: RunFolder) -> list[dict[str, Any]]:
     seeds = range(1 if config.quick else config.seeds)
     # The main ones come first, so they can be read before the rest is done. The variations need only one regime.
     plan = [(regime, each, seed) for seed in seeds for regime in REGIMES for each in MAIN]
@@ -150,8 +163,7 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
         for k in sorted(measured):
             results.setdefault((jobs[k].regime, jobs[k].supervision.name), []).append(measured[k])
         rows = summarize(results)
-        write_atomically(config.out / "summary.json", (json.dumps(rows, indent=1) + "\n").encode())
-    show(rows)
+        folder.finish(rows)
     draw(config.out / "ablation.svg", rows)
     return rows
 
@@ -173,7 +185,7 @@ def summarize(results: dict[tuple[str, str], list[dict[str, float]]]) -> list[di
 
 def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) -> dict[str, float]:
     """One training run and all its measures."""
-    with ops.use_backend(config.backend):
+    with ops.use_backend(usable_backend(config.backend)):
         clip = load_clip_for(config)
         dataset, _ = open_data(config)
         assert isinstance(dataset, SyntheticFaces)
@@ -239,8 +251,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         line[0].set_yticklabels([row["supervision"] for row in trained])
         line[0].invert_yaxis()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
     plt.close(figure)
+    write_atomically(path, buffer.getvalue())
 
 
 @dataclass(frozen=True)
@@ -303,7 +317,7 @@ def _kept(job: _Job) -> dict[str, float]:
     trained = replace(
         TrainConfig(**options),
         out=folder,
-        features=config.out / "features",
+        features=config.features_folder,
         seed=job.seed,
         steps=config.quick_steps if config.quick else config.steps,
         missing=REGIMES[job.regime],
@@ -328,7 +342,7 @@ def _kept(job: _Job) -> dict[str, float]:
 
 def _digest(config: RunConfig) -> str:
     """A hash of everything a training run depends on; the location of its files is not part of it."""
-    options = sorted((k, v) for k, v in asdict(config).items() if k not in ("out", "features", "prompts"))
+    options = sorted((k, v) for k, v in config.what_counts().items() if k != "prompts")
     return hashlib.blake2b(repr(options).encode(), digest_size=8).hexdigest()
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pcmecl_fast import ops
+from pcmecl_fast.hub import HubError, first_line, from_hub
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -45,7 +46,7 @@ def load_clip(
 
     Raises:
         ValueError: `name` or `pretrained` is unknown; the message lists the closest matches.
-        RuntimeError: the weights could not be fetched or read.
+        RuntimeError: the weights could not be fetched or read; without a network, within seconds.
     """
     if name == TINY_FACE:
         if pretrained is not None:
@@ -66,13 +67,7 @@ def load_clip(
     # The same random tower in every process: a bank built in one must be valid in the others.
     with torch.random.fork_rng(devices=[]), _quiet_root(logging.ERROR if pretrained is None else logging.WARNING):
         torch.manual_seed(0)
-        try:
-            model = open_clip.create_model(name, pretrained=pretrained, precision="fp32", weights_only=True)
-        except Exception as error:
-            raise RuntimeError(
-                f"pretrained: the weights {pretrained!r} of {name!r} could not be loaded ({_first_line(error)}). "
-                "They are downloaded from a hub on first use; without a network, pass the path of a downloaded file."
-            ) from error
+        model = _open_clip_model(name, pretrained)
     preprocessing = open_clip.get_model_preprocess_cfg(model)
     return Clip(
         model,
@@ -80,7 +75,7 @@ def load_clip(
         pretrained or "random",
         preprocessing["mean"],
         preprocessing["std"],
-        lambda: open_clip.get_tokenizer(name),
+        lambda: _open_clip_tokenizer(name),
     ).to(device=device, dtype=dtype)
 
 
@@ -122,7 +117,7 @@ class Clip(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """Strings to token ids, (n, context_length)."""
+        """Strings to token ids, (n, context_length); some models' has to be fetched: RuntimeError if it cannot be."""
         return self._make_tokenizer()
 
     @cached_property
@@ -175,12 +170,56 @@ class Clip(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def _open_clip_model(name: str, pretrained: str | None) -> Any:
+    def create() -> Any:
+        return open_clip.create_model(name, pretrained=pretrained, precision="fp32", weights_only=True)
+
+    text = _text_config(name).get("hf_model_name")
+    fetched = [f"the weights {pretrained!r}"] if pretrained and not Path(pretrained).is_file() else []
+    fetched += [f"the configuration {text!r} of its text tower"] if text else []
+    if name.startswith("hf-hub:"):
+        fetched = ["its files"]
+    try:
+        return from_hub(create, **_words(name, pretrained, fetched)) if fetched else create()
+    except HubError:
+        raise
+    except Exception as error:
+        what = f"pretrained: the weights {pretrained!r} of {name!r}" if pretrained else f"name: {name!r}"
+        raise RuntimeError(f"{what} could not be loaded ({first_line(error)})") from error
+
+
+def _open_clip_tokenizer(name: str) -> Any:
+    fetched = _text_config(name).get("hf_tokenizer_name") or (name if name.startswith("hf-hub:") else None)
+    if fetched is None:
+        return open_clip.get_tokenizer(name)
+    words = _words(name, None, [f"the tokenizer {fetched!r}"], attribute=".tokenizer")
+    try:
+        return from_hub(lambda: open_clip.get_tokenizer(name), **words)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"name: the tokenizer of {name!r} needs {error.name}; pip install {error.name}") from error
+
+
+def _words(name: str, pretrained: str | None, fetched: list[str], attribute: str = "") -> dict[str, str]:
+    """The words of `from_hub` for a model."""
+    arguments = ", ".join(f"'{argument}'" for argument in (name, pretrained) if argument)
+    return {
+        "subject": f"name: {name!r}",
+        "what": " and ".join(fetched),
+        "bring": f"load_clip({arguments}){attribute}",
+    }
+
+
+def _text_config(name: str) -> dict[str, Any]:
+    """That of a model that open_clip has built in: asking for another one's would fetch it."""
+    return open_clip.get_model_config(name)["text_cfg"] if name in open_clip.list_models() else {}
+
+
 @contextmanager
 def _quiet_root(level: int) -> Iterator[None]:
     """Drop open_clip's root-logger messages below `level`: it logs every step, and repeats our own warning."""
 
     def important(record: logging.LogRecord) -> bool:
-        return record.levelno >= level
+        return level <= record.levelno < logging.ERROR
 
     root = logging.getLogger()
     root.addFilter(important)
@@ -206,10 +245,6 @@ def _check_pretrained(name: str, pretrained: str) -> None:
     raise ValueError(
         f"pretrained: {pretrained!r} is neither a file nor a weights tag of {name!r}; its tags are {', '.join(tags)}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def tiny_face_config() -> dict[str, Any]:

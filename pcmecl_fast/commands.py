@@ -18,8 +18,10 @@ from rich.logging import RichHandler
 from rich.table import Table
 from tqdm import tqdm
 
+from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.libraries import missing_library
-from pcmecl_fast.options import read_config
+from pcmecl_fast.machine import busy_notice
+from pcmecl_fast.options import in_options, read_config
 from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
 
 
@@ -38,26 +40,55 @@ class _ConfigFile:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run a command; bad input ends in one line on stderr and exit status 1."""
-    name, config = "", None
+    name = next((word for word in arguments if word in COMMANDS), "")
+    words = COMMANDS[name][0] if name else _ConfigFile
     try:
-        name, config = _parse(list(arguments))
-        logging.basicConfig(
-            level=logging.INFO,
-            format="%(message)s",
-            datefmt="[%X]",
-            handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
-        )
+        _, config = _parse(list(arguments))
+        handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(_InOptions(words))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        _check_paths(config)
+        notice = busy_notice() if name in _LONG else None
+        if notice:
+            logging.getLogger("pcmecl_fast").info(notice)
         COMMANDS[name][1](config, shlex.join(["pcmecl-fast", *arguments]))
     except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PCMECL_TRACEBACK"):
             raise
         message = missing_library(error) or (error.args[0] if isinstance(error, KeyError) and error.args else error)
+        message = in_options(" ".join(str(message).split()), words)
         command = f"pcmecl-fast {name}".strip()
         # On a fresh line: a progress bar may still be on this one. And one line only: libraries write pages.
-        line = f"{command}: {' '.join(str(message).split())}  (PCMECL_TRACEBACK=1 shows where)"
+        line = f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)"
         tqdm.write(line, file=sys.stderr)
         return 1
     return 0
+
+
+class _InOptions(logging.Formatter):
+    """Log lines that name the command's options where they speak of arguments, as its errors do."""
+
+    def __init__(self, config_class: type) -> None:
+        super().__init__("%(message)s", "[%X]")
+        self.config_class = config_class
+
+    def format(self, record: logging.LogRecord) -> str:
+        return in_options(super().format(record), self.config_class)
+
+
+def _check_paths(config: Any) -> None:
+    """See what is not there before PyTorch is imported, which takes seconds."""
+    data = getattr(config, "data", None)
+    if data not in (None, "synthetic"):
+        check_root(Path(data))
+    for argument in ("run", "prompts"):
+        folder = getattr(config, argument, None)
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"{argument}: there is no folder {folder}; it takes that of a finished run")
+    for argument in ("input", "reference"):
+        path = getattr(config, argument, None)
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{argument}: there is no file {path}")
 
 
 def _parse(arguments: list[str]) -> tuple[str, Any]:
@@ -175,7 +206,7 @@ def _evaluate(config: EvaluateConfig, command: str) -> None:
 
 
 def _edit(config: EditConfig, command: str) -> None:
-    from pcmecl_fast.run import run_edit
+    from pcmecl_fast.edit import run_edit
 
     table = Table(show_header=False)
     for key, value in run_edit(config).items():
@@ -191,7 +222,9 @@ def _ablate(config: AblateConfig, command: str) -> None:
 
 def _backends(config: BackendsConfig, command: str) -> None:
     from pcmecl_fast.ops import backend_status
+    from pcmecl_fast.ops.operator import requested_backend
 
+    requested_backend(None)  # the variable's word is checked here too
     rows = [asdict(status) for status in backend_status()]
     if config.json:
         print(json.dumps(rows, indent=2))
@@ -201,6 +234,8 @@ def _backends(config: BackendsConfig, command: str) -> None:
         table.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
     Console().print(table)
 
+
+_LONG = ("demo", "prompts", "train", "evaluate", "ablate")
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "demo": (DemoConfig, _train),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+_UNFINISHED = ".unfinished"
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -29,7 +31,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """Write a file so that a full disk or a kill at any moment leaves the old file whole.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the old file, if any, is as it was.
+        OSError: the disk is full or the folder cannot be written, and its message names the file; the old file, if
+            any, is as it was.
     """
     with _replacing(Path(path)) as file:
         file.write(content)
@@ -38,7 +41,14 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write one safetensors file with a JSON header that describes the tensors; `kind` is checked on loading."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, save(tensors, metadata={"pcmecl_fast": kind, "header": json.dumps(header)}))
+    content = memoryview(save(tensors, metadata={"pcmecl_fast": kind, "header": json.dumps(header)}))
+    numbers = 8 + int.from_bytes(content[:8], "little")
+    # safetensors writes the metadata in random order; the same tensors should be the same bytes.
+    entries = json.loads(bytes(content[8:numbers]))
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    with _replacing(Path(path)) as file:
+        file.write(_head_of(entries))
+        file.write(content[numbers:])
 
 
 @contextmanager
@@ -58,19 +68,24 @@ def save_rows(
     size = math.prod(shape) * dtype.itemsize
     entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     metadata = {"pcmecl_fast": kind, "header": json.dumps(header)}
-    # The format: the JSON's length in 8 bytes, the JSON padded with spaces to the numbers' alignment, the numbers.
-    head = json.dumps({"__metadata__": metadata, name: entry}).encode()
-    head += b" " * (-len(head) % 8)
+    head = _head_of({"__metadata__": metadata, name: entry})
     with _replacing(Path(path)) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(head)
 
         def append(rows: Tensor) -> None:
             file.write(rows.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
 
         yield append
-        written = file.tell() - 8 - len(head)
+        written = file.tell() - len(head)
         if written != size:
             raise ValueError(f"rows: {shape} takes {size} bytes, got {written}")
+
+
+def _head_of(entries: dict[str, Any]) -> bytes:
+    """The start of a safetensors file: a JSON text's length in 8 bytes, and the text, padded to a multiple of 8."""
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,6 +124,21 @@ def naming_damage(path: str | Path) -> Iterator[None]:
         raise ValueError(
             f"path: {path} is damaged, or another version of pcmecl_fast wrote it ({why[:300]})"
         ) from error
+
+
+def content_hash(path: str | Path) -> str:
+    """What a file holds, in 16 letters: the same for every copy of it."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process was writing in a folder. Only for one who has the folder to themselves."""
+    for path in list(folder.glob(f".*{_UNFINISHED}")):
+        path.unlink(missing_ok=True)
 
 
 class MappedTensor:
@@ -153,13 +183,16 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file under a temporary name, which takes the old one's place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are readable only by their owner, whatever the umask.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
     try:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # A write that finds the disk full does not know the file's name, and others know the temporary one.
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary, str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import dacite
 import yaml
@@ -59,6 +60,8 @@ def from_options(config_class: type[T], options: Mapping[str, Any], *, source: s
     except dacite.UnexpectedDataError as error:
         unknown = ", ".join(_unknown(config_class, str(key)) for key in sorted(error.keys, key=str))
         raise ValueError(f"{source}: {unknown}") from error
+    except dacite.WrongTypeError as error:
+        raise ValueError(f"{source}: {error.field_path}: got {error.value!r}; {_takes(error)}") from error
     except (dacite.DaciteError, ValueError, TypeError) as error:  # the last two from types that cannot hold a value
         raise ValueError(f"{source}: {error}") from error
 
@@ -66,6 +69,72 @@ def from_options(config_class: type[T], options: Mapping[str, Any], *, source: s
 def plain_options(config: Any) -> dict[str, Any]:
     """A dataclass's options in the types that YAML and JSON have; `from_options` reads them."""
     return json.loads(json.dumps(asdict(config), default=str))
+
+
+def option_name(name: str) -> str:
+    """A field's name as it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def named_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two sets of options, "--lr was 0.003, is 0.001, …"; "" where nothing does.
+
+    A key that is no field's name stands for something else that must stay the same, and is said as it is.
+    """
+    return ", ".join(
+        f"{option_name(key) if key.isidentifier() else key} was {was.get(key)}, is {now.get(key)}"
+        for key in {**now, **was}
+        if str(was.get(key)) != str(now.get(key))
+    )
+
+
+def in_options(text: str, config_class: type) -> str:
+    """A message as the command line would say it: "root: no folder, pass skip_broken=True" names --data, --skip-broken.
+
+    Messages name arguments of functions, since they are written for callers. Those that are options of the command
+    (`config_class`), under their own name or another, are written as options: at the message's beginning, before its
+    first colon, and wherever a value is given to one.
+    """
+    known = {"config", *(field.name for field in fields(config_class))}
+
+    def option(argument: str) -> str | None:
+        return next((option_name(name) for name in (argument, *_OPTIONS.get(argument, ())) if name in known), None)
+
+    def with_value(found: re.Match[str]) -> str:
+        name, value = option(found[1]), found[2].strip("'\"")
+        return found[0] if name is None else name if value in ("", "True") else f"{name} {value}"
+
+    beginning, colon, rest = text.partition(": ")
+    words = re.split(r"(, | and )", beginning)
+    names = [option(word) for word in words[::2]]
+    if colon and None not in names:
+        words[::2] = [str(name) for name in names]
+        text = f"{''.join(words)}: {rest}"
+    return re.sub(r"""(?<![^\s(])([a-z][a-z_]*)=('[^']*'|"[^"]*"|[\w.]*)""", with_value, text)
+
+
+_OPTIONS = {
+    "bank": ("prompts", "run"),
+    "clip": ("run",),
+    "dataset": ("data", "run"),
+    "fraction": ("holdout",),
+    "name": ("clip", "run"),
+    "pretrained": ("clip_pretrained", "run"),
+    "root": ("data",),
+    "tower": ("prompts", "run"),
+}
+"""Arguments of the package's functions, and the options that lead to them, the first that a command has."""
+
+
+def _takes(error: dacite.WrongTypeError) -> str:
+    """What an option takes, in words; of choices the closest."""
+    kinds = (error.field_type, *get_args(error.field_type))  # of a union, each
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if not choices:
+        kind = error.field_type
+        return f"takes {kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind}"
+    close = difflib.get_close_matches(str(error.value), choices, n=1)
+    return f"takes one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _unknown(config_class: type, name: str) -> str:

@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip, load_clip
 from pcmecl_fast.data.base import EMOTIONS, FrameDataset, split
 from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
-from pcmecl_fast.data.media import is_media, read_frames, write_frames
 from pcmecl_fast.evaluate.intervals import summarize
 from pcmecl_fast.evaluate.metrics import clip_view, draw_trials, judge_edits, prompt_view
 from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
 from pcmecl_fast.evaluate.results import limits_in_words, prompts_in_words, prompts_table, results_table
-from pcmecl_fast.files import write_atomically
-from pcmecl_fast.models import Generator, load_generator, save_generator
+from pcmecl_fast.files import content_hash
+from pcmecl_fast.models import Generator, load_generator, make_generator, save_generator
 from pcmecl_fast.models.base import generator_config
+from pcmecl_fast.ops.operator import usable_backend
 from pcmecl_fast.options import from_options, plain_options, read_options
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
+from pcmecl_fast.run_folder import RunFolder, file_of_run, held_by, open_run
 from pcmecl_fast.synthetic import SyntheticFaces
-from pcmecl_fast.train.config import EditConfig, EvaluateConfig, PromptsConfig, RunConfig, TrainConfig
-from pcmecl_fast.train.generator import draw_references, train_generator
+from pcmecl_fast.train.config import (
+    EvaluateConfig,
+    PromptsConfig,
+    RunConfig,
+    TrainConfig,
+    check_options,
+    device_named,
+)
+from pcmecl_fast.train.generator import check_emotions, draw_references, train_generator
+from pcmecl_fast.train.loop import read_checkpoint
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
-
-log = logging.getLogger("pcmecl_fast")
 
 _EVALUATED_FRAMES = 336
 
 
 def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
-    """Stage 1 alone: `prompts.safetensors`, `bank.safetensors`, `summary.json`, `report.html`.
+    """Stage 1 alone: `prompts.safetensors`, `bank.safetensors`, `report.html`, `summary.json`.
 
     Here and below, `command` is what was typed, for the report to repeat.
     """
     started = time.monotonic()
-    config.out.mkdir(parents=True, exist_ok=True)
-    _save_config(config)
-    with ops.use_backend(config.backend):
+    check_options(config)
+    config = config.located()
+    with _run_of(config) as folder, ops.use_backend(usable_backend(config.backend)):
+        if folder.result is not None:
+            return folder.result
         clip = load_clip_for(config)
         dataset, held = open_data(config)
-        prompts, bank, loop = learn_prompts(clip, dataset, config)
+        _check_checkpoints(config)
+        prompts, bank, loop = learn_prompts(clip, dataset, config, begin=folder.begin)
         bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
         summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
-    summary |= {"individuals": len(bank.individuals), "seconds": time.monotonic() - started}
-    _publish(config.out, "Personalized prompts", summary, loop.curves, {}, config, held, command)
+        summary |= {"individuals": len(bank.individuals), "seconds": time.monotonic() - started}
+        _publish(folder, "Personalized prompts", summary, loop.curves, {}, config, held, command)
     return summary
 
 
@@ -66,15 +73,19 @@ def run_train(
 ) -> dict[str, Any]:
     """Stage 2, preceded by stage 1 if no prompts are given, then evaluation and the report."""
     started = time.monotonic()
-    # Checked before spending time on stage 1, and written out in full, so config.yaml survives changes of defaults.
+    check_options(config)
+    # Written out in full, so config.yaml survives changes of defaults.
     options = plain_options(generator_config(config.generator, config.generator_options))
-    config = replace(config, generator_options=options)
-    config.out.mkdir(parents=True, exist_ok=True)
-    _save_config(config)
-    with ops.use_backend(config.backend):
+    config = replace(config.located(), generator_options=options)
+    with _run_of(config) as folder, ops.use_backend(usable_backend(config.backend)):
+        if folder.result is not None:
+            return folder.result
         clip = load_clip_for(config)
         dataset, held = open_data(config)
-        prompts, bank, curves = _prompts_for(config, clip, dataset)
+        _check_checkpoints(config)
+        # Made once to see whether it can be, before stage 1 spends its time.
+        make_generator(config.generator, dataset.emotions, config.size, config.generator_options)
+        prompts, bank, curves = _prompts_for(config, clip, dataset, folder.begin)
 
         def preview(generator: Generator) -> Tensor:
             generator.eval()
@@ -82,68 +93,62 @@ def run_train(
             generator.train()
             return picture
 
-        generator, loop = train_generator(clip, bank, dataset, config, preview=preview)
+        contents = _prompts_hash(config.stage_one().out)
+        generator, loop = train_generator(clip, bank, dataset, config, preview=preview, prompts_hash=contents)
         save_generator(config.out / "generator.safetensors", generator)
         curves |= loop.curves
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
-    summary["seconds"] = time.monotonic() - started
-    _publish(config.out, title, summary, curves, grids, config, held, command)
+        summary["seconds"] = time.monotonic() - started
+        _publish(folder, title, summary, curves, grids, config, held, command)
     return summary
 
 
 def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]:
-    """Evaluate a finished run again, on its own or other data; writes `summary.json` and `report.html`."""
+    """Evaluate a finished run again, on its own or other data; writes `report.html` and `summary.json`."""
     started = time.monotonic()
+    check_options(config)
     trained = _config_of(config.run)
-    if config.data is not None:
-        trained.data = config.data
-    trained.device, trained.backend = config.device, config.backend
-    out = config.folder
-    out.mkdir(parents=True, exist_ok=True)
-    with ops.use_backend(config.backend):
+    # Features of the run's own data are in its store already.
+    features = trained.features or (config.run if config.data is None else config.folder) / "features"
+    places: dict[str, Any] = {"data": config.data or trained.data, "out": config.folder, "features": features}
+    trained = replace(trained, device=config.device, backend=config.backend, **places).located()
+    stored = replace(config, run=config.run.absolute(), data=config.data and trained.data)
+    with (
+        open_run(config.folder, stored, overwrite=config.overwrite) as folder,
+        ops.use_backend(usable_backend(config.backend)),
+    ):
         clip = load_clip_for(trained)
-        generator = load_generator(_file("run", config.run, "generator"), clip.device)
+        generator = load_generator(file_of_run("run", config.run, "generator"), clip.device)
         trained.emotions, trained.size = generator.emotions, generator.size
         dataset, held = open_data(trained)
         stage1 = trained.prompts or config.run / "prompts"
-        prompts, _ = load_prompts(_file("run", stage1, "prompts"), clip)
-        bank = PromptBank.load(_file("run", stage1, "bank"), clip)
+        prompts, _ = load_prompts(file_of_run("run", stage1, "prompts"), clip)
+        bank = PromptBank.load(file_of_run("run", stage1, "bank"), clip)
+        folder.begin()
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
-    summary["seconds"] = time.monotonic() - started
-    _publish(out, f"Evaluation of {config.run}", summary, {}, grids, trained, held, command)
+        summary["seconds"] = time.monotonic() - started
+        _publish(folder, f"Evaluation of {config.run}", summary, {}, grids, trained, held, command)
     return summary
 
 
-def run_edit(config: EditConfig) -> dict[str, Any]:
-    """Edit pictures or a video with a trained generator; writes them to the output folder."""
-    generator = load_generator(_file("run", config.run, "generator"), _device(config.device))
-    target = _target_of(generator, config)
-    files = sorted(p for p in config.input.iterdir() if is_media(p)) if config.input.is_dir() else [config.input]
-    if not files:
-        raise ValueError(f"input: {config.input} contains no picture or video")
-    config.out.mkdir(parents=True, exist_ok=True)
-    written = 0
-    torch.manual_seed(config.seed)
-    with ops.use_backend(config.backend):
-        for file in tqdm(files, desc="editing"):
-            rate, frames = read_frames(file, generator.size)
-            parts = [x.to(target.device) for x in frames.split(32)]
-            edited = [generator(x, target.expand(len(x), *target.shape[1:])).cpu() for x in parts]
-            write_frames(config.out / file.name, torch.cat(edited), rate)
-            written += len(frames)
-    return {"files": len(files), "frames": written, "out": str(config.out)}
+def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFolder]:
+    """The run's folder, provided nothing in it stands in the way."""
+    inner = held_by(config.stage_one().out) if isinstance(config, TrainConfig) and config.prompts is None else None
+    if inner is not None and inner.command:
+        folder = config.out / "prompts"
+        raise FileExistsError(f"--out: {folder} holds {inner}: use its prompts, --prompts {folder}, or another --out")
+    return open_run(config.out, config, resume=config.resume, overwrite=config.overwrite)
 
 
-def _target_of(generator: Generator, config: EditConfig) -> Tensor:
-    """What drives an edit, for one frame: the emotion's index (1,), or the reference (1, 3, S, S)."""
-    if config.emotion not in generator.emotions:
-        raise ValueError(f"emotion: this generator knows {', '.join(generator.emotions)}, got {config.emotion!r}")
-    device = _device(config.device)
-    if generator.driven_by == "emotion":
-        return torch.tensor([generator.emotions.index(config.emotion)], device=device)
-    if config.reference is None:
-        raise ValueError("reference: this generator is driven by a picture of somebody who shows the emotion")
-    return read_frames(config.reference, generator.size)[1][:1].to(device)
+def _check_checkpoints(config: PromptsConfig | TrainConfig) -> None:
+    """Find a broken one before hours are spent on what comes before it."""
+    if config.resume:
+        for path in sorted(config.out.glob("**/stage-?.ckpt")):
+            read_checkpoint(path)
+
+
+def _prompts_hash(folder: Path) -> str:
+    return " ".join(content_hash(folder / f"{name}.safetensors") for name in ("prompts", "bank"))
 
 
 def evaluate(
@@ -200,23 +205,22 @@ def _missing(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def load_clip_for(config: RunConfig) -> Clip:
-    return load_clip(config.clip, config.clip_pretrained, device=_device(config.device))
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+    clip = load_clip(config.clip, config.clip_pretrained, device=device_named(config.device))
+    _ = clip.tokenizer  # fetched now, or rejected before any work is done
+    return clip
 
 
 def _prompts_for(
-    config: TrainConfig, clip: Clip, dataset: FrameDataset
+    config: TrainConfig, clip: Clip, dataset: FrameDataset, begin: Callable[[], None]
 ) -> tuple[PersonalizedPrompts, PromptBank, dict[str, list[tuple[int, float]]]]:
+    """What stage 1 made or makes now; `begin` is called when everything has been checked."""
     if config.prompts is not None:
-        prompts, _ = load_prompts(_file("prompts", config.prompts, "prompts"), clip)
-        bank = PromptBank.load(_file("prompts", config.prompts, "bank"), clip)
+        prompts, _ = load_prompts(file_of_run("prompts", config.prompts, "prompts"), clip)
+        bank = PromptBank.load(file_of_run("prompts", config.prompts, "bank"), clip)
+        check_emotions(bank, dataset.emotions)
+        begin()
         return prompts, bank_for(bank, prompts, dataset, clip, config), {}
-    prompts, bank, loop = learn_prompts(clip, dataset, config.stage_one())
+    prompts, bank, loop = learn_prompts(clip, dataset, config.stage_one(), begin=begin)
     return prompts, bank, loop.curves
 
 
@@ -292,12 +296,8 @@ def _who_is_shown(shown: int, held: int, *, drawn: bool) -> str:
     return f"{frames}; for real faces there is no true edit to compare with."
 
 
-def _save_config(config: RunConfig) -> None:
-    write_atomically(config.out / "config.yaml", yaml.safe_dump(plain_options(config), sort_keys=False).encode())
-
-
 def _publish(
-    out: Path,
+    folder: RunFolder,
     title: str,
     summary: dict[str, Any],
     curves: dict[str, list[tuple[int, float]]],
@@ -306,9 +306,8 @@ def _publish(
     held: FrameDataset,
     command: str,
 ) -> None:
-    _write_summary(out, summary)
     for name, grid in grids.items():
-        save_grid_png(out / f"{name}.png", grid)
+        save_grid_png(folder.path / f"{name}.png", grid)
     drawn = isinstance(held, SyntheticFaces)
     report = Report(
         title,
@@ -319,18 +318,11 @@ def _publish(
         words=prompts_in_words(summary),
         limits=limits_in_words(summary, emotions=len(held.emotions), clip=config.clip, drawn=drawn, edited=bool(grids)),
         curves=curves,
-        origin=origin(command, seconds=summary["seconds"], device=_device(config.device)),
+        origin=origin(command, seconds=summary["seconds"], device=device_named(config.device)),
         config=asdict(config),
     )
-    write_report(out / "report.html", report)
-
-
-def _file(argument: str, folder: Path, name: str) -> Path:
-    """A file of a finished run; FileNotFoundError names the argument that led to it."""
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument}: {folder} holds no {path.name}; it takes the folder of a finished run")
-    return path
+    write_report(folder.path / "report.html", report)
+    folder.finish(summary)
 
 
 def _config_of(run: Path) -> TrainConfig:
@@ -340,18 +332,7 @@ def _config_of(run: Path) -> TrainConfig:
         raise FileNotFoundError(f"run: {run} is not the output folder of `pcmecl-fast train` (no config.yaml)")
     options = read_options(path, argument="run")
     if "generator" not in options:
-        raise ValueError(f"run: {run} was written by `pcmecl-fast prompts`, not by `pcmecl-fast train`")
+        held = held_by(run)
+        wrote = held.command if held is not None and held.command else "prompts"
+        raise ValueError(f"run: {run} was written by `pcmecl-fast {wrote}`, not by `pcmecl-fast train`")
     return from_options(TrainConfig, options, source=f"run: {path}")
-
-
-def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    write_atomically(out / "summary.json", (json.dumps(_finite(summary), indent=2) + "\n").encode())
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

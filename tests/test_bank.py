@@ -137,13 +137,13 @@ def test_rows_and_columns_follow_the_names():
 
 def test_an_unknown_individual_is_named_with_close_ones():
     bank = PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS)
-    with pytest.raises(KeyError, match=r"individual: 'anne' and 1 more .*bank's 3; close to ann; build a bank"):
+    with pytest.raises(KeyError, match=r"2 of the 3 asked for .*bank's 3: 'anne' \(did you mean 'ann'\?\), 'dora'; "):
         bank.rows(["ben", "anne", "dora"])
 
 
 def test_an_unknown_emotion_is_named_with_the_known_ones():
     bank = PromptBank(torch.rand(3, 3, 4), PEOPLE, EMOTIONS)
-    with pytest.raises(ValueError, match="emotions: the bank has neutral, happy, sad, not joyful"):
+    with pytest.raises(ValueError, match="emotions: the bank has neutral, happy, sad, not 'joyful'"):
         bank.columns(["happy", "joyful"])
 
 

@@ -1,5 +1,7 @@
 """PCMECLCriterion: the direction loss on frames, for any model that edits them."""
 
+import logging
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,6 +170,35 @@ def test_it_compiles_into_one_graph(criterion):
     inputs = sample(2, 3, 32, 32)
     compiled = torch.compile(criterion, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), criterion(*inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_its_state_is_not_the_frozen_clip(clip):
+    model = torch.nn.ModuleDict(
+        {"generator": torch.nn.Linear(2, 2), "criterion": PCMECLCriterion(clip, bank_for(clip))}
+    )
+    state = model.state_dict()
+    assert set(state) == {"generator.weight", "generator.bias"}
+    assert model.load_state_dict(state, strict=True).missing_keys == []
+    assert not list(model["criterion"].parameters())
+
+
+def test_the_clip_moves_with_it(clip):
+    own = load_clip()
+    criterion = PCMECLCriterion(own, bank_for(clip)).to(torch.bfloat16)
+    assert criterion.clip is own
+    assert own.dtype == criterion.features.dtype == torch.bfloat16
+    assert own.text_hash() == clip.text_hash()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 32, 32), (0, 4, 3, 32, 32), (2, 0, 3, 32, 32)])
+def test_no_frames_cost_nothing_and_have_a_graph(criterion, shape):
+    source, edited = torch.zeros(shape), torch.zeros(shape, requires_grad=True)
+    labels = [torch.zeros(shape[0], dtype=torch.long)] * 3
+    loss = criterion(source, edited, *labels)
+    loss.backward()
+    assert loss.shape == ()
+    assert loss == 0
+    assert edited.grad.shape == shape
 
 
 def test_the_bank_is_neither_trained_nor_saved_with_a_model(clip):
@@ -347,6 +378,47 @@ def test_a_wrong_argument_is_named(criterion, wrong, error, says):
     known = arguments.pop("source_features", None)
     with pytest.raises(error, match=says):
         criterion(*arguments.values(), source_features=known)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_frames_of_integers_are_refused_with_the_way_out(criterion, which):
+    arguments = list(sample(2, 3, 8, 8))
+    arguments[which] = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    name = ("source_frames", "edited_frames")[which]
+    with pytest.raises(TypeError, match=rf"{name}: got torch.uint8; takes floats in .*frames.float\(\) / 127.5 - 1"):
+        criterion(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: (x + 1) * 127.5, "takes RGB in [-1, 1]: of 8-bit values make frames / 127.5 - 1"),
+        (lambda x: x * 2, "takes RGB in [-1, 1]: CLIP's mean and deviation belong to the criterion"),
+        (lambda x: (x + 1) / 2, "takes RGB in [-1, 1]: if these are in [0, 1], make frames * 2 - 1"),
+        (lambda x: x * torch.nan, "there are NaN among the frames"),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_frames_that_look_wrong_are_pointed_out_once(clip, caplog, which, change, says):
+    criterion = PCMECLCriterion(clip, bank_for(clip))
+    arguments = list(sample(2, 3, 16, 16))
+    with caplog.at_level(logging.WARNING):
+        criterion(*arguments)
+        assert not caplog.records
+        arguments[which] = change(arguments[which])
+        for _ in range(3):
+            criterion(*arguments)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(("source_frames: ", "edited_frames: ")[which])
+    assert says in record.getMessage()
+
+
+def test_rounding_and_known_features_are_not_pointed_out(clip, criterion, caplog):
+    source, edited, *labels = sample(2, 3, 16, 16)
+    with caplog.at_level(logging.WARNING):
+        criterion(1.04 * source, 1.04 * edited, *labels)
+        criterion(source * 9, edited, *labels, source_features=clip.encode_image(source))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["individual", "source_emotion", "target_emotion"])

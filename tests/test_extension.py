@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pcmecl_fast.ops import backend_status
 from pcmecl_fast.ops.backends import extension
 
 ROOT = Path(__file__).parents[1]
+RUN = "runpy.run_path('setup.py', run_name='__main__')"
 built = pytest.mark.skipif(isinstance(extension.load(), str), reason="the extension was not built")
 
 
@@ -34,6 +37,14 @@ def test_the_extension_says_what_it_was_built_with_and_what_it_runs_on():
     assert extension._built_with(extension._path()) == torch.__version__
     assert extension.load().cpu_capability() in ("portable", "avx2", "avx512")
     assert {status.name: status.available for status in backend_status()}["cpu"]
+
+
+def test_an_installed_package_says_why_it_was_not_built(tmp_path, monkeypatch):
+    (tmp_path / "_C.not-built").write_text("there is no C++ compiler\n")
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path)
+    reason = extension._load(None, torch.__version__)
+    assert reason.startswith("it was not built, because there is no C++ compiler; then `make build`")
+    assert "no nvcc" in extension._load(None, torch.__version__, extension.CUDA_NAME, extension.CUDA_NOT_BUILT)
 
 
 def test_without_the_file_it_says_how_to_build_it():
@@ -86,6 +97,53 @@ def test_without_a_compiler_the_package_builds_and_says_so_once(tmp_path, variab
     (package,) = tmp_path.glob("build/lib*/pcmecl_fast")
     assert (package / "ops" / "backends" / "cpu.py").exists()
     assert not list(package.glob("*.so"))
+    recorded = package / "_C.not-built"
+    assert recorded.is_file() == bool(says)
+    assert not says or says in recorded.read_text()
+
+
+def test_a_build_that_sees_no_torch_says_so_and_leaves_its_reason(tmp_path):
+    done = build(tmp_path, {}, "import sys; sys.modules['torch'] = None")
+    assert done.returncode == 0, done.stderr
+    assert "without its compiled extension, because there was no torch to build it against" in done.stderr
+    (package,) = tmp_path.glob("build/lib*/pcmecl_fast")
+    for name in ("_C", "_C_cuda"):
+        assert "pip's --no-build-isolation" in (package / f"{name}.not-built").read_text()
+
+
+@pytest.mark.skipif(
+    not Path(sysconfig.get_path("purelib"), "torch").is_dir(), reason="torch lies elsewhere than packages do"
+)
+def test_pips_isolated_build_is_shown_the_torch_that_is_installed(tmp_path):
+    # As pip does it: a build's own requirements come first, the environment's packages are hidden.
+    hidden = "import sys, sysconfig, setuptools; sys.path.remove(sysconfig.get_path('purelib'))"
+    done = build(tmp_path, {"CXX": "no-such-compiler"}, hidden)
+    assert done.returncode == 0, done.stderr
+    assert "because there is no C++ compiler" in done.stderr
+
+
+def test_an_sdist_has_what_it_takes_to_build_test_measure_and_read(tmp_path):
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    files = set(listed.stdout.split("\n")) - {""}
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist"],
+        cwd=tmp_path,
+        env=os.environ | {"PCMECL_EXTENSION": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    (path,) = tmp_path.glob("dist/*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"docs/guide.md", "bench/compare.py", "pcmecl_fast/kernels/__init__.py"} <= packed
+    assert {name for name in files - packed if not name.startswith((".ci/", ".git"))} == set()
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
@@ -120,14 +178,14 @@ def test_a_missing_cuda_extension_says_how_to_build_it():
     assert "PCMECL_CUDA=1 `make build`" in reason
 
 
-def build(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
-    """`setup.py build` of a copy of the sources."""
+def build(folder: Path, variables: dict[str, str], before: str = "") -> subprocess.CompletedProcess:
+    """`setup.py build` of a copy of the sources, in a Python that has run the lines `before`."""
     for name in ("csrc", "kernels", "pcmecl_fast"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return subprocess.run(
-        [sys.executable, "setup.py", "build"],
+        [sys.executable, "-c", f"{before}\nimport runpy, sys; sys.argv[:] = ['setup.py', 'build']; {RUN}"],
         cwd=folder,
         env=os.environ | {"PCMECL_EXTENSION": "auto"} | variables,
         capture_output=True,

@@ -523,7 +523,7 @@ def test_impossible_splits_are_rejected() -> None:
         split(Named(named(4, 4)), by="emotion")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two individuals"):
         split(Named(named(1, 4)), by="individual")
-    with pytest.raises(ValueError, match="hold out none"):
+    with pytest.raises(ValueError, match="of 8 frames holds out none"):
         split(Named(named(4, 1)), by="frame")
 
 

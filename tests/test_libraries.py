@@ -28,7 +28,7 @@ prompts = PersonalizedPrompts(clip, ["neutral", "happy"])
 bank = PromptBank.build(prompts, torch.randn(2, clip.embed_dim), ["anna", "ben"], ["neutral", "happy"], clip=clip)
 edited = torch.zeros(2, 3, 64, 64, requires_grad=True)
 index = torch.tensor([0, 1])
-PCMECLCriterion(clip, bank)(torch.rand(2, 3, 64, 64), edited, index, index, 1 - index).backward()
+PCMECLCriterion(clip, bank)(torch.rand(2, 3, 64, 64) * 2 - 1, edited, index, index, 1 - index).backward()
 """
 
 

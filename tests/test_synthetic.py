@@ -290,7 +290,7 @@ def test_the_mouth_follows_the_speech_and_nothing_else_does():
         ({"size": 0}, "each must be at least 1"),
         (
             {"individuals": 1, "emotions": ["sad"], "missing": [(0, 0)]},
-            "missing: every .* is left out; nothing remains to draw",
+            "missing: leaves out every .*; nothing remains to draw",
         ),
     ],
 )

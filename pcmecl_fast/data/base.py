@@ -63,6 +63,12 @@ class FrameDataset(Dataset[Sample], ABC):
             for frame in self.frames(chunk)
         ]
 
+    def labels_hash(self) -> str:
+        """Which frames there are and how they are labelled, in 16 letters."""
+        digest = hashlib.blake2b(repr((self.individuals, self.emotions, self.keys)).encode(), digest_size=8)
+        digest.update(self.individual_index.numpy().tobytes() + self.emotion_index.numpy().tobytes())
+        return digest.hexdigest()
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -241,8 +247,8 @@ def _held_frames(dataset: FrameDataset, fraction: float, seed: int) -> Tensor:
     held[list(last.values())] = False
     if not held.any():
         raise ValueError(
-            f'dataset: by="frame", fraction={fraction} and seed={seed} hold out none of its {len(dataset)} frames in '
-            f'{len(last)} groups of one individual and emotion; take a larger fraction, another seed or by="individual"'
+            f"fraction: {fraction} of {len(dataset)} frames holds out none, since each of the {len(last)} "
+            "(individual, emotion) groups keeps one for training; take a larger fraction, or add frames"
         )
     return held
 

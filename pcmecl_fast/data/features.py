@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset
-from pcmecl_fast.files import load_tensors, naming_damage, save_tensors
+from pcmecl_fast.files import load_tensors, naming_damage, remove_unfinished, save_tensors
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -100,6 +100,7 @@ class FeatureStore:
         return StoredFeatures(self._shards, self._digests, frames, self.clip)
 
     def _fill(self, dataset: FrameDataset, frames: np.ndarray, batch_size: int, backend: str | None) -> None:
+        remove_unfinished(self.folder)
         missing = torch.from_numpy(self._missing(frames, remove_broken=True))
         if not len(missing):
             return

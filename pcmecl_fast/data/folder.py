@@ -15,9 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast.data.base import KNOWN_EMOTIONS, FrameDataset, Indices, as_indices, name_some
+from pcmecl_fast.data.layout import LAYOUT, check_root
 from pcmecl_fast.data.media import decode, is_hidden, is_media, is_video, need_av
-
-LAYOUT = "<root>/<individual>/<emotion>/<file>"
 
 logger = logging.getLogger(__name__)
 
@@ -149,10 +148,7 @@ def _check_arguments(size: int, emotions: Sequence[str] | None, video_stride: in
 
 def _list_files(root: Path, known: tuple[str, ...], *, explicit: bool) -> list[_File]:
     """All pictures and videos in order, or one error that explains how the layout differs from the expected one."""
-    if not root.exists():
-        raise FileNotFoundError(f"root: {root} does not exist; it takes a folder laid out as {LAYOUT}")
-    if not root.is_dir():
-        raise NotADirectoryError(f"root: {root} is a file; it takes a folder laid out as {LAYOUT}")
+    check_root(root)
     _check_no_media(root, "directly in the root folder")
     people = _visible_folders(root)
     _check_levels(root, people, known)

@@ -58,6 +58,21 @@ def write_frames(
     write_atomically(path, buffer.getvalue())
 
 
+def count_frames(path: Path) -> int:
+    """How many frames a file says it has, before any is decoded: 1 for a picture, 0 where it does not say."""
+    if not is_video(path):
+        return 1
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            seconds = (container.duration or 0) / av.time_base
+            return stream.frames or round(seconds * (stream.average_rate or 0))
+    except Exception:  # damaged: reading it says how
+        return 0
+
+
 def decode(
     path: Path,
     size: int,

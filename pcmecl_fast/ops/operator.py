@@ -199,6 +199,20 @@ def requested_backend(backend: str | None) -> str:
     return _checked_name(in_environment, "PCMECL_BACKEND") if in_environment else "auto"
 
 
+def usable_backend(backend: str | None) -> str:
+    """`requested_backend`, checked before any work is done.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: it cannot run here; the message says why and how to get it.
+    """
+    name = requested_backend(backend)
+    reason = None if name == "auto" else BACKENDS[name].missing()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
+    return name
+
+
 def _checked_name(name: str, argument: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{argument}: got {name!r}; takes one of {', '.join(NAMES)}")

@@ -191,13 +191,11 @@ class PromptBank:
         Raises:
             KeyError: an individual that the bank does not have; the message lists the closest names.
         """
-        missing = [name for name in names if name not in self._row]
+        missing = [name for name in dict.fromkeys(names) if name not in self._row]
         if missing:
-            close = difflib.get_close_matches(missing[0], self.individuals, n=3)
-            hint = f"; close to {', '.join(close)}" if close else ""
             raise KeyError(
-                f"individual: {missing[0]!r} and {len(missing) - 1} more are not among the bank's "
-                f"{len(self.individuals)}{hint}; build a bank that holds them"
+                f"individual: {len(missing)} of the {len(set(names))} asked for are not among the bank's "
+                f"{len(self.individuals)}: {_with_closest(missing, self.individuals)}; build a bank that holds them"
             )
         return torch.tensor([self._row[name] for name in names], dtype=torch.long)
 
@@ -205,7 +203,9 @@ class PromptBank:
         """The columns of the named emotions; ValueError for one that the bank does not have."""
         missing = [e for e in emotions if e not in self.emotions]
         if missing:
-            raise ValueError(f"emotions: the bank has {', '.join(self.emotions)}, not {', '.join(missing)}")
+            raise ValueError(
+                f"emotions: the bank has {', '.join(self.emotions)}, not {_with_closest(missing, self.emotions)}"
+            )
         return torch.tensor([self.emotions.index(e) for e in emotions], dtype=torch.long)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptBank:
@@ -267,6 +267,16 @@ class PromptBank:
             "condition": self.condition,
             "tower": asdict(self.tower),
         }
+
+
+def _with_closest(missing: Sequence[str], known: Sequence[str], *, most: int = 3) -> str:
+    """The first missing names, each with the known one that is closest, and how many more there are."""
+    named = []
+    for name in missing[:most]:
+        close = difflib.get_close_matches(name, known, n=1)
+        named.append(f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name))
+    more = len(missing) - len(named)
+    return ", ".join(named) + (f" and {more} more" if more else "")
 
 
 @torch.no_grad()

@@ -1,10 +1,58 @@
-"""The options of every command: typed defaults that become command lines and config files."""
+"""The options of every command: typed defaults that become command lines and config files, and their limits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import os
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+from pcmecl_fast.options import option_name
+
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+
+FREE_ON_RESUME = {"out", "resume", "overwrite", "checkpoint_every", "device", "backend", "cuda_graphs", "features"}
+"""Where a run is kept, on what it runs and how often it saves: what may change between a kill and the resumption."""
+
+
+class Range(NamedTuple):
+    """What a number may be; `open` leaves the two ends out."""
+
+    least: float
+    most: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return self.least < value < self.most if self.open else self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"{self.least} or more"
+        return f"{'more than ' * self.open}{self.least} to {'less than ' * self.open}{self.most}"
+
+
+_AT_LEAST_ONE = """
+size individuals clips frames_per_clip n_ctx batch batch_individuals steps prompt_steps quick_steps seeds
+checkpoint_every
+"""
+_NOT_NEGATIVE = """
+missing workers around_seeds prompt_lr lr critic_lr lambda_diff contrast strength w_pcmecl w_adversarial w_cycle
+w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
+"""
+LIMITS: dict[str, Range] = {
+    **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
+    **dict.fromkeys(_NOT_NEGATIVE.split(), Range(0)),
+    "holdout": Range(0, 1, open=True),
+    "jitter": Range(0, 1),
+    "mouth_box": Range(0, 1),
+    "seed": Range(0, 2**32 - 1),
+}
+"""Of every command's options; of a list, each element's."""
+
+Run = TypeVar("Run", bound="RunConfig")
 
 
 @dataclass
@@ -43,10 +91,11 @@ class RunConfig(DataConfig):
     """Seed of the data, the weights and the order of the batches."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of every operator; "reference" is plain PyTorch."""
+    backend: Backend | None = None
+    """Implementation of every operator, "reference" being plain PyTorch; by default what the variable PCMECL_BACKEND
+    says, or else auto, the fastest that runs here."""
     features: Path | None = None
-    """Folder of image features, computed once for all runs; by default `features` beside the output folder. The
+    """Folder of image features, to share them between runs; by default `features` inside the output folder. The
     reference backend does not use it."""
     features_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Data type of the stored features."""
@@ -54,15 +103,40 @@ class RunConfig(DataConfig):
     """Autocast of the towers and the networks; the operators stay in float32."""
     resume: bool = False
     """Continue from the last checkpoint in the output folder."""
+    overwrite: bool = False
+    """Replace the run that is in the output folder."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
 
     out: Path = Path("runs")
     """Output folder."""
 
+    command: ClassVar[str] = ""
+
     @property
     def features_folder(self) -> Path:
-        return self.out.parent / "features" if self.features is None else self.features
+        return self.out / "features" if self.features is None else self.features
+
+    def located(self: Run) -> Run:
+        """The same with whole paths, so that the configuration says where things are wherever it is read."""
+        places: dict[str, Any] = {
+            name: Path(_whole(value))
+            for name in ("features", "prompts")
+            if (value := getattr(self, name, None)) is not None
+        }
+        if self.data != "synthetic":
+            places["data"] = _whole(self.data)
+        if self.clip_pretrained is not None and os.path.isfile(os.path.expanduser(self.clip_pretrained)):
+            places["clip_pretrained"] = _whole(self.clip_pretrained)
+        return replace(self, **places)
+
+    def what_counts(self) -> dict[str, Any]:
+        """The options that change the result: a run is resumed only where they are the same."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE_ON_RESUME}
+
+
+def _whole(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 @dataclass
@@ -142,6 +216,8 @@ class PromptsConfig(RunConfig, PromptsOptions):
     out: Path = Path("runs/prompts")
     """Output folder."""
 
+    command: ClassVar[str] = "prompts"
+
 
 @dataclass
 class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
@@ -156,10 +232,17 @@ class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
     out: Path = Path("runs/train")
     """Output folder."""
 
+    command: ClassVar[str] = "train"
+
     def stage_one(self) -> PromptsConfig:
-        """Stage 1's config: the same data and prompts, written to `prompts` or else to a folder inside `out`."""
-        shared = {k: v for k, v in vars(self).items() if k in PromptsConfig.__dataclass_fields__}
-        return PromptsConfig(**shared | {"steps": self.prompt_steps, "out": self.prompts or self.out / "prompts"})
+        """Stage 1's config: the same data, features and prompts; written to `prompts` or else inside `out`."""
+        shared = {f.name: getattr(self, f.name) for f in fields(PromptsConfig)}
+        own = {
+            "steps": self.prompt_steps,
+            "features": self.features_folder,
+            "out": self.prompts or self.out / "prompts",
+        }
+        return PromptsConfig(**shared | own)
 
 
 @dataclass
@@ -168,6 +251,8 @@ class DemoConfig(TrainConfig):
 
     out: Path = Path("runs/demo")
     """Output folder."""
+
+    command: ClassVar[str] = "demo"
 
 
 @dataclass
@@ -199,7 +284,9 @@ class AblateConfig(TrainConfig):
     w_direct: float = 60.0
     """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
-    """Output folder."""
+    """Output folder; what is done there already is kept, and what is missing is trained."""
+
+    command: ClassVar[str] = "ablate"
 
 
 @dataclass
@@ -212,12 +299,16 @@ class EvaluateConfig:
     """Other data than the run's own: "synthetic" or a folder with the same emotions."""
     out: Path | None = None
     """Output folder; by default `evaluation` inside the run's folder."""
+    overwrite: bool = False
+    """Replace the evaluation that is in the output folder."""
     seed: int = 0
     """Seed for choosing the frames and targets."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of every operator."""
+    backend: Backend | None = None
+    """Implementation of every operator; by default what PCMECL_BACKEND says, or else auto."""
+
+    command: ClassVar[str] = "evaluate"
 
     @property
     def folder(self) -> Path:
@@ -237,10 +328,45 @@ class EditConfig:
     reference: Path | None = None
     """A picture of somebody showing the emotion, for generators driven by a reference."""
     out: Path = Path("runs/edited")
-    """Output folder."""
+    """Output folder; talk.mp4 becomes talk.happy.mp4 there."""
+    recursive: bool = False
+    """Edit what is in the subfolders of a folder too; the output folder gets the same ones."""
+    overwrite: bool = False
+    """Write over files of an earlier edit."""
     seed: int = 0
     """Seed for generators that use random numbers; the built-in one uses none."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = "auto"
-    """Implementation of the operators that a generator calls; the built-in one calls none."""
+    backend: Backend | None = None
+    """Implementation of the operators that a generator calls; the built-in one calls none. By default what
+    PCMECL_BACKEND says, or else auto."""
+
+    command: ClassVar[str] = "edit"
+
+
+Command = RunConfig | EvaluateConfig | EditConfig
+
+
+def device_named(name: str) -> str:
+    """A device as PyTorch knows it."""
+    if name != "auto":
+        return name
+    import torch  # here, because the command line's help can do without
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_options(config: Command) -> None:
+    """Refuse a number out of its `LIMITS`.
+
+    Raises:
+        ValueError: names the option as it is written on the command line.
+    """
+    for name, limits in LIMITS.items():
+        given = getattr(config, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in limits:
+                raise ValueError(f"{option_name(name)}: takes {limits}, got {value}")
+    box = getattr(config, "mouth_box", [0, 0, 1, 1])
+    if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"--mouth-box: takes left, top, right and bottom, the first two the smaller, got {box}")

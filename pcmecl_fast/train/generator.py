@@ -12,7 +12,7 @@ nothing and the frame must not change.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -31,12 +31,10 @@ from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.synthetic.reader import FaceReader, load_reader, reading_losses
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop, Stateful
-from pcmecl_fast.train.prompts import frame_features
+from pcmecl_fast.train.prompts import contents_of, frame_features
 
 log = logging.getLogger("pcmecl_fast")
 
-# Where a run is stored, and what it runs on, may change before it is resumed.
-_FREE_ON_RESUME = {"out", "prompts", "prompt_steps", "resume", "checkpoint_every", "device", "backend", "features"}
 _TERMS = (
     "pcmecl",
     "adversarial",
@@ -58,10 +56,14 @@ def train_generator(
     *,
     criterion: nn.Module | None = None,
     preview: Callable[[Generator], Tensor] | None = None,
+    prompts_hash: str = "",
 ) -> tuple[Generator, Loop]:
-    """Train the configured generator on `dataset`; `preview` draws an occasional picture for TensorBoard.
+    """Train the configured generator on `dataset`.
 
-    `criterion` replaces PCMECL's, with the same arguments.
+    Args:
+        criterion: replaces PCMECL's, with the same arguments.
+        preview: draws an occasional picture for TensorBoard.
+        prompts_hash: of the files that the bank was loaded from; a checkpoint with another one is refused.
     """
     torch.manual_seed(config.seed)
     generator = make_generator(config.generator, dataset.emotions, config.size, config.generator_options)
@@ -76,7 +78,7 @@ def train_generator(
         seed=config.seed,
         every=config.checkpoint_every,
         resume=config.resume,
-        signature=_signature(clip, generator, config),
+        signature=_signature(clip, dataset, generator, config) | {"the contents of --prompts": prompts_hash},
     )
     for step in loop:
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
@@ -92,10 +94,16 @@ def train_generator(
     return generator.eval().requires_grad_(False), loop
 
 
-def _signature(clip: Clip, generator: Generator, config: TrainConfig) -> dict[str, object]:
-    """What must be the same for a run to be resumed."""
-    kept = {k: v for k, v in vars(config).items() if k not in _FREE_ON_RESUME}
-    return {"clip": clip.text_hash(), **kept, "generator_options": plain_options(generator.config)}
+def _signature(clip: Clip, dataset: FrameDataset, generator: Generator, config: TrainConfig) -> dict[str, object]:
+    """What must be the same for a run to be resumed; of prompts it is what they say, not where they are from."""
+    kept = {k: v for k, v in config.what_counts().items() if k not in ("prompts", "prompt_steps")}
+    return {**kept, "generator_options": plain_options(generator.config), **contents_of(clip, dataset)}
+
+
+def check_emotions(bank: PromptBank, emotions: Sequence[str]) -> None:
+    """Refuse a bank for other emotions than the data's: its columns would mean something else."""
+    if bank.emotions != list(emotions):
+        raise ValueError(f"bank: has the emotions {bank.emotions}, the data set has {emotions}")
 
 
 def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: TrainConfig) -> PCMECLCriterion:
@@ -106,7 +114,7 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
         try:
             lengths = measure(frame_features(clip, dataset, config), dataset, bank)
         except ValueError as error:
-            log.warning("stage 2: the length of edits is not constrained (%s)", error)
+            log.warning("strength=%s: the length of edits is not constrained, since %s", config.strength, error)
     strength = 0.0 if lengths is None else config.strength
     return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=strength, lengths=lengths)
 
@@ -308,8 +316,7 @@ class _Batches:
         counts = torch.bincount(dataset.emotion_index, minlength=len(dataset.emotions))
         self.shown = (counts > 0).nonzero()[:, 0]
         self.weight = 1.0 / counts[dataset.emotion_index]
-        if bank.emotions != list(dataset.emotions):
-            raise ValueError(f"bank: has the emotions {bank.emotions}, the data set has {dataset.emotions}")
+        check_emotions(bank, dataset.emotions)
         if bank.condition == "frame":
             self.rows = bank.rows(dataset.keys)
         else:

@@ -6,6 +6,7 @@ import io
 import logging
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pcmecl_fast.files import write_atomically
+from pcmecl_fast.options import named_differences
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -38,7 +40,11 @@ class Loop:
         seed: of every step's generator.
         every: steps between checkpoints.
         resume: continue from the checkpoint if there is one.
-        signature: settings that a checkpoint must agree on to be resumed.
+        signature: what a checkpoint must agree on to be resumed: options by their names, and anything else that
+            changes the result under the words that a message uses for it.
+
+    Attributes:
+        done: the number of finished steps.
     """
 
     def __init__(
@@ -59,7 +65,9 @@ class Loop:
         self.signature = {k: str(v) for k, v in signature.items()}
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.done = self._load() if resume and self.path.is_file() else 0
-        self.writer = SummaryWriter(str(folder / "tensorboard" / name.replace(" ", "-")), purge_step=self.done)
+        self._events = folder / "tensorboard" / name.replace(" ", "-")
+        with self._logging():
+            self.writer = SummaryWriter(str(self._events), purge_step=self.done)
         self.bar = tqdm(total=steps, initial=self.done, desc=name, unit="step")
 
     def __iter__(self) -> Iterator[int]:
@@ -70,7 +78,8 @@ class Loop:
             if self.done % self.every == 0 or self.done == self.steps:
                 self._save()
         self.bar.close()
-        self.writer.close()
+        with self._logging():
+            self.writer.close()
 
     def generator(self, step: int) -> torch.Generator:
         """The randomness of one step, the same whether or not the run was resumed before it."""
@@ -81,7 +90,8 @@ class Loop:
         values = {k: v.item() if isinstance(v, Tensor) else float(v) for k, v in scalars.items()}
         for key, value in values.items():
             self.curves.setdefault(f"{self.name}/{key}", []).append((step, value))
-            self.writer.add_scalar(key, value, step)
+            with self._logging():
+                self.writer.add_scalar(key, value, step)
         self.bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()})
         bad = [k for k, v in values.items() if v != v]
         if bad:
@@ -91,7 +101,17 @@ class Loop:
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Show a picture, (3, H, W) in [0, 1], in TensorBoard."""
-        self.writer.add_image(name, image, step)
+        with self._logging():
+            self.writer.add_image(name, image, step)
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """A full disk is told by TensorBoard's thread, without the file's name."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self._events)
+            raise
 
     def _save(self) -> None:
         buffer = io.BytesIO()
@@ -100,26 +120,34 @@ class Loop:
         write_atomically(self.path, buffer.getvalue())
 
     def _load(self) -> int:
-        try:
-            # torch.load does not look at the checksums: it would go on from weights with a flipped bit.
-            with zipfile.ZipFile(self.path) as records:
-                if records.testzip():
-                    raise zipfile.BadZipFile("a wrong checksum")
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            missing = {"step", "states", "curves", "signature"} - set(saved)
-        # On damaged bytes torch.load can raise anything, with pages of advice.
-        except Exception as error:
-            raise ValueError(
-                f"resume: {self.path} is not a whole checkpoint ({type(error).__name__}); start without --resume"
-            ) from error
-        if missing:
-            raise ValueError(f"resume: {self.path} is not a checkpoint of a training run; start without --resume")
-        differing = [k for k, v in self.signature.items() if saved["signature"].get(k) != v]
-        if differing:
-            was = ", ".join(f"{k} was {saved['signature'].get(k)}, is {self.signature[k]}" for k in differing)
-            raise ValueError(f"resume: {self.path} belongs to another configuration: {was}")
+        saved = read_checkpoint(self.path)
+        if differing := named_differences(saved["signature"], self.signature):
+            raise ValueError(f"--resume: {self.path} belongs to another configuration: {differing}")
         for key, state in self.states.items():
             state.load_state_dict(saved["states"][key])
         self.curves = {k: [(int(s), float(v)) for s, v in points] for k, points in saved["curves"].items()}
         log.info("%s resumes at step %d of %d", self.name, saved["step"], self.steps)
         return int(saved["step"])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `Loop` saved.
+
+    Raises:
+        ValueError: the file is broken, or something else.
+    """
+    try:
+        # torch.load does not check the checksums: it would resume from weights with a flipped bit.
+        with zipfile.ZipFile(path) as records:
+            if records.testzip():
+                raise zipfile.BadZipFile("a wrong checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"step", "states", "curves", "signature"} - set(saved)
+    # torch.load raises whatever damaged bytes make it trip over, with pages of advice.
+    except Exception as error:
+        raise ValueError(
+            f"--resume: {path} is not a whole checkpoint ({type(error).__name__}); --overwrite starts again"
+        ) from error
+    if missing:
+        raise ValueError(f"--resume: {path} is not a checkpoint of a training run; --overwrite starts again")
+    return saved

@@ -6,6 +6,7 @@ the batch's individuals; L_diff = ops.correlation_loss(v, that); total = L_match
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset, check_trainable
 from pcmecl_fast.data.features import Features, FeatureStore, LiveFeatures, individual_conditions
 from pcmecl_fast.ops.operator import requested_backend
-from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, save_prompts
+from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts, save_prompts
 from pcmecl_fast.train.config import PromptsConfig, RunConfig
 from pcmecl_fast.train.graphs import adamw, make_step, set_learning_rate
 from pcmecl_fast.train.loop import Loop
@@ -27,9 +28,11 @@ IGNORED = -100  # a target that cross_entropy excludes from the mean
 
 
 def learn_prompts(
-    clip: Clip, dataset: FrameDataset, config: PromptsConfig
+    clip: Clip, dataset: FrameDataset, config: PromptsConfig, *, begin: Callable[[], None] = lambda: None
 ) -> tuple[PersonalizedPrompts, PromptBank, Loop]:
     """Learn V and h on a data set; write `prompts.safetensors` and `bank.safetensors` to `config.out`.
+
+    `begin` is called when everything has been checked, before anything is written.
 
     Raises:
         ValueError: data that has nothing to learn from, or descriptions that do not match its emotions.
@@ -43,6 +46,7 @@ def learn_prompts(
         )
     torch.manual_seed(config.seed)
     prompts = PersonalizedPrompts(clip, descriptions, n_ctx=config.n_ctx, context=config.context).to(clip.device)
+    begin()
     features = frame_features(clip, dataset, config)
     conditions = individual_conditions(features, dataset.individual_index, len(dataset.individuals))
     frames_of = _FramesOf(dataset)
@@ -55,14 +59,7 @@ def learn_prompts(
         seed=config.seed,
         every=config.checkpoint_every,
         resume=config.resume,
-        signature={
-            "clip": clip.text_hash(),
-            "data": config.data,
-            "descriptions": descriptions,
-            "context": config.context,
-            "n_ctx": config.n_ctx,
-            "seed": config.seed,
-        },
+        signature={**config.what_counts(), "descriptions": descriptions, **contents_of(clip, dataset)},
     )
     take_step = make_step(
         partial(_take_step, clip, prompts, optimizer, config), optimizer, config.cuda_graphs, clip.device
@@ -82,11 +79,31 @@ def learn_prompts(
     prompts.requires_grad_(False).eval()
     by_frame = config.condition == "frame"
     names, seen_by = (dataset.keys, features) if by_frame else (dataset.individuals, conditions)
-    path = Path(config.out) / "bank.safetensors"
-    PromptBank.build(prompts, seen_by, names, dataset.emotions, clip=clip, condition=config.condition, path=path)
-    save_prompts(Path(config.out) / "prompts.safetensors", prompts, dataset.emotions, clip)
+    path = config.out / "bank.safetensors"
+    if not (config.resume and _already_written(config.out, prompts, clip)):
+        PromptBank.build(prompts, seen_by, names, dataset.emotions, clip=clip, condition=config.condition, path=path)
+        save_prompts(config.out / "prompts.safetensors", prompts, dataset.emotions, clip)
     bank = PromptBank.load(path, clip, on_disk=by_frame)
     return prompts, bank, loop
+
+
+def contents_of(clip: Clip, dataset: FrameDataset) -> dict[str, str]:
+    """What a run depends on besides its options, for the signature of its checkpoints."""
+    return {
+        "the weights of --clip": f"{clip.text_hash()[:16]} {clip.image_hash()[:16]}",
+        "the frames of --data": dataset.labels_hash(),
+    }
+
+
+def _already_written(folder: Path, prompts: PersonalizedPrompts, clip: Clip) -> bool:
+    """Whether a resumed stage had come to its end: made again on a GPU, its bank might be rounded in another way."""
+    try:
+        written, _ = load_prompts(folder / "prompts.safetensors", clip)  # the last file of the stage
+        PromptBank.load(folder / "bank.safetensors", clip, on_disk=True)
+    except (FileNotFoundError, ValueError):
+        return False
+    before, now = written.state_dict(), prompts.state_dict()
+    return before.keys() == now.keys() and all(torch.equal(before[key], now[key]) for key in now)
 
 
 def _take_step(

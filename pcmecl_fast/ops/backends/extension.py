@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 
 NAME, CUDA_NAME = "pcmecl_fast._C", "pcmecl_fast._C_cuda"
+PACKAGE = Path(__file__).parents[2]
 REBUILD = "`make build` in the clone, or pip install --no-build-isolation --no-deps --force-reinstall ."
 
 NOT_BUILT = (
@@ -54,7 +55,8 @@ def _path(name: str = NAME) -> Path | None:
 
 def _load(path: Path | None, version: str, name: str = NAME, not_built: str = NOT_BUILT) -> ModuleType | str:
     if path is None:
-        return not_built + REBUILD
+        why = _recorded(name)
+        return not_built + REBUILD if why is None else f"it was not built, because {why}; then {REBUILD}"
     built_with = _built_with(path)
     if built_with != version:
         return f"{path.name} was built with torch {built_with}, this is torch {version}; rebuild it: {REBUILD}"
@@ -62,6 +64,12 @@ def _load(path: Path | None, version: str, name: str = NAME, not_built: str = NO
         return importlib.import_module(name)
     except ImportError as error:
         return f"{path.name} does not load ({error}); rebuild it: {REBUILD}"
+
+
+def _recorded(name: str) -> str | None:
+    """Why the extension was not built, as setup.py left it in an installed package."""
+    path = PACKAGE / f"{name.rpartition('.')[2]}.not-built"
+    return path.read_text().strip() if path.is_file() else None
 
 
 def _built_with(path: Path) -> str:

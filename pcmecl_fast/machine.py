@@ -1,0 +1,38 @@
+"""A machine that others use too: PyTorch's threads wait for each other without taking the time that these need.
+
+A thread that has done its part of an operator spins until the others have done theirs: three milliseconds, by default,
+before it sleeps. On a machine of one's own that is the fastest. Beside other processes it is ten times as slow, since
+what it waits for is a thread that has to wait for a core, and spinning keeps that core from it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+SPINS = 1000
+"""How often a waiting thread looks before it sleeps, some tens of microseconds; None leaves OpenMP's own."""
+
+NOTICE = True
+"""Whether a command says that others are using the machine."""
+
+
+def share_cores() -> None:
+    """Set how threads wait, unless the environment does; has an effect before PyTorch is imported only."""
+    asked = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+    if SPINS is not None and not asked and "torch" not in sys.modules:
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def busy_notice() -> str | None:
+    """One line where the cores were busy in the last minute, before this command began; else None."""
+    if not NOTICE or not hasattr(os, "getloadavg"):
+        return None
+    load, cores = os.getloadavg()[0], _cores()
+    if load < max(1.0, 0.5 * cores):
+        return None
+    return f"other processes keep {load:.1f} of this machine's {cores} cores busy: this will take longer than usual"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
