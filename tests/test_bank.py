@@ -236,7 +236,7 @@ def test_a_truncated_file_is_named(clip, tmp_path, keep):
     ("change", "says"),
     [
         ({"tower": None}, "KeyError: 'tower'"),
-        ({"tower": {"name": 1}}, "tower: wrong value type"),
+        ({"tower": {"name": 1}}, "tower: name: got 1; takes str"),
         ({"individuals": 3}, "TypeError"),
         ({"emotions": [["neutral"], "happy", "sad"]}, "TypeError"),
         ({"condition": "nobody"}, "condition: takes 'individual' or 'frame'"),

@@ -293,15 +293,16 @@ def test_an_invalid_config_file_is_explained(tmp_path, capsys, content, says):
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path, capsys, content):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    assert wrong(capsys, "train", "--config", path).startswith(f"pcmecl-fast: config: {path} is neither YAML nor JSON")
+    line = wrong(capsys, "train", "--config", path)
+    assert line.startswith(f"pcmecl-fast train: --config: {path} is neither YAML nor JSON")
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("emotions: happy", 'field "emotions" - should be "list" instead of value "happy"'),
-        ("mouth_box: {left: 1}", 'field "mouth_box" - should be "list" instead of value "{\'left\': 1}"'),
-        ("lr: 1" + "0" * 400, 'field "lr" - should be "float"'),
+        ("emotions: happy", "emotions: got 'happy'; takes list"),
+        ("mouth_box: {left: 1}", "mouth_box: got {'left': 1}; takes list"),
+        ("lr: 1" + "0" * 400, "0000000…; takes float"),
     ],
     ids=["a word", "a mapping", "a number beyond floats"],
 )
@@ -309,7 +310,7 @@ def test_an_option_of_another_shape_is_named(tmp_path, capsys, content, says):
     path = tmp_path / "config.yaml"
     path.write_text(content)
     line = wrong(capsys, "train", "--config", path)
-    assert line.startswith(f"pcmecl-fast: config: {path}: ")
+    assert line.startswith(f"pcmecl-fast train: --config: {path}: ")
     assert says in line
 
 
