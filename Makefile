@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup build demo test sanitize format lint docs bench bench-check clean
+.PHONY: setup build demo test fuzz sanitize format lint docs bench bench-check clean
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
@@ -24,6 +24,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(RUN)/python -m pytest
+
+# What the suite does a slice of; --seed draws others.
+fuzz: $(READY)
+	$(RUN)/python tests/fuzz_operators.py --calls 10000
+	$(RUN)/python tests/fuzz_files.py --files 10000
 
 # The C++ kernels alone, under the address and undefined-behaviour sanitizers, with every instruction set of this machine.
 # Three minutes of compiling; `make -j4 sanitize` shares them out.

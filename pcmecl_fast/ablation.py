@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +311,7 @@ def _silent_children() -> Iterator[None]:
 def _kept(job: _Job) -> dict[str, float]:
     """The measures of one training run: read from its file, or computed now."""
     config, supervision = job.config, job.supervision
-    options = {f.name: getattr(config, f.name) for f in TrainConfig.__dataclass_fields__.values()}
+    options = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     name = f"{job.regime} - {supervision.name} - {job.seed}".replace(" ", "-").replace(",", "")
     folder = config.out / "trainings" / name
     trained = replace(

@@ -236,7 +236,8 @@ def test_a_truncated_file_is_named(clip, tmp_path, keep):
     ("change", "says"),
     [
         ({"tower": None}, "KeyError: 'tower'"),
-        ({"tower": {"name": 1}}, "tower: name: got 1; takes str"),
+        ({"tower": {"name": 1}}, "TypeError"),
+        ({"tower": {"name": 1, "pretrained": "", "text_hash": ""}}, "tower: takes names"),
         ({"individuals": 3}, "TypeError"),
         ({"emotions": [["neutral"], "happy", "sad"]}, "TypeError"),
         ({"condition": "nobody"}, "condition: takes 'individual' or 'frame'"),

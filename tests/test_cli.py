@@ -293,8 +293,9 @@ def test_an_invalid_config_file_is_explained(tmp_path, capsys, content, says):
 def test_a_config_file_that_cannot_be_read_is_named(tmp_path, capsys, content):
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
-    line = wrong(capsys, "train", "--config", path)
-    assert line.startswith(f"pcmecl-fast train: --config: {path} is neither YAML nor JSON")
+    assert wrong(capsys, "train", "--config", path).startswith(
+        f"pcmecl-fast train: --config: {path} is neither YAML nor JSON"
+    )
 
 
 @pytest.mark.parametrize(

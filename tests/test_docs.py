@@ -133,6 +133,7 @@ def folder_of_runs(tmp_path_factory, few_frames_judged):
 def workplace(folder_of_runs, tmp_path, monkeypatch):
     """The test runs in a copy of `folder_of_runs`; weights that would be downloaded are random."""
     monkeypatch.chdir(shutil.copytree(folder_of_runs, tmp_path / "workplace"))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # which the current directory joins, for somebody's generator
     for name, module in list(sys.modules.items()):
         if name.startswith("pcmecl_fast") and getattr(module, "load_clip", None) is load_clip:
             monkeypatch.setattr(module, "load_clip", load_clip_without_downloads)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.files import MappedTensor, load_tensors, naming_damage, save_rows, save_tensors
-from pcmecl_fast.options import from_options
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 
 
@@ -317,4 +316,7 @@ def load_prompts(path: str | Path, clip: Clip) -> tuple[PersonalizedPrompts, lis
 
 def _tower_of(path: str | Path, header: dict[str, Any]) -> Tower:
     with naming_damage(path):
-        return from_options(Tower, header["tower"], source="tower")
+        tower = Tower(**header["tower"])
+        if not all(isinstance(value, str) for value in vars(tower).values()):
+            raise TypeError(f"tower: takes names, got {header['tower']}")
+        return tower
