@@ -61,7 +61,7 @@ def from_options(config_class: type[T], options: Mapping[str, Any], *, source: s
         unknown = ", ".join(_unknown(config_class, str(key)) for key in sorted(error.keys, key=str))
         raise ValueError(f"{source}: {unknown}") from error
     except dacite.WrongTypeError as error:
-        raise ValueError(f"{source}: {error.field_path}: got {error.value!r}; {_takes(error)}") from error
+        raise ValueError(f"{source}: {error.field_path}: got {_short(repr(error.value))}; {_takes(error)}") from error
     except (dacite.DaciteError, ValueError, TypeError) as error:  # the last two from types that cannot hold a value
         raise ValueError(f"{source}: {error}") from error
 
@@ -124,6 +124,10 @@ _OPTIONS = {
     "tower": ("prompts", "run"),
 }
 """Arguments of the package's functions, and the options that lead to them, the first that a command has."""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _takes(error: dacite.WrongTypeError) -> str:
