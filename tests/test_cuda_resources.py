@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bench import cuda_resources
-from pcmecl_fast import extension
+from pcmecl_fast.ops.backends import extension
 
 PATH, TOOL = extension._path(extension.CUDA_NAME), cuda_resources.cuobjdump()
 pytestmark = pytest.mark.skipif(PATH is None or TOOL is None, reason="needs the CUDA extension and cuobjdump")
