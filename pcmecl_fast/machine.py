@@ -2,8 +2,9 @@
 
 A thread that has done its part of an operator spins until the others have done theirs: three milliseconds, by default,
 before it sleeps. On a machine of one's own that is the fastest. Beside other processes it costs a multiple, since what
-it waits for is a thread that has to wait for a core, and spinning keeps that core from it. Measured on two cores: spinning
-a tenth as long trains as fast on the idle machine (1.01 times), and in 0.56 of the time beside two busy processes.
+it waits for is a thread that has to wait for a core, and spinning keeps that core from it. Measured on two cores:
+spinning a tenth as long trains as fast on an idle machine (1.01 times), and in 0.56 of the time beside two busy
+processes.
 """
 
 from __future__ import annotations
