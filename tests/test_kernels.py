@@ -152,7 +152,7 @@ def test_a_scale_of_100_loses_no_row():
 def test_a_scale_beyond_the_kernels_range_is_loud():
     call = correlation((3, 5, 17), torch.float32, scale=200.0)
     assert call(backend="triton").isnan()
-    with pytest.raises(RuntimeError, match="scale: got 200.0; supports at most 120"):
+    with pytest.raises(RuntimeError, match=r"scale: got 200\.0; supports at most 120"):
         correlation_loss(*call.floats[:2], scale=200.0, backend="triton")
 
 
