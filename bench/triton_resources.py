@@ -192,13 +192,13 @@ def _prepare_variants(dtype: str) -> Iterator[Variant]:
     }
     for emotions in (7, 11):
         plan = correlation.Plan(512, emotions, 512, "all")
-        for name, kernel, tile in (
-            ("prepare", correlation_kernels.prepare_kernel, 64),
-            ("gradient", correlation_kernels.gradient_kernel, 512),
+        for name, kernel, tile, warps in (
+            ("prepare", correlation_kernels.prepare_kernel, 64, correlation.PREPARE_WARPS),
+            ("gradient", correlation_kernels.gradient_kernel, 512, 4),
         ):
             blocks = {"BLOCK_E": power_of_2(emotions), "BLOCK_Q": power_of_2(plan.pairs), "BLOCK_D": tile}
             constants = {**plan.constants, **blocks, "D": 512}
-            yield _variant(f"correlation {name} E={emotions}, {dtype}", kernel, types, constants, Config())
+            yield _variant(f"correlation {name} E={emotions}, {dtype}", kernel, types, constants, Config(warps=warps))
 
 
 def _attention_variants(dtype: str) -> Iterator[Variant]:
@@ -217,8 +217,9 @@ def _attention_variants(dtype: str) -> Iterator[Variant]:
         block = tree_attention.block_of(tokens, half=half)
         constants = {"WIDTH": width, "BLOCK": block, "BLOCK_D": width, "WIDE": not half}
         for name, kernel in one_block if tokens <= block else blocks:
-            for config in tree_attention.CONFIGS:
-                main = width == 64 and config is tree_attention.CONFIGS[0]
+            configs = tree_attention.HALF_CONFIGS if half else tree_attention.WIDE_CONFIGS
+            for config in configs:
+                main = width == 64 and config is configs[0]
                 label = f"attention {name} S={tokens}, d={width}, {dtype}"
                 yield _variant(label, kernel, types, constants, config, main)
 

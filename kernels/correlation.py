@@ -49,9 +49,10 @@ CHUNK = 16 << 20  # bytes of S at a time: a third of an H100's L2
 STRIPS = 24  # programs along rows and along columns, each with its own partial sums: 576 for 132 processors
 KINDS = {"all": ALL, "within": WITHIN, "distinct": DISTINCT}
 PAIR_CONFIGS = [
-    Config(warps=8, stages=1, blocks={"PART": 16}),
     Config(warps=4, stages=1, blocks={"PART": 16}),
+    Config(warps=8, stages=1, blocks={"PART": 16}),
 ]
+PREPARE_WARPS = 8
 # It works in place, so it cannot be repeated to be timed.
 FOLD_CONFIG = Config(warps=8, stages=1, blocks={"PART": 32})
 
@@ -235,7 +236,7 @@ def _prepare(plan: Plan, visual: Tensor, text: Tensor, mask: Tensor | None) -> _
             BLOCK_E=power_of_2(plan.emotions),
             BLOCK_Q=power_of_2(plan.pairs),
             BLOCK_D=min(power_of_2(plan.width), 64),
-            num_warps=4,
+            num_warps=PREPARE_WARPS,
         ),
     )
     return _Prepared(visual_centred, text_centred, inv_norm_visual, inv_norm_text, count)

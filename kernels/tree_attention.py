@@ -25,7 +25,8 @@ from torch import Tensor
 
 from pcmecl_fast.kernels.common import INTERPRETED, LN2, LOG2E, Config, power_of_2, run_tuned
 
-CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
+HALF_CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
+WIDE_CONFIGS = HALF_CONFIGS[::-1]  # float32 tiles fill the registers of four warps
 
 
 def tree_attention_forward(
@@ -43,7 +44,7 @@ def tree_attention_forward(
     run_tuned(
         "tree_attention",
         (tokens, width, heads, qkv.dtype),
-        CONFIGS,
+        _configs(qkv),
         qkv,
         lambda config: forward_kernel[(people * heads, triton.cdiv(tokens, sizes["BLOCK"]))](
             qkv, segment_starts, out, lse, prefix, tokens, heads, width**-0.5, **sizes, **config.options()
@@ -75,7 +76,7 @@ def tree_attention_backward(
         run_tuned(
             kernel.__name__,
             (tokens, width, heads, qkv.dtype),
-            CONFIGS,
+            _configs(qkv),
             qkv,
             lambda config, kernel=kernel: kernel[(people * heads, blocks)](  # type: ignore[misc]
                 grad,
@@ -99,6 +100,10 @@ def block_of(tokens: int, *, half: bool) -> int:
     """Tokens that a program owns: the whole tree up to 64, or 32 of float32; of longer ones what spills no register."""
     whole = 64 if half else 32
     return power_of_2(tokens, least=16) if tokens <= whole else whole // 2
+
+
+def _configs(qkv: Tensor) -> list[Config]:
+    return WIDE_CONFIGS if qkv.dtype == torch.float32 else HALF_CONFIGS
 
 
 def _tile_sizes(qkv: Tensor) -> dict[str, Any]:
