@@ -83,6 +83,15 @@ def make(name):
     return call, [x.requires_grad_() for x in strided]
 
 
+def assert_same(out, ours, expected, theirs):
+    """The results, and the gradients of the inputs that they were computed from."""
+    assert_close_for(torch.float64)(out, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    for x, x_expected in zip(ours, theirs, strict=True):
+        assert_close_for(torch.float64)(x.grad, x_expected.grad)
+
+
 def test_every_operator_has_its_row_in_the_tests_table():
     assert {name for name in REFERENCE.implementations if not name.startswith("_")} == set(operators.OPERATORS)
 
@@ -91,11 +100,7 @@ def test_every_operator_has_its_row_in_the_tests_table():
 def test_it_returns_what_its_kernels_return(name):
     (call, ours), (_, theirs) = make(name), make(name)
     out, expected = call(*ours, backend="triton"), call(*theirs, backend="reference")
-    assert_close_for(torch.float64)(out, expected)
-    out.sum().backward()
-    expected.sum().backward()
-    for x, x_expected in zip(ours, theirs, strict=True):
-        assert_close_for(torch.float64)(x.grad, x_expected.grad)
+    assert_same(out, ours, expected, theirs)
 
 
 @each_operator
@@ -117,11 +122,7 @@ def test_it_compiles_into_one_graph(name, dynamic):
     torch._dynamo.reset()  # ten cases, and the limit for one function is eight
     compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     out, expected = compiled(*ours, *call.rest, backend="triton"), call(*theirs, backend="triton")
-    assert_close_for(torch.float64)(out, expected)
-    out.sum().backward()
-    expected.sum().backward()
-    for x, x_expected in zip(ours, theirs, strict=True):
-        assert_close_for(torch.float64)(x.grad, x_expected.grad)
+    assert_same(out, ours, expected, theirs)
 
 
 @each_operator
