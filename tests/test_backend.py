@@ -122,6 +122,8 @@ def test_a_context_applies_to_its_own_thread_only():
         done.set()
         thread.join()
     assert seen == [2]
+    # Entered one in the other and left in the order of entering: what torch.compile reads is as it was, too.
+    assert not operator._while_compiling
 
 
 def test_a_context_applies_to_its_own_task_only():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
 
@@ -84,6 +85,12 @@ def alike(**tensors: Tensor) -> tuple[Tensor, ...]:
 def autocast_is_on(kind: str) -> bool:
     """Whether autocast is active on devices of this type."""
     return kind in AUTOCAST and torch.is_autocast_enabled(kind)
+
+
+def autocast_off(x: Tensor) -> AbstractContextManager[object]:
+    """Outside autocast, for devices like x's."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()
 
 
 def check_one_device(**tensors: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from pcmecl_fast.ops.checks import autocast_is_on
+from pcmecl_fast.ops.checks import autocast_off
 
 NAMESPACE = "pcmecl_fast"
 FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
@@ -40,7 +40,7 @@ _library = Library(NAMESPACE, "DEF")
 _in_context: ContextVar[str | None] = ContextVar("pcmecl_fast_backend", default=None)
 # The same for torch.compile, which guards module variables but, in some versions, not context variables. Threads that
 # compile under different backends at the same time must name them in the calls.
-_while_compiling: str | None = None
+_while_compiling: list[str] = []
 _explaining: ContextVar[bool] = ContextVar("pcmecl_fast_explaining", default=False)
 _logged: set[tuple[str, str]] = set()
 
@@ -128,6 +128,11 @@ class Backend:
         """
         self.implementations[operator.name] = Implementation(forward, backward, limits)
 
+    def takes(self, operator: Operator, device: str) -> bool:
+        """Whether the operator's kernels, if there are any, work on this type of device."""
+        implementation = self.implementations.get(operator.name)
+        return implementation is not None and (implementation.limits is None or device in implementation.limits.devices)
+
     def unsupported_reason(self, operator: Operator, arguments: Sequence[Any]) -> str | None:
         """Why this backend cannot run the call, or None if it can."""
         reason = self.missing()
@@ -178,21 +183,23 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _use_backend(name: str) -> Iterator[None]:
-    global _while_compiling
-    token, before = _in_context.set(name), _while_compiling
-    _while_compiling = name
+    token = _in_context.set(name)
+    _while_compiling.append(name)
     try:
         yield
     finally:
         _in_context.reset(token)
-        _while_compiling = before
+        _while_compiling.remove(name)
 
 
 def requested_backend(backend: str | None) -> str:
     """The call's choice, else the context's, else the environment's, else "auto"."""
     if backend is not None:
         return _checked_name(backend, "backend")
-    in_context = _while_compiling if torch.compiler.is_compiling() else _in_context.get()
+    if torch.compiler.is_compiling():
+        in_context = _while_compiling[-1] if _while_compiling else None
+    else:
+        in_context = _in_context.get()
     if in_context is not None:
         return in_context
     in_environment = os.environ.get("PCMECL_BACKEND")
@@ -348,8 +355,11 @@ class Operator:
         return results[0] if isinstance(results, tuple) else results
 
     def _fastest(self, arguments: Sequence[Any]) -> str:
+        device = arguments[0].device.type
         for name in FASTEST_FIRST:
-            if BACKENDS[name].unsupported_reason(self, arguments) is None:
+            # Asking whether there is a GPU takes longer than seeing that the tensors are not on one.
+            backend = BACKENDS[name]
+            if backend.takes(self, device) and backend.unsupported_reason(self, arguments) is None:
                 break
         if not torch.compiler.is_compiling() and (self.name, name) not in _logged:
             _logged.add((self.name, name))
@@ -386,7 +396,7 @@ class Operator:
     def _run_forward(self, *arguments: Any) -> Any:
         *arguments, backend = arguments  # type: ignore[assignment]
         forward = BACKENDS[backend].implementations[self.name].forward
-        with _outside_autocast(arguments[0]):
+        with autocast_off(arguments[0]):
             results = forward(*map(_contiguous, arguments))
         return results if isinstance(results, Tensor) else _returned(results)
 
@@ -394,7 +404,7 @@ class Operator:
         *arguments, needs, backend = arguments  # type: ignore[assignment]
         backward = BACKENDS[backend].implementations[self.name].backward
         assert backward is not None
-        with _outside_autocast(arguments[0]):
+        with autocast_off(arguments[0]):
             gradients = backward(*map(_contiguous, arguments), needs)
         return _returned([arguments[0].new_empty(0) if gradient is None else gradient for gradient in gradients])
 
@@ -481,11 +491,6 @@ def _returned(tensors: Sequence[Tensor]) -> Any:
 
 def _contiguous(x: Any) -> Any:
     return x.contiguous() if isinstance(x, Tensor) else x
-
-
-def _outside_autocast(x: Tensor) -> AbstractContextManager[object]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()
 
 
 def _word(dtype: torch.dtype) -> str:

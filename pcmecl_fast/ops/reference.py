@@ -11,13 +11,12 @@ The wrappers in the files beside this one check the arguments; these functions t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcmecl_fast.ops.checks import AUTOCAST
+from pcmecl_fast.ops.checks import autocast_off
 from pcmecl_fast.ops.prompt_tree import PromptTree
 
 EPS = 1e-8  # as in F.cosine_similarity
@@ -31,7 +30,7 @@ def direction_logits(
     source_emotion: Tensor,  # (B,)
     normalize: bool,
 ) -> Tensor:  # (B, E)
-    with _autocast_off(source):
+    with autocast_off(source):
         return _direction_cosines(source, edited, bank, individual, source_emotion, normalize).to(source.dtype)
 
 
@@ -47,7 +46,7 @@ def direction_loss(
     normalize: bool,
     reduction: str,
 ) -> Tensor:  # () or (B,)
-    with _autocast_off(source):
+    with autocast_off(source):
         cosines = _direction_cosines(source, edited, bank, individual, source_emotion, normalize)
         valid = source_emotion != target_emotion
         # Without a valid target nothing is masked, so the softmax is never empty, even with a single emotion.
@@ -73,7 +72,7 @@ def correlation_loss(
     pairs = len(before)
     valid = (present[:, before] & present[:, after]).flatten()
 
-    with _autocast_off(visual):
+    with autocast_off(visual):
         visual_change, text_change = (
             _unit(x[:, after] - x[:, before]).flatten(0, 1)
             for x in (_centred(visual, present), _centred(text, present))
@@ -98,7 +97,7 @@ def tree_attention(
     qkv: Tensor,  # (N, S, 3, H, d)
     layout: PromptTree,
 ) -> Tensor:  # (N, S, H, d)
-    with _autocast_off(qkv):
+    with autocast_off(qkv):
         query, key, value = _wide(qkv).permute(2, 0, 3, 1, 4)  # each (N, H, S, d)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask(qkv.device))
         return out.transpose(1, 2).to(qkv.dtype).contiguous()
@@ -110,7 +109,7 @@ def clip_frames(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:  # (B, 3, size, size)
-    with _autocast_off(frames):
+    with autocast_off(frames):
         unit_range = (_wide(frames) + 1) / 2
         resized = F.interpolate(unit_range, (size, size), mode="bicubic", antialias=True, align_corners=False)
         # Not clamped: the resize overshoots slightly at edges, and a clamp would zero those pixels' gradients.
@@ -166,7 +165,3 @@ def _wide(x: Tensor) -> Tensor:
 def computing_dtype(x: Tensor) -> torch.dtype:
     """float32 for half types, else the tensor's own."""
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager[object]:
-    return torch.autocast(x.device.type, enabled=False) if x.device.type in AUTOCAST else nullcontext()
