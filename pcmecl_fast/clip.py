@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from pcmecl_fast import ops
 from pcmecl_fast.hub import HubError, first_line, from_hub
+from pcmecl_fast.wording import did_you_mean
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -234,8 +234,7 @@ def _check_name(name: str) -> None:
     known = open_clip.list_models()
     if name in known or name.startswith(("hf-hub:", "local-dir:")):
         return
-    close = difflib.get_close_matches(name, [TINY_FACE, *known], n=4, cutoff=0.4)
-    hint = f"did you mean {', '.join(close)}?" if close else f"e.g. {TINY_FACE}, ViT-B-32, ViT-L-14."
+    hint = did_you_mean(name, [TINY_FACE, *known], most=4, cutoff=0.4) or f"e.g. {TINY_FACE}, ViT-B-32, ViT-L-14"
     raise ValueError(f"name: no CLIP model is called {name!r}; {hint}")
 
 

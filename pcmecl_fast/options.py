@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import dacite
 import yaml
+
+from pcmecl_fast.wording import did_you_mean
 
 T = TypeVar("T")
 
@@ -137,14 +138,12 @@ def _takes(error: dacite.WrongTypeError) -> str:
     if not choices:
         kind = error.field_type
         return f"takes {kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind}"
-    close = difflib.get_close_matches(str(error.value), choices, n=1)
-    return f"takes one of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+    return "; ".join(filter(None, (f"takes one of {', '.join(choices)}", did_you_mean(str(error.value), choices))))
 
 
 def _unknown(config_class: type, name: str) -> str:
-    known = [field.name for field in fields(config_class)]
-    close = difflib.get_close_matches(name, known)
-    return f"no option is called {name!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    closest = did_you_mean(name, [field.name for field in fields(config_class)], most=3)
+    return "; ".join(filter(None, (f"no option is called {name!r}", closest)))
 
 
 def _as_path(value: Any) -> Any:

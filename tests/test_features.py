@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from features import unit_features
 from PIL import Image
 
 from pcmecl_fast.data.base import FrameDataset
-from pcmecl_fast.data.features import FeatureStore, LiveFeatures, individual_conditions, unit_features
+from pcmecl_fast.data.features import FeatureStore, LiveFeatures, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.files import save_tensors
 from pcmecl_fast.synthetic import SyntheticFaces
@@ -184,7 +185,7 @@ def test_two_processes_read_while_one_fills(clip, tmp_path):
     code = (
         "import sys, torch\n"
         "from pcmecl_fast import load_clip\n"
-        "from pcmecl_fast.data.features import FeatureStore, unit_features\n"
+        "from pcmecl_fast.data.features import FeatureStore, LiveFeatures\n"
         "from pcmecl_fast.synthetic import SyntheticFaces\n"
         "torch.set_num_threads(1)\n"
         "clip, many = load_clip(), sys.argv[2] == 'fill'\n"
@@ -193,7 +194,7 @@ def test_two_processes_read_while_one_fills(clip, tmp_path):
         "for _ in range(1 if many else 8):\n"
         "    stored = FeatureStore(sys.argv[1], clip, shard_frames=16)(part, batch_size=16)\n"
         "    got = stored[torch.arange(len(part))]\n"
-        "    torch.testing.assert_close(got, unit_features(clip, part), rtol=0, atol=1e-5)\n"
+        "    torch.testing.assert_close(got, LiveFeatures(clip, part)[torch.arange(len(part))], rtol=0, atol=1e-5)\n"
     )
     FeatureStore(tmp_path, clip, shard_frames=16)(
         SyntheticFaces(12, clips=1, frames_per_clip=4, size=64).subset(EVERY(64)), batch_size=16

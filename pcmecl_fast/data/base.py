@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pcmecl_fast.wording import name_some
+
 EMOTIONS = ("neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised")
 """The seven emotions of MEAD, in the order that data sets and reports use."""
 
@@ -218,12 +220,6 @@ def as_indices(indices: Indices, length: int) -> Tensor:
     if len(outside):
         raise IndexError(f"indices: {int(outside[0])} is out of range for {length} frames")
     return torch.where(rows < 0, rows + length, rows)
-
-
-def name_some(names: Sequence[str], limit: int = 10) -> str:
-    """The first few names, and how many were left out, for a message."""
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _held_individuals(dataset: FrameDataset, fraction: float, seed: int) -> Tensor:

@@ -192,22 +192,6 @@ class LiveFeatures:
         return _encode(self.clip, self.dataset, index.flatten(), None).view(*index.shape, -1)
 
 
-@torch.no_grad()
-def unit_features(
-    clip: Clip,
-    dataset: FrameDataset,
-    *,
-    batch_size: int = 64,
-    backend: str | None = None,
-) -> Tensor:  # (L, D)
-    """Unit image features of all L frames in float32, on the clip's device; nothing is stored."""
-    if not len(dataset):
-        return torch.empty(0, clip.embed_dim, device=clip.device)
-    chunks = torch.arange(len(dataset)).split(batch_size)
-    bar = tqdm(chunks, desc="image features", disable=len(chunks) < 8, leave=False)
-    return torch.cat([_encode(clip, dataset, chunk, backend) for chunk in bar])
-
-
 def individual_conditions(
     features: Features,  # (L, D) unit
     individual_index: Tensor,  # (L,) int

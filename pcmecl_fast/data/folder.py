@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pcmecl_fast.data.base import KNOWN_EMOTIONS, FrameDataset, Indices, as_indices, name_some
+from pcmecl_fast.data.base import KNOWN_EMOTIONS, FrameDataset, Indices, as_indices
 from pcmecl_fast.data.layout import LAYOUT, check_root
 from pcmecl_fast.data.media import decode, is_hidden, is_media, is_video, need_av
+from pcmecl_fast.wording import did_you_mean, name_some
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +212,8 @@ def _check_flat(folder: Path) -> None:
 def _explain_unknown(root: Path, unknown: list[Path], known: tuple[str, ...], *, explicit: bool) -> str:
     hints = []
     for name in dict.fromkeys(folder.name for folder in unknown):
-        close = difflib.get_close_matches(name.lower(), known, n=1)
-        hints.append(f"{name!r}" + (f" (close to {close[0]!r})" if close else ""))
+        closest = did_you_mean(name.lower(), known)
+        hints.append(f"{name!r}" + (f" ({closest})" if closest else ""))
     advice = "" if explicit else "; rename them, or pass emotions= with the names you use"
     where = unknown[0].relative_to(root).as_posix()
     return (

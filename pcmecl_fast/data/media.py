@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pcmecl_fast.data.base import name_some
 from pcmecl_fast.files import write_atomically
+from pcmecl_fast.wording import name_some
 
 if TYPE_CHECKING:
     from av import VideoFrame

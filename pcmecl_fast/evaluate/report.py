@@ -83,7 +83,6 @@ class Report:
 
     title: str
     lead: str = ""  # one paragraph below the title
-    warnings: list[str] = field(default_factory=list)
     grids: list[FaceGrid] = field(default_factory=list)
     results: Table | None = None
     prompts: Table | None = None
@@ -103,7 +102,6 @@ def write_report(path: Path, report: Report) -> None:
     page = _template().render(
         title=report.title,
         lead=report.lead,
-        warnings=report.warnings,
         grids=[_grid_view(grid) for grid in report.grids],
         results=_if_filled(report.results),
         prompts=_if_filled(report.prompts),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.files import MappedTensor, load_tensors, naming_damage, save_rows, save_tensors
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
+from pcmecl_fast.wording import did_you_mean, name_some
 
 
 class Conditions(Protocol):
@@ -270,12 +270,7 @@ class PromptBank:
 
 def _with_closest(missing: Sequence[str], known: Sequence[str], *, most: int = 3) -> str:
     """The first missing names, each with the known one that is closest, and how many more there are."""
-    named = []
-    for name in missing[:most]:
-        close = difflib.get_close_matches(name, known, n=1)
-        named.append(f"{name!r} (did you mean {close[0]!r}?)" if close else repr(name))
-    more = len(missing) - len(named)
-    return ", ".join(named) + (f" and {more} more" if more else "")
+    return name_some([f"{name!r} ({did_you_mean(name, known)})".removesuffix(" ()") for name in missing], most)
 
 
 @torch.no_grad()

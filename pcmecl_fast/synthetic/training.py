@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.data.base import name_some
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.synthetic.faces import SyntheticFaces
 from pcmecl_fast.synthetic.people import speech_difference
+from pcmecl_fast.wording import name_some
 
 Config = TypeVar("Config", bound="TrainingConfig")
 
