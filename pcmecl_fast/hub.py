@@ -31,6 +31,7 @@ def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T
 
     Raises:
         HubError: the hub cannot be reached and something is not on this machine; says how to bring it.
+            Whatever else goes wrong in `load` is raised as it is.
     """
     from huggingface_hub import constants
 
@@ -38,16 +39,27 @@ def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T
     try:
         with nullcontext() if why is None else _offline():
             return load()
-    except ImportError:
-        raise
     except Exception as error:
-        if why is None:
+        if why is None or not _is_missing(error):
             raise
         raise HubError(
             f"{subject} needs {what}, which this machine does not have, and {constants.ENDPOINT} cannot be reached "
             f'({why}). Run  python -c "from pcmecl_fast import load_clip; {bring}"  on a machine that can, and '
             f"copy what it has in ~/.cache/huggingface/hub to {constants.HF_HUB_CACHE} here"
         ) from error
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    """Whether a file that is neither here nor to be had is the reason, at the end of however many others."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _unreachable() -> str | None:

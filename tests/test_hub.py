@@ -61,6 +61,14 @@ def test_what_is_on_this_machine_needs_no_network(closed):
     assert hub.from_hub(load, subject="name: 'x'", what="its files", bring="load_clip('x')") == "found"
 
 
+def test_other_mistakes_are_not_blamed_on_the_network(closed):
+    def load():
+        raise ValueError("the file is broken")
+
+    with pytest.raises(ValueError, match="the file is broken"):
+        hub.from_hub(load, subject="name: 'x'", what="its files", bring="load_clip('x')")
+
+
 def test_where_the_hub_answers_it_is_asked_as_ever(closed, monkeypatch):
     class Answer(BaseHTTPRequestHandler):
         def do_HEAD(self):
