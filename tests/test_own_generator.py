@@ -28,6 +28,8 @@ TRAIN = ["train", "--emotions", *EMOTIONS, "--individuals", "2", "--clips", "1",
 TRAIN += ["--size", "32", "--device", "cpu", "--batch", "4", "--steps", "20", "--prompt-steps", "2"]
 TRAIN += ["--checkpoint-every", "7", "--generator", "residual:Residual", "--generator-options", "width=8"]
 
+OWN = ["--generator", "residual:Residual"]
+
 NOISY = """
 import torch
 from pcmecl_fast.models import Edit
@@ -94,17 +96,17 @@ def test_it_trains_resumes_evaluates_and_edits_from_a_file_outside_the_package(t
     curves = torch.load(killed / "stage-2.ckpt", weights_only=True)["curves"]
     assert len(curves["stage 2/change"]) == 20
     assert "stage 2/smooth" not in curves
-    assert main(["evaluate", "--run", str(whole), "--device", "cpu"]) == 0
+    assert main(["evaluate", "--run", str(whole), "--device", "cpu", *OWN]) == 0
     first, second = (json.loads((out / "summary.json").read_text()) for out in (whole, whole / "evaluation"))
     assert means(first) == pytest.approx(means(second), rel=1e-3, abs=1e-3)
 
     picture = tmp_path / "face.png"
     write_frames(picture, SyntheticFaces(1, emotions=EMOTIONS, size=32).frames([0]), None)
     edit = ["edit", "--run", str(whole), "--input", str(picture), "--emotion", "happy", "--device", "cpu"]
-    assert main([*edit, "--out", str(tmp_path / "edited")]) == 0
+    assert main([*edit, *OWN, "--out", str(tmp_path / "edited")]) == 0
     _, edited = read_frames(tmp_path / "edited" / "face.happy.png", 32)
     assert edited.shape == (1, 3, 32, 32)
-    generator = load_generator(whole / "generator.safetensors")
+    generator = load_generator(whole / "generator.safetensors", generator=OWN[1])
     assert (type(generator).__name__, generator.config.width, generator.emotions) == ("Residual", 8, EMOTIONS)
 
 
@@ -120,7 +122,8 @@ def test_one_that_uses_random_numbers_resumes_and_edits_the_same(tmp_path, monke
     write_frames(picture, SyntheticFaces(1, emotions=EMOTIONS, size=32).frames([0]), None)
     edited = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        run_edit(EditConfig(picture, "happy", run=whole, out=tmp_path / name, seed=seed, device="cpu"))
+        own = EditConfig(picture, "happy", run=whole, generator="noisy:Noisy", out=tmp_path / name, seed=seed)
+        run_edit(dataclasses.replace(own, device="cpu"))
         edited[name] = (tmp_path / name / "face.happy.png").read_bytes()
     assert edited["first"] == edited["again"] != edited["other"]
 
@@ -144,6 +147,7 @@ def test_operators_that_it_calls_follow_the_backend_of_edit(here, tmp_path):
     save_generator(tmp_path / "generator.safetensors", make_generator("asks:Asks", EMOTIONS, 32))
     write_frames(tmp_path / "face.png", torch.zeros(1, 3, 32, 32), None)
     edit = EditConfig(tmp_path / "face.png", "happy", run=tmp_path, out=tmp_path / "edited", device="cpu")
+    edit.generator = "asks:Asks"
     run_edit(dataclasses.replace(edit, backend="reference"))
     run_edit(dataclasses.replace(edit, overwrite=True))
     assert sys.modules["asks"].seen == ["reference", "auto"]
@@ -211,13 +215,34 @@ def test_a_file_whose_generator_is_gone_or_has_changed_is_explained(here, tmp_pa
     (here / "residual.py").write_text(source.replace("self.paint", "self.draw"))
     del sys.modules["residual"]
     with pytest.raises(ValueError, match=r"written by the generator residual:Residual, .*\n.*Missing key.*draw.weight"):
-        load_generator(path)
+        load_generator(path, generator=OWN[1])
     (here / "residual.py").unlink()
     del sys.modules["residual"]
     with pytest.raises(
         ValueError, match=r"path: .* residual:Residual.* cannot be imported .*No module named 'residual'"
     ):
-        load_generator(path)
+        load_generator(path, generator=OWN[1])
+
+
+def test_a_files_word_alone_runs_no_code(here, tmp_path, capsys):
+    save_generator(tmp_path / "generator.safetensors", make_generator("residual:Residual", EMOTIONS, 32))
+    write_frames(tmp_path / "face.png", torch.zeros(1, 3, 32, 32), None)
+    (here / "residual.py").write_text("raise SystemExit('run')")
+    del sys.modules["residual"]
+    line = wrong(capsys, "edit", "--run", tmp_path, "--input", tmp_path / "face.png", "--emotion", "happy")
+    assert "was written by residual:Residual, code that is not part of pcmecl_fast" in line
+    assert "--generator residual:Residual lets it run" in line
+    with pytest.raises(ValueError, match="generator=residual:Residual lets it run"):
+        load_generator(tmp_path / "generator.safetensors", generator="other:Residual")
+
+
+def test_the_current_directory_takes_no_modules_place(here, tmp_path):
+    before = list(sys.path)
+    save_generator(tmp_path / "built-in", make_generator("warp-fields", EMOTIONS, 32))
+    load_generator(tmp_path / "built-in")
+    assert sys.path == before
+    make_generator("residual:Residual", EMOTIONS, 32)
+    assert sys.path == [*before, str(here)]
 
 
 # Names and options
@@ -252,7 +277,7 @@ def test_tied_weights_and_paths_are_saved(here, tmp_path):
     )
     options = {"mask": "other.png", "sides": [3, "1e-3"]}
     save_generator(tmp_path / "tied", make_generator("tied:Tied", EMOTIONS, 32, options))
-    config = load_generator(tmp_path / "tied").config
+    config = load_generator(tmp_path / "tied", generator="tied:Tied").config
     assert (config.mask, config.sides) == (Path("other.png"), (3.0, 1e-3))
 
 

@@ -6,7 +6,6 @@ built-in one: docs/generators.md shows how.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from pcmecl_fast.files import load_tensors, naming_damage, save_tensors
 from pcmecl_fast.options import from_options, plain_options
+from pcmecl_fast.wording import did_you_mean
 
 BUILT_IN = {"warp-fields": "pcmecl_fast.models.warp_fields:WarpFields"}
 """Generators with a short name."""
@@ -92,9 +92,9 @@ def generator_class(name: str) -> type[Generator]:
         ValueError: no such generator, a module that cannot be imported, or a class that is not a generator.
     """
     if name not in BUILT_IN and ":" not in name:
-        close = difflib.get_close_matches(name, BUILT_IN, n=1)
+        closest = did_you_mean(name, BUILT_IN)
         raise ValueError(
-            f"generator: no generator is called {name!r}; {f'did you mean {close[0]}? ' if close else ''}"
+            f"generator: no generator is called {name!r}; {closest and f'{closest} '}"
             f"--generator takes {', '.join(BUILT_IN)} or your own as package.module:Class"
         )
     module, _, attribute = BUILT_IN.get(name, name).partition(":")
@@ -144,33 +144,43 @@ def save_generator(path: str | Path, generator: Generator) -> None:
     save_tensors(path, "generator", {k: v.clone() for k, v in generator.state_dict().items()}, header)
 
 
-def load_generator(path: str | Path, device: torch.device | str | None = None) -> Generator:
+def load_generator(
+    path: str | Path, device: torch.device | str | None = None, *, generator: str | None = None
+) -> Generator:
     """The generator that `save_generator` wrote, in eval mode and frozen.
 
-    A generator that is not built in runs its author's code: the module named in the file is imported.
+    Args:
+        path: the file.
+        device: where the generator goes.
+        generator: the name of one that is not built in, as `package.module:Class`. It runs its author's code, so the
+            file's word alone does not do.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is broken, or its generator cannot be created here.
+        ValueError: the file is broken, its generator is neither built in nor the one named, or cannot be created here.
     """
     state, header = load_tensors(path, "generator")
     name = header.get("generator")
     if not isinstance(name, str):
         raise ValueError(f"path: {path} does not name its generator: another version of pcmecl_fast wrote it")
+    if name not in BUILT_IN and name != generator:
+        raise ValueError(
+            f"path: {path} was written by {name}, code that is not part of pcmecl_fast; generator={name} lets it run"
+        )
     with naming_damage(path):
         made_with = from_options(_MadeWith, {k: header[k] for k in ("emotions", "size", "options")}, source="header")
     try:
-        generator = make_generator(name, made_with.emotions, made_with.size, made_with.options)
-        generator.load_state_dict(state)
+        loaded = make_generator(name, made_with.emotions, made_with.size, made_with.options)
+        loaded.load_state_dict(state)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"path: {path} was written by the generator {name}, not as it is here: {error}") from error
-    return generator.eval().requires_grad_(False).to(device)
+    return loaded.eval().requires_grad_(False).to(device)
 
 
 def _import(module: str, name: str) -> ModuleType:
-    here = os.getcwd()
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+    # For a generator that somebody named, and last: nothing in the directory takes the place of another module.
+    if name not in BUILT_IN and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module)
     except Exception as error:  # importing a module can raise anything

@@ -295,6 +295,8 @@ class EvaluateConfig:
 
     run: Path = Path("runs/demo")
     """Output folder of the run."""
+    generator: str | None = None
+    """The run's generator where it is not built in, as package.module:Class: its code runs only if it is named here."""
     data: str | None = None
     """Other data than the run's own: "synthetic" or a folder with the same emotions."""
     out: Path | None = None
@@ -325,6 +327,8 @@ class EditConfig:
     """The emotion to show."""
     run: Path = Path("runs/demo")
     """Output folder of the run whose generator is used."""
+    generator: str | None = None
+    """The run's generator where it is not built in, as package.module:Class: its code runs only if it is named here."""
     reference: Path | None = None
     """A picture of somebody showing the emotion, for generators driven by a reference."""
     out: Path = Path("runs/edited")
