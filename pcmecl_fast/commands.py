@@ -47,6 +47,7 @@ def run_command(arguments: Sequence[str]) -> int:
         handler = RichHandler(console=Console(stderr=True), show_path=False)
         handler.setFormatter(_InOptions(words))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
+        config = _at_home(config)
         _check_paths(config)
         notice = busy_notice() if name in _LONG else None
         if notice:
@@ -74,6 +75,13 @@ class _InOptions(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return in_options(super().format(record), self.config_class)
+
+
+def _at_home(config: Any) -> Any:
+    """With `~` in paths replaced: a shell does that only where a word begins with it, and a file never."""
+    written = {name: value for name, value in vars(config).items() if isinstance(value, str | Path)}
+    paths = {name: type(value)(os.path.expanduser(value)) for name, value in written.items() if str(value)[:1] == "~"}
+    return replace(config, **paths)
 
 
 def _check_paths(config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast import ops
-from pcmecl_fast.data.base import name_some
 from pcmecl_fast.data.media import count_frames, is_hidden, is_media, need_av, read_frames, write_frames
 from pcmecl_fast.models import Generator, load_generator
 from pcmecl_fast.ops.operator import usable_backend
 from pcmecl_fast.run_folder import file_of_run
 from pcmecl_fast.train.config import EditConfig, check_options, device_named
+from pcmecl_fast.wording import name_some
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -32,10 +33,12 @@ def run_edit(config: EditConfig) -> dict[str, Any]:
         ValueError: at the end, files of a folder that could not be read; the others are written.
     """
     check_options(config)
-    generator = load_generator(file_of_run("run", config.run, "generator"), device_named(config.device))
+    generator = load_generator(
+        file_of_run("run", config.run, "generator"), device_named(config.device), generator=config.generator
+    )
     target = _target_of(generator, config)
-    files = _files(config)
-    outputs = {file: _output(file, config) for file in files}
+    files = _files(config, generator.emotions)
+    outputs = {file: _output(file, config.emotion, config) for file in files}
     _check_outputs(outputs, config)
     torch.manual_seed(config.seed)
     frames, broken = 0, []
@@ -74,12 +77,15 @@ def _target_of(generator: Generator, config: EditConfig) -> Tensor:
     return read_frames(config.reference, generator.size)[1][:1].to(device)
 
 
-def _files(config: EditConfig) -> list[Path]:
+def _files(config: EditConfig, emotions: Sequence[str]) -> list[Path]:
     """What is to be edited, in order."""
     if not config.input.is_dir():
         return [config.input]
     found = sorted(config.input.rglob("*") if config.recursive else config.input.iterdir())
     files = [path for path in found if is_media(path) and path.is_file() and not _is_aside(path, config)]
+    if config.out.resolve() == config.input.resolve():  # edits of an earlier call lie between their inputs
+        edits = {_output(path, emotion, config).resolve() for path in files for emotion in emotions}
+        files = [path for path in files if path.resolve() not in edits]
     if not files:
         deeper = not config.recursive and any(is_media(path) for path in config.input.rglob("*"))
         hint = "; --recursive edits what is in its subfolders" if deeper else ""
@@ -96,9 +102,9 @@ def _is_aside(path: Path, config: EditConfig) -> bool:
     return edited or any(is_hidden(Path(part)) for part in inside)
 
 
-def _output(file: Path, config: EditConfig) -> Path:
+def _output(file: Path, emotion: str, config: EditConfig) -> Path:
     folder = file.parent.relative_to(config.input) if config.input.is_dir() else Path()
-    return config.out / folder / f"{file.stem}.{config.emotion}{file.suffix}"
+    return config.out / folder / f"{file.stem}.{emotion}{file.suffix}"
 
 
 def _check_outputs(outputs: dict[Path, Path], config: EditConfig) -> None:

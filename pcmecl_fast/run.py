@@ -118,7 +118,7 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
         ops.use_backend(usable_backend(config.backend)),
     ):
         clip = load_clip_for(trained)
-        generator = load_generator(file_of_run("run", config.run, "generator"), clip.device)
+        generator = load_generator(file_of_run("run", config.run, "generator"), clip.device, generator=config.generator)
         trained.emotions, trained.size = generator.emotions, generator.size
         dataset, held = open_data(trained)
         stage1 = trained.prompts or config.run / "prompts"
@@ -133,6 +133,9 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
 
 def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFolder]:
     """The run's folder, provided nothing in it stands in the way."""
+    given = getattr(config, "prompts", None)
+    if config.overwrite and given is not None and given.is_relative_to(config.out.absolute()):
+        raise ValueError(f"--overwrite would remove the prompts in {given}: copy them elsewhere, or give another --out")
     inner = held_by(config.stage_one().out) if isinstance(config, TrainConfig) and config.prompts is None else None
     if inner is not None and inner.command:
         folder = config.out / "prompts"
@@ -143,8 +146,9 @@ def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFo
 def _check_checkpoints(config: PromptsConfig | TrainConfig) -> None:
     """Find a broken one before hours are spent on what comes before it."""
     if config.resume:
-        for path in sorted(config.out.glob("**/stage-?.ckpt")):
-            read_checkpoint(path)
+        for path in (config.out / "prompts/stage-1.ckpt", *sorted(config.out.glob("stage-?.ckpt"))):
+            if path.is_file():
+                read_checkpoint(path)
 
 
 def _prompts_hash(folder: Path) -> str:

@@ -164,7 +164,8 @@ def _check_held(path: Path, config: Command, held: Held | None, *, resume: bool,
     if held is None:
         return
     family = _ONE_FAMILY.get(config.command, config.command)
-    if held.command and _ONE_FAMILY.get(held.command, held.command) != family:
+    # Files without a config.yaml are a part of another run, such as the prompts inside it.
+    if _ONE_FAMILY.get(held.command, held.command) != family:
         raise FileExistsError(f"--out: {path} holds {held}; name another folder")
     if overwrite or extend:
         return
@@ -227,8 +228,7 @@ def _remove_run(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
     for name in _FOLDERS:
         shutil.rmtree(path / name, ignore_errors=True)
-    for name in _INNER:
-        inner = path / name
+    for inner in (*(path / "prompts").glob("*/"), *(path / name for name in _INNER)):
         held = held_by(inner) if inner.is_dir() else None
         # A run of its own, that somebody keeps here, is not this one's.
         if held is not None and held.command in ("", "evaluate"):

@@ -19,7 +19,7 @@ from pcmecl_fast.ops import backend_status
 from pcmecl_fast.ops.operator import REFERENCE, requested_backend
 from pcmecl_fast.run_folder import open_run
 from pcmecl_fast.synthetic import SyntheticFaces
-from pcmecl_fast.train.config import LIMITS, TrainConfig
+from pcmecl_fast.train.config import LIMITS, AblateConfig, TrainConfig
 
 EMOTIONS = ["neutral", "happy"]
 DATA = ["--individuals", "2", "--clips", "1", "--frames-per-clip", "1", "--emotions", *EMOTIONS]
@@ -138,6 +138,47 @@ def test_prompts_that_somebody_learned_inside_the_folder_are_not_learned_over(ru
     shutil.copytree(runs / "prompts", runs / "train" / "prompts")
     line = wrong(capsys, *TRAIN, "--out", runs / "train")
     assert f"use its prompts, --prompts {runs / 'train' / 'prompts'}, or another --out" in line
+
+
+def test_overwriting_never_removes_the_prompts_that_it_was_given(runs, capsys):
+    before = content_of(runs)
+    given = runs / "train" / "prompts"
+    line = wrong(capsys, *TRAIN, "--out", runs / "train", "--overwrite", "--prompts", given)
+    assert f"--overwrite would remove the prompts in {given}: copy them elsewhere, or give another --out" in line
+    assert content_of(runs) == before
+
+
+def test_the_prompts_inside_a_run_belong_to_it(runs, capsys):
+    before = content_of(runs)
+    inner = ["--out", runs / "train" / "prompts", "--overwrite"]
+    assert "holds files of an earlier run" in wrong(capsys, *PROMPTS, *inner)
+    assert "holds files of an earlier run" in wrong(capsys, "evaluate", "--run", runs / "train", *inner)
+    assert content_of(runs) == before
+
+
+def test_overwriting_an_ablation_removes_the_prompts_that_it_shared(tmp_path):
+    for folder in ("prompts/1a2b", "prompts/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "prompts.safetensors").write_bytes(b"")
+    (tmp_path / "prompts/mine/config.yaml").write_text("# pcmecl-fast prompts: mine\n{}\n")
+    (tmp_path / "config.yaml").write_text("# pcmecl-fast ablate: mine\n{}\n")
+    with open_run(tmp_path, AblateConfig(out=tmp_path), overwrite=True) as folder:
+        folder.begin()
+    assert not (tmp_path / "prompts/1a2b").exists()
+    assert (tmp_path / "prompts/mine/prompts.safetensors").is_file()
+
+
+def test_checkpoints_of_others_are_nobodys_business(runs):
+    (runs / "train" / "summary.json").unlink()
+    (runs / "train" / "mine").mkdir()
+    (runs / "train" / "mine" / "stage-2.ckpt").write_text("mine")
+    assert run(*TRAIN, "--out", runs / "train", "--resume") == 0
+
+
+def test_home_is_found_in_every_path(runs, monkeypatch):
+    monkeypatch.setenv("HOME", str(runs))
+    assert run("evaluate", "--run", "~/train", "--out", "~/judged", "--device", "cpu") == 0
+    assert (runs / "judged" / "summary.json").is_file()
 
 
 def test_an_evaluation_is_repeated_only_when_asked(runs, capsys):
@@ -400,14 +441,17 @@ def edit(runs, source, *options, emotion="happy"):
 def test_an_edit_never_writes_over_its_input(runs, portraits, capsys):
     before = content_of(portraits)
     for emotion in EMOTIONS:
-        # In the same folder: the first edits are inputs of the second.
-        assert run(*edit(runs, portraits / "ann.png", "--out", portraits, emotion=emotion)) == 0
+        assert run(*edit(runs, portraits, "--out", portraits, "--recursive", emotion=emotion)) == 0
+    # Edits that lie between their inputs are not edited in their turn.
+    assert run(*edit(runs, portraits, "--out", portraits, "--recursive", "--overwrite")) == 0
     after = content_of(portraits)
     assert before.items() <= after.items()
-    assert sorted(after.keys() - before.keys()) == ["ann.happy.png", "ann.neutral.png"]
-    line = wrong(capsys, *edit(runs, portraits, "--out", portraits, "--overwrite"))
-    assert f"--out: {portraits / 'ann.happy.png'} would be written over, an input; name another folder" in line
-    assert content_of(portraits) == after
+    added = [f"{name}.{emotion}.png" for name in ("ann", "bob", "old/cat") for emotion in ("happy", "neutral")]
+    assert sorted(after.keys() - before.keys()) == added
+    again = ("--out", portraits, "--overwrite", "--input", portraits / "ann.happy.png")
+    (portraits / "ann.happy.happy.png").symlink_to("ann.happy.png")
+    line = wrong(capsys, *edit(runs, portraits, *again))
+    assert f"--out: {portraits / 'ann.happy.happy.png'} would be written over, an input; name another folder" in line
 
 
 def test_an_edit_that_is_there_is_kept_unless_told_otherwise(runs, portraits, tmp_path, capsys):

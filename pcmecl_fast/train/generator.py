@@ -95,7 +95,7 @@ def train_generator(
 
 
 def _signature(clip: Clip, dataset: FrameDataset, generator: Generator, config: TrainConfig) -> dict[str, object]:
-    """What must be the same for a run to be resumed; of prompts it is what they say, not where they are from."""
+    """What must be the same for a run to be resumed; `prompts_hash` stands for the prompts, wherever they are."""
     kept = {k: v for k, v in config.what_counts().items() if k not in ("prompts", "prompt_steps")}
     return {**kept, "generator_options": plain_options(generator.config), **contents_of(clip, dataset)}
 
