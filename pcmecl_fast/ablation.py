@@ -136,8 +136,7 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
 
     An interrupted run picks up with the training runs that are missing.
     """
-    if make_generator(config.generator, EMOTIONS, config.size, config.generator_options).driven_by != "emotion":
-        raise ValueError("generator: the ablation judges generators driven by an emotion, not by a reference")
+    _check_applicable(config)
     check_options(config)
     config = config.located()
     with open_run(config.out, config, overwrite=config.overwrite, extend=True) as folder:
@@ -148,8 +147,28 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_applicable(config: AblateConfig) -> None:
+    """Refuse what the ablation cannot judge, and options that it sets itself for each training run."""
+    if make_generator(config.generator, EMOTIONS, config.size, config.generator_options).driven_by != "emotion":
+        raise ValueError("generator: the ablation judges generators driven by an emotion, not by a reference")
+    if config.data != "synthetic":
+        raise ValueError(
+            f"data: the ablation judges drawn faces, whose true edits are known; takes synthetic, got {config.data}"
+        )
+    if config.missing:
+        lacking = " and ".join(str(missing) for missing in REGIMES.values())
+        raise ValueError(
+            f"missing: the ablation trains with {lacking} missing emotions each time; takes no other, "
+            f"got {config.missing}"
+        )
+    if config.prompts is not None:
+        raise ValueError(
+            f"prompts: the ablation learns the prompts of each training run; takes none, got {config.prompts}"
+        )
+
+
 def _train_all(config: AblateConfig, folder: RunFolder) -> list[dict[str, Any]]:
-    seeds = range(1 if config.quick else config.seeds)
+    seeds = range(config.seed, config.seed + (1 if config.quick else config.seeds))
     # The main ones come first, so they can be read before the rest is done. The variations need only one regime.
     plan = [(regime, each, seed) for seed in seeds for regime in REGIMES for each in MAIN]
     if not config.quick:

@@ -1,10 +1,12 @@
 """The ablation: the same training under every supervision, judged on paired truth alone."""
 
 import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from one_line import wrong
 
 from pcmecl_fast import PromptBank, ablation
 from pcmecl_fast.ablation import AROUND, MAIN, MEASURES, DirectCriterion, run_ablate, summarize
@@ -70,6 +72,36 @@ def test_a_generator_driven_by_a_reference_is_rejected_before_training(tmp_path)
     with pytest.raises(ValueError, match="generator: the ablation judges generators driven by an emotion"):
         run_ablate(small(tmp_path / "out", generator_options={"driven_by": "reference"}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--data", "."), r"--data: the ablation judges drawn faces, .*; takes synthetic, got \."),
+        (("--missing", "1"), "--missing: the ablation trains with 0 and 2 missing emotions .*; takes no other, got 1"),
+        (("--prompts", "."), r"--prompts: the ablation learns the prompts .*; takes none, got \."),
+    ],
+    ids=["data", "missing", "prompts"],
+)
+def test_an_option_that_it_cannot_follow_is_refused_before_training(options, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ablation, "_train_all", lambda *_: pytest.fail("trained"))
+    assert re.search(says, wrong(capsys, "ablate", *options, "--device", "cpu", "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("given", "trained"), [({}, [0, 1, 2]), ({"seed": 5}, [5, 6, 7])])
+def test_the_seeds_begin_at_the_one_that_is_given(given, trained, tmp_path, monkeypatch):
+    begun = []
+
+    def train(config, regime, supervision):
+        begun.append((supervision.name, config.seed))
+        return {**dict.fromkeys(MEASURES, 0.5), **{f"unseen_{name}": 0.5 for name in MEASURES}}
+
+    monkeypatch.setattr(ablation, "train_and_judge", train)
+    monkeypatch.setattr(ablation, "REGIMES", {"every emotion": 0})
+    run_ablate(small(tmp_path, quick=False, seeds=3, around_seeds=2, **given))
+    assert [seed for name, seed in begun if name == MAIN[0].name] == trained
+    assert [seed for name, seed in begun if name == AROUND[0].name] == trained[:2]
 
 
 def test_the_whole_table_has_each_idea_alone():

@@ -261,8 +261,10 @@ class AblateConfig(TrainConfig):
 
     quick: bool = False
     """The five main supervisions, one seed, few steps: a first look."""
+    seed: int = 0
+    """The first of the seeds."""
     seeds: int = 6
-    """Seeds of data, weights and batches, for the error bars."""
+    """How many seeds of data, weights and batches, for the error bars."""
     around_seeds: int = 3
     """How many of the seeds to train the variations of PCMECL with."""
     workers: int = 0
