@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from pcmecl_fast import PersonalizedPrompts, PromptBank, load_clip
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.data.features import FeatureStore, unit_features
+from pcmecl_fast.data.features import FeatureStore, LiveFeatures
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.media import read_frames, write_frames
 from pcmecl_fast.models import load_generator, save_generator
@@ -95,7 +95,7 @@ class Reader:
         """By kind: the file's name, its content, and its reader."""
         whole = self.folder / "whole"
         prompts = _prompts(self.clip)
-        conditions = unit_features(self.clip, self.faces)[:3]
+        conditions = LiveFeatures(self.clip, self.faces)[torch.arange(3)]
         bank, learned, generator = (whole / f"{name}.safetensors" for name in ("bank", "prompts", "generator"))
         PromptBank.build(prompts, conditions, ["ann", "ben", "cleo"], EMOTIONS, clip=self.clip, path=bank)
         save_prompts(learned, prompts, EMOTIONS, self.clip)

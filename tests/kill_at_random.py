@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 from pcmecl_fast import PersonalizedPrompts, PromptBank, files, load_clip, run
 from pcmecl_fast.cli import main as command
-from pcmecl_fast.data.features import FeatureStore, unit_features
+from pcmecl_fast.data.features import FeatureStore, LiveFeatures
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.loop import read_checkpoint
 
@@ -88,7 +88,7 @@ def bank(folder: Path) -> int:
     clip, faces = load_clip(), SyntheticFaces(8, emotions=["neutral", "happy"], clips=2, frames_per_clip=2, size=32)
     torch.manual_seed(0)
     learned = PersonalizedPrompts(clip, faces.emotions, n_ctx=4)
-    conditions = unit_features(clip, faces)
+    conditions = LiveFeatures(clip, faces)[torch.arange(len(faces))]
     path = folder / "bank.safetensors"
     options = {"condition": "frame", "batch_size": 4, "path": path}
     PromptBank.build(learned, conditions, faces.keys, faces.emotions, clip=clip, **options)

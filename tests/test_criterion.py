@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from features import unit_features
 
 from pcmecl_fast import PCMECLCriterion, PromptBank, load_clip, ops
-from pcmecl_fast.data.features import unit_features
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.prompts.bank import Tower
 from pcmecl_fast.synthetic import SyntheticFaces
