@@ -105,7 +105,7 @@ def _direction_variants(dtype: str) -> Iterator[Variant]:
         ),
         **dict.fromkeys(("source", "edited", "bank", "cosines", "grad_source", "grad_edited"), f"*{dtype}"),
         **dict.fromkeys(("individual", "source_emotion", "target_emotion", "order", "starts"), "*i64"),
-        **{"counter": "*i32", "batch": "i32", "contrast": "fp32", "scale_number": "fp32"},
+        **{"counter": "*i32", "batch": "i32", "contrast": "fp32", "min_change": "fp32", "scale_number": "fp32"},
     }
     for emotions, whole in ((7, True), (7, False), (32, True)):
         rows = power_of_2(emotions) if whole else 1

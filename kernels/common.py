@@ -15,6 +15,7 @@ from torch import Tensor
 INTERPRETED: bool = triton.knobs.runtime.interpret
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ROUNDING_SQUARED = tl.constexpr(1e-12)  # the same between unit vectors, computed in float32
 EPSILON_SQUARED = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py`
 
 logger = logging.getLogger("pcmecl_fast")
@@ -111,6 +112,17 @@ def inverse_norm(square):
     """1 / |x| from |x|²; 0 where |x| ≤ ε, which makes the unit vector and the gradient through it 0. NaN stays NaN."""
     too_short = square <= EPSILON_SQUARED
     return tl.where(too_short, 0.0, tl.rsqrt(tl.where(too_short, 1.0, square)))
+
+
+@triton.jit
+def inverse_change(square, least, OF_UNITS: tl.constexpr):
+    """1 / max(|δ|, least) from |δ|², as in csrc/common/directions.h; and its square, 0 where that is 1 / least."""
+    is_short = square <= least * least
+    bounded = tl.where(is_short, least * least, square)
+    inverse = inverse_norm(bounded)
+    if OF_UNITS:
+        inverse = tl.where(bounded <= ROUNDING_SQUARED, 0.0, inverse)
+    return inverse, tl.where(is_short, 0.0, inverse * inverse)
 
 
 @triton.jit

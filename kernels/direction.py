@@ -53,6 +53,7 @@ def direction_logits_forward(
     individual: Tensor,  # (B,)
     source_emotion: Tensor,  # (B,)
     normalize: bool,
+    min_change: float,
 ) -> tuple[Tensor]:
     """(cosines,), (B, E)."""
     batch, emotions = source.shape[0], bank.shape[1]
@@ -63,7 +64,7 @@ def direction_logits_forward(
     programs = programs_for(source, batch, per_processor=16)
 
     def launch(config: Config) -> None:
-        arguments = (source, edited, bank, individual, source_emotion, cosines, batch)
+        arguments = (source, edited, bank, individual, source_emotion, cosines, min_change, batch)
         logits_kernel[(programs,)](*arguments, NORMALIZE=normalize, **shape, **config.options())
 
     run_tuned("direction_logits", tuple(shape.values()), CONFIGS, source, launch)
@@ -78,11 +79,12 @@ def direction_logits_backward(
     individual: Tensor,  # (B,)
     source_emotion: Tensor,  # (B,)
     normalize: bool,
+    min_change: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of source, edited and bank, None where `needs` says so."""
     samples = _Samples(source, edited, bank, individual, source_emotion, None)
-    return _backward(grad, None, samples, None, 0.0, 0.0, normalize, "logits", (*needs, False))[:3]
+    return _backward(grad, None, samples, None, 0.0, 0.0, normalize, min_change, "logits", (*needs, False))[:3]
 
 
 def direction_loss_forward(
@@ -96,6 +98,7 @@ def direction_loss_forward(
     scale_number: float,
     contrast: float,
     normalize: bool,
+    min_change: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and () what it was divided by."""
@@ -118,6 +121,7 @@ def direction_loss_forward(
             divisor,
             partial,
             counter,
+            min_change,
             batch,
             NORMALIZE=normalize,
             REDUCTION=reduction,
@@ -141,13 +145,14 @@ def direction_loss_backward(
     scale_number: float,
     contrast: float,
     normalize: bool,
+    min_change: float,
     reduction: str,
     divisor: Tensor,  # ()
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of source, edited, bank and scale, None where `needs` says so."""
     samples = _Samples(source, edited, bank, individual, source_emotion, target_emotion)
-    return _backward(grad, divisor, samples, scale, scale_number, contrast, normalize, reduction, needs)
+    return _backward(grad, divisor, samples, scale, scale_number, contrast, normalize, min_change, reduction, needs)
 
 
 def _backward(
@@ -158,6 +163,7 @@ def _backward(
     scale_number: float,
     contrast: float,
     normalize: bool,
+    min_change: float,
     reduction: str,  # "logits" for the logits
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
@@ -192,6 +198,7 @@ def _backward(
             grad_scale,
             partial,
             counter,
+            min_change,
             batch,
             NORMALIZE=normalize,
             REDUCTION=reduction,

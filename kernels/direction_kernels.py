@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pcmecl_fast.kernels.common import inverse_norm, load_scale, sum_over_grid
+from pcmecl_fast.kernels.common import inverse_change, inverse_norm, load_scale, sum_over_grid
 
 NO_BANK, ATOMICS, COEFFICIENTS = (tl.constexpr(i) for i in range(3))  # what the backward does for the bank's gradient
 
@@ -16,6 +16,7 @@ def logits_kernel(
     individual,  # (B,) int64, read
     source_emotion,  # (B,) int64, read
     cosines,  # (B, E) of the features' type, written
+    min_change,  # float32: the least length that δ is divided by
     batch,  # B
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
     E: tl.constexpr,  # emotions
@@ -30,9 +31,8 @@ def logits_kernel(
         row = tl.cast(sample, tl.int64) * D
         person, a = tl.load(individual + sample), tl.load(source_emotion + sample)
         inv_norm_source, inv_norm_edited = _inverse_norms(source, edited, row, D, BLOCK_D, NORMALIZE)
-        c, _, _ = _cosines(
-            source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited, E, D, BLOCK_E, BLOCK_D
-        )
+        samples = (source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited)
+        c, _, _, _ = _cosines(*samples, min_change, NORMALIZE, E, D, BLOCK_E, BLOCK_D)
         tl.store(cosines + sample * E + e, c, e < E)
 
 
@@ -51,6 +51,7 @@ def loss_kernel(
     divisor,  # () float32: what the sum is divided by, written
     partial,  # (2, programs) float32: workspace of sum_over_grid
     counter,  # () int32: 0 before and after, for sum_over_grid
+    min_change,  # float32: the least length that δ is divided by
     batch,  # B
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
     REDUCTION: tl.constexpr,  # "mean", "sum" or "none"
@@ -71,9 +72,8 @@ def loss_kernel(
         if not ALL:
             e += tl.cast(b, tl.int32)
         inv_norm_source, inv_norm_edited = _inverse_norms(source, edited, row, D, BLOCK_D, NORMALIZE)
-        c, _, _ = _cosines(
-            source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited, E, D, BLOCK_E, BLOCK_D
-        )
+        samples = (source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited)
+        c, _, _, _ = _cosines(*samples, min_change, NORMALIZE, E, D, BLOCK_E, BLOCK_D)
         c_target = tl.sum(tl.where(e == b, c, 0.0))
         value = 1.0 - c_target
         if ALL:
@@ -114,6 +114,7 @@ def backward_kernel(
     grad_scale,  # () or None: the scale's gradient, written
     partial,  # (2, programs) float32: workspace of sum_over_grid
     counter,  # () int32: 0 before and after, for sum_over_grid
+    min_change,  # float32: the least length that δ is divided by
     batch,  # B
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
     REDUCTION: tl.constexpr,  # "mean", "sum" or "none"; "logits" for direction_logits
@@ -140,30 +141,34 @@ def backward_kernel(
         if not ALL:
             e += tl.cast(b, tl.int32)
         inv_norm_source, inv_norm_edited = _inverse_norms(source, edited, row, D, BLOCK_D, NORMALIZE)
-        c, inv_norm_d, inv_norm_delta = _cosines(
-            source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited, E, D, BLOCK_E, BLOCK_D
+        samples = (source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited)
+        c, inv_norm_d, inv_norm_delta, inv_square_delta = _cosines(
+            *samples, min_change, NORMALIZE, E, D, BLOCK_E, BLOCK_D
         )
+        # Whatever is in a sample that requests no change, NaN included, goes no further.
+        counts = True if REDUCTION == "logits" else a != b
 
         # g[e] = dloss/dc[e]
         if REDUCTION == "logits":
             g = tl.load(grad + sample * E + e, e < E, other=0.0).to(tl.float32)
         else:
             upstream = tl.load(grad + sample) if REDUCTION == "none" else tl.load(grad) / tl.load(divisor)
-            upstream = tl.where(a != b, upstream, 0.0)
             g = tl.where(e == b, -upstream, 0.0)
             if ALL:
                 c_target = tl.sum(tl.where(e == b, c, 0.0))
                 _, softmax = _contrast(c, c_target, e, a, s, E)
                 grad_logit = upstream * contrast * (softmax - tl.where(e == b, 1.0, 0.0))
-                grad_logit = tl.where((e < E) & (e != a), tl.where(a != b, grad_logit, 0.0), 0.0)
+                grad_logit = tl.where((e < E) & (e != a), grad_logit, 0.0)
                 g += s * grad_logit
-                scale_gradient += tl.sum(grad_logit * c)
+                scale_gradient += tl.where(counts, tl.sum(grad_logit * c), 0.0)
 
         # With unit(x)'s derivative (g − ⟨g, x̂⟩ x̂) / |x|: dloss/dδ = (Σ g[e] d̂[e] − (Σ g[e] c[e]) δ̂) / |δ|. It is
-        # orthogonal to δ = v̂' − v̂, so v̂ and v̂' have one inner product with it, `along`.
+        # orthogonal to δ = v̂' − v̂, so v̂ and v̂' have one inner product with it, `along`. Where δ is divided by
+        # min_change, the second term is not there, and ⟨dloss/dδ, δ⟩ = Σ g[e] c[e].
         weight = g * inv_norm_d * inv_norm_delta
-        shrink = tl.sum(g * c) * inv_norm_delta * inv_norm_delta
+        shrink = tl.sum(g * c) * inv_square_delta
         along = 0.0
+        further = tl.where(inv_square_delta == 0.0, tl.sum(g * c), 0.0) if NORMALIZE else 0.0
         if NORMALIZE:
             for start in range(0, D, BLOCK_D):
                 column = start + tl.arange(0, BLOCK_D)
@@ -171,7 +176,7 @@ def backward_kernel(
                 d = _directions(bank, person, e, a, column, E, D)
                 grad_delta = tl.sum(d * weight[:, None], axis=0) - shrink * delta
                 v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
-                along += tl.sum(grad_delta * v) * inv_norm_source
+                along += tl.sum(grad_delta * (v * inv_norm_source))
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
             delta = _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D)
@@ -179,16 +184,15 @@ def backward_kernel(
             grad_delta = tl.sum(d * weight[:, None], axis=0) - shrink * delta
             if grad_source is not None:
                 v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
-                tl.store(
-                    grad_source + row + column, (along * inv_norm_source * v - grad_delta) * inv_norm_source, column < D
-                )
+                gradient = (along * (inv_norm_source * v) - grad_delta) * inv_norm_source
+                tl.store(grad_source + row + column, tl.where(counts, gradient, 0.0), column < D)
             if grad_edited is not None:
                 w = tl.load(edited + row + column, column < D, other=0.0).to(tl.float32)
-                tl.store(
-                    grad_edited + row + column, (grad_delta - along * inv_norm_edited * w) * inv_norm_edited, column < D
-                )
+                gradient = (grad_delta - (along + further) * (inv_norm_edited * w)) * inv_norm_edited
+                tl.store(grad_edited + row + column, tl.where(counts, gradient, 0.0), column < D)
             if BANK == ATOMICS:
                 grad_d = weight[:, None] * delta[None, :] - (g * c * inv_norm_d * inv_norm_d)[:, None] * d
+                grad_d = tl.where(counts, grad_d, 0.0)
                 source_row = -tl.sum(grad_d, axis=0)
                 bank_rows = grad_bank + (person * E + e[:, None]) * D + column[None, :]
                 inside = (e[:, None] < E) & (column[None, :] < D)
@@ -202,8 +206,8 @@ def backward_kernel(
         if BANK == COEFFICIENTS:
             sample_coefficients = coefficients + tl.cast(sample, tl.int64) * (2 * BLOCK_E + 2)
             slot = tl.arange(0, BLOCK_E)
-            tl.store(sample_coefficients + slot, weight)
-            tl.store(sample_coefficients + BLOCK_E + slot, g * c * inv_norm_d * inv_norm_d)
+            tl.store(sample_coefficients + slot, tl.where(counts, weight, 0.0))
+            tl.store(sample_coefficients + BLOCK_E + slot, tl.where(counts, g * c * inv_norm_d * inv_norm_d, 0.0))
             tl.store(sample_coefficients + 2 * BLOCK_E, inv_norm_source)
             tl.store(sample_coefficients + 2 * BLOCK_E + 1, inv_norm_edited)
     if grad_scale is not None:
@@ -252,6 +256,7 @@ def bank_kernel(
         delta = _change(source, edited, sample * D, inv_norm_source, inv_norm_edited, column, D)
         d = _directions(bank, person, e, a, column, E, D)
         grad_d = weight[:, None] * delta[None, :] - shrink[:, None] * d
+        grad_d = tl.where((weight == 0.0)[:, None] & (shrink == 0.0)[:, None], 0.0, grad_d)
         total += tl.where(e[:, None] == a, -tl.sum(grad_d, axis=0)[None, :], grad_d)
     tl.store(grad_bank + offset, total, inside)
 
@@ -284,12 +289,17 @@ def _cosines(
     a,  # the source's emotion
     inv_norm_source,  # 1/|source|, or 1
     inv_norm_edited,  # 1/|edited|, or 1
+    min_change,  # the least length that δ is divided by
+    NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
     E: tl.constexpr,  # emotions
     D: tl.constexpr,  # features
     BLOCK_E: tl.constexpr,  # rows held at a time
     BLOCK_D: tl.constexpr,  # features that are worked on at a time
 ):
-    """c[e], 1 / |d[e]| and 1 / |δ|. δ and d are formed before they are multiplied: their low bits are the result."""
+    """c[e], 1/|d[e]|, 1/max(|δ|, min_change), and its square, or 0 where that is min_change's.
+
+    δ and d are formed before they are multiplied: their low bits are the result.
+    """
     dots = tl.zeros([BLOCK_E], tl.float32)
     squares = tl.zeros([BLOCK_E], tl.float32)
     square = 0.0
@@ -300,17 +310,18 @@ def _cosines(
         dots += tl.sum(d * delta[None, :], axis=1)
         squares += tl.sum(d * d, axis=1)
         square += tl.sum(delta * delta)
-    inv_norm_delta = inverse_norm(square)
+    inv_norm_delta, inv_square_delta = inverse_change(square, min_change, NORMALIZE)
     inv_norm_d = inverse_norm(squares)
-    return dots * inv_norm_d * inv_norm_delta, inv_norm_d, inv_norm_delta
+    return dots * inv_norm_d * inv_norm_delta, inv_norm_d, inv_norm_delta, inv_square_delta
 
 
 @triton.jit
 def _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D: tl.constexpr):
-    """δ on a tile of columns."""
+    """δ on a tile of columns, as `difference_of_units` of csrc/common/directions.h forms it, and for its reasons."""
     v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
     w = tl.load(edited + row + column, column < D, other=0.0).to(tl.float32)
-    return w * inv_norm_edited - v * inv_norm_source
+    common = tl.minimum(inv_norm_edited, inv_norm_source)
+    return (w * 0.5 - v * 0.5) * (common * 2.0) + w * (inv_norm_edited - common) - v * (inv_norm_source - common)
 
 
 @triton.jit
@@ -325,8 +336,8 @@ def _directions(bank, person, e, a, column, E: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _contrast(c, c_target, e, a, scale, E: tl.constexpr):
     """−log softmax over e ≠ a of scale · c[e] at the target, and the softmax."""
-    logits = tl.where((e < E) & (e != a), scale * c, -float("inf"))
-    highest = tl.max(logits, axis=0)
-    weights = tl.exp(logits - highest)
+    counted = tl.where((e < E) & (e != a), c, -float("inf"))
+    highest = tl.max(counted, axis=0)
+    weights = tl.exp(scale * (counted - highest))
     total = tl.sum(weights, axis=0)
-    return highest + tl.log(total) - scale * c_target, weights / total
+    return tl.log(total) + scale * (highest - c_target), weights / total

@@ -1,5 +1,6 @@
 """Shared fixtures: the built-in CLIP model, loaded once, another tower, and a few drawn people."""
 
+import os
 from functools import partial
 
 import cuda_on_host
@@ -17,6 +18,8 @@ from pcmecl_fast.synthetic import SyntheticFaces
 # host harness.
 ON_CPU = [status.name for status in ops.backend_status() if status.available and status.name in ("reference", "cpu")]
 ON_CPU += ["cuda"] if cuda_on_host.compiler() else []
+if os.environ.get("TRITON_INTERPRET") == "1":  # in the processes of test_kernels_interpreted.py
+    ON_CPU = ["triton"]
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,10 @@ def direction_logits(
     shown: Sequence[int],  # (B,)
     *,
     normalize: bool,
+    min_change: float,
 ) -> Result:  # (B, E)
     samples = [
-        _Cosines(source[i], edited[i], bank[n], a, normalize)
+        _Cosines(source[i], edited[i], bank[n], a, normalize, min_change)
         for i, (n, a) in enumerate(zip(individual, shown, strict=True))
     ]
     value = np.array([sample.value for sample in samples]).reshape(len(samples), bank.shape[1])
@@ -55,6 +56,7 @@ def direction_loss(
     scale: float,
     contrast: float,
     normalize: bool,
+    min_change: float,
     reduction: str,
 ) -> Result:  # () or (B,)
     losses = np.zeros(len(source))
@@ -62,7 +64,7 @@ def direction_loss(
     by_scale = np.zeros(len(source))
     samples = []
     for i, (n, a, b) in enumerate(zip(individual, shown, asked, strict=True)):
-        sample = _Cosines(source[i], edited[i], bank[n], a, normalize)
+        sample = _Cosines(source[i], edited[i], bank[n], a, normalize, min_change)
         samples.append(sample)
         if a == b:
             continue
@@ -183,25 +185,30 @@ def clip_frames(
 
 
 class _Unit:
-    """x / |x|, and the gradient through it; both 0 where |x| ≤ ε."""
+    """x / max(|x|, least), and the gradient through it; both 0 where that is at most ε."""
 
-    def __init__(self, x: Array) -> None:
+    def __init__(self, x: Array, least: float = 0.0) -> None:
         self.norm = math.sqrt(math.fsum(x * x))
-        self.value = x / self.norm if self.norm > EPS else np.zeros_like(x)
+        self.length = max(self.norm, least)
+        self.value = x / self.length if self.length > EPS else np.zeros_like(x)
 
     def gradient(self, upstream: Array) -> Array:
-        if self.norm <= EPS:
+        if self.length <= EPS:
             return np.zeros_like(self.value)
+        if self.norm < self.length:
+            return upstream / self.length
         return (upstream - self.value * (self.value @ upstream)) / self.norm
 
 
 class _Cosines:
     """c[e] of one sample for all e, and its gradients."""
 
-    def __init__(self, source: Array, edited: Array, texts: Array, shown: int, normalize: bool) -> None:
+    def __init__(
+        self, source: Array, edited: Array, texts: Array, shown: int, normalize: bool, min_change: float
+    ) -> None:
         self.ends = (_Unit(source), _Unit(edited)) if normalize else None
         first, second = (end.value for end in self.ends) if self.ends else (source, edited)
-        self.edit = _Unit(second - first)
+        self.edit = _Unit(second - first, min_change)
         self.changes = [_Unit(text - texts[shown]) for text in texts]
         self.shown = shown
         self.value = np.array([self.edit.value @ change.value for change in self.changes])

@@ -1,8 +1,10 @@
 """Random calls of the operators against the float64 twin: `python tests/fuzz_operators.py --calls 10000 --seed 0`.
 
 A call is drawn from its number and the seed alone, so that `--only 1234` repeats one. The suite runs the first few
-hundred (`test_fuzz.py`). Features are drawn apart from each other, or exactly alike: in between, where a difference is
-nothing but rounding, no two computations agree.
+hundred (`test_fuzz.py`). Features have norms from 1e-20 to 1e4 and ratios of up to 1e6 between them, logit scales go
+up to 1e6. Texts are drawn apart from each other, or exactly alike: in between, where a difference is nothing but
+rounding, no two computations agree. What rounding makes of a result is known: a cosine's error grows as 1 / |δ|, a
+logit's with the scale, a gradient's with one over the length of what it belongs to.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ class Call:
     deterministic: bool = False
     drawn: dict[str, str] = field(default_factory=dict)
     """What is special about it, for whoever reads of its failure."""
+    unrounded: float | twin.Array = 1.0
+    """How many times the tolerance rounding takes, of all or of each row of the features."""
+    lengths: dict[str, twin.Array] = field(default_factory=dict)
+    """Of each row of an argument; its gradient's size is one over it."""
 
     def __str__(self) -> str:
         shown = {**self.floats, **self.rest, **self.drawn, "deterministic": self.deterministic, "backend": self.backend}
@@ -84,7 +90,7 @@ def check_call(call: Call, random: Random) -> str:
     wide = torch.float64 if call.dtype == torch.float64 else torch.float32
     dtype = wide if loss else call.dtype
     assert actual.dtype == dtype, f"the result is {actual.dtype}, not {dtype}"
-    _compare("the result", actual, expected.value, dtype)
+    _compare("the result", actual, expected.value, dtype, amplified=np.max(call.unrounded, initial=1.0))
 
     leaves = {name: x for name, x in call.floats.items() if isinstance(x, Tensor) and x.requires_grad}
     assert actual.requires_grad == bool(leaves), f"requires_grad is {actual.requires_grad} for {list(leaves)}"
@@ -97,7 +103,10 @@ def check_call(call: Call, random: Random) -> str:
                 assert x.grad is not None, f"{name} has no gradient"
                 assert x.grad.dtype == x.dtype, f"the gradient of {name} is {x.grad.dtype}"
                 # That of a float64 scale beside half features is computed as they are.
-                _compare(f"the gradient of {name}", x.grad, gradient, _coarser(x.dtype, wide))
+                lengths = call.lengths.get(name, np.ones(()))
+                amplified = call.unrounded if lengths.ndim else np.max(call.unrounded, initial=1.0)
+                what = f"the gradient of {name}"
+                _compare(what, x.grad, gradient, _coarser(x.dtype, wide), amplified=amplified, lengths=lengths)
     return "compared"
 
 
@@ -148,13 +157,12 @@ def fuzz(numbers: range, seed: int, *, progress: bool = False) -> tuple[Counter[
 def _direction_logits(random: Random, dtype: torch.dtype) -> Call:
     floats, indices, special = _direction(random, dtype)
     del indices["target_emotion"]
-    normalize = special["normalize"]
 
     def exact(source: twin.Array, edited: twin.Array, bank: twin.Array) -> twin.Result:
         rows = [index.tolist() for index in indices.values()]
-        return twin.direction_logits(source, edited, bank, *rows, normalize=normalize)
+        return twin.direction_logits(source, edited, bank, *rows, **special)
 
-    return Call("direction_logits", None, floats, {**indices, "normalize": normalize}, exact)
+    return Call("direction_logits", None, floats, indices | special, exact, **_rounding(floats, special))
 
 
 def _direction_loss(random: Random, dtype: torch.dtype) -> Call:
@@ -166,8 +174,10 @@ def _direction_loss(random: Random, dtype: torch.dtype) -> Call:
         rows = [index.tolist() for index in indices.values()]
         return twin.direction_loss(source, edited, bank, *rows, scale=float(scale), **options)
 
+    rounding = _rounding(floats, options)
     floats["scale"] = _scale(random)
-    return Call("direction_loss", None, floats, indices | options, exact)
+    rounding["unrounded"] = rounding["unrounded"] * _steepness(floats["scale"], options["contrast"])
+    return Call("direction_loss", None, floats, indices | options, exact, **rounding)
 
 
 def _direction(random: Random, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -176,33 +186,88 @@ def _direction(random: Random, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
     if not (people and emotions):
         batch = 0
     normalize = bool(random.random() < 0.7)
+    options = {"normalize": normalize, "min_change": _pick(random, [0.0, 0.0, 0.01, 0.1, float(random.uniform(0, 2))])}
     source, edited = np.zeros((2, batch, width))
     for i in range(batch):
-        pair = _apart(random, 2, width, unit=normalize)
-        source[i], edited[i] = pair * (random.uniform(0.5, 20) if normalize else 1)
-        if random.random() < 0.15:
-            edited[i] = source[i]
-        if random.random() < 0.05:
-            source[i] = 0
+        while True:
+            source[i], edited[i] = _edit(random, width, dtype, unit=normalize)
+            if _is_clear(source[i], edited[i], options, dtype):
+                break
     bank = np.array([_apart(random, emotions, width) for _ in range(people)]).reshape(people, emotions, width)
     drawn = {"source": source, "edited": edited, "bank": bank}
     floats = {name: torch.from_numpy(x).to(dtype) for name, x in drawn.items()}
     for n in range(people):
         _repeat(random, floats["bank"][n])
     tops = {"individual": people, "source_emotion": emotions, "target_emotion": emotions}
-    return floats, {name: _index(random, top, batch) for name, top in tops.items()}, {"normalize": normalize}
+    return floats, {name: _index(random, top, batch) for name, top in tops.items()}, options
+
+
+def _edit(random: Random, width: int, dtype: torch.dtype, *, unit: bool) -> twin.Array:  # (2, width)
+    """The features of a frame and its edit, rounded to the dtype."""
+    pair = _apart(random, 2, width, unit=unit)
+    if random.random() < 0.3:
+        pair[1] = pair[0] + 10 ** random.uniform(-3, 0) * (pair[1] - pair[0])
+    if random.random() < 0.15:
+        pair[1] = pair[0]
+    if unit:
+        norms = 10 ** random.uniform(-20, 4) * 10 ** np.array([0.0, _pick(random, [0.0, 0.0, random.uniform(-6, 6)])])
+        # Halves hold neither small nor large numbers: there the twin is given what is left of them.
+        pair *= norms[:, None].clip(max=2e4 if dtype == torch.float16 else 1e10)
+    if random.random() < 0.05:
+        pair[0] = 0
+    return torch.from_numpy(pair).to(dtype).double().numpy()
+
+
+def _is_clear(source: twin.Array, edited: twin.Array, options: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether no length is so near the one that decides on it that rounding would."""
+    norms = [float(np.linalg.norm(x)) for x in (source, edited)]
+    length, least = _change(source, edited, options["normalize"]), options["min_change"]
+    limits = [(norm, 1e-8) for norm in norms if options["normalize"]]
+    limits += [(length, 1e-8), (length, least)]
+    # In float32 a change of unit vectors counts from 1e-6 on, and below it is made of rounding.
+    nothing = options["normalize"] and dtype != torch.float64 and 0 < length < 1e-4 and not least
+    return not nothing and all(not limit or not 0.8 < norm / limit < 1.25 for norm, limit in limits)
+
+
+def _change(source: twin.Array, edited: twin.Array, normalize: bool) -> float:
+    """|δ|."""
+    if normalize:
+        source, edited = (twin._Unit(x).value for x in (source, edited))
+    return float(np.linalg.norm(edited - source))
+
+
+def _rounding(floats: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+    """`unrounded` and `lengths` of a call: δ is right to a rounding of a feature's elements."""
+    source, edited = (floats[name].double().numpy() for name in ("source", "edited"))
+    norms = [np.linalg.norm(x, axis=1) for x in (source, edited)]
+    changes = np.array([_change(*pair, options["normalize"]) for pair in zip(source, edited, strict=True)])
+    longest = np.ones(len(source)) if options["normalize"] else np.maximum(*norms)
+    divisor = np.maximum(changes, options["min_change"])
+    unrounded = np.where(divisor > 1e-8, np.maximum(1, APART * longest / divisor.clip(min=1e-8)), 1)
+    inside = divisor.clip(min=1e-8)
+    lengths = [np.where(norm > 1e-8, norm, 1) * inside if options["normalize"] else inside for norm in norms]
+    return {"unrounded": unrounded, "lengths": dict(zip(("source", "edited"), lengths, strict=True))}
+
+
+def _steepness(scale: Tensor | float, contrast: float) -> float:
+    """How many times the tolerance, which has room for a scale of 100, the rounding of a cosine is in a logit."""
+    return max(1.0, float(scale) * max(contrast, 1.0) / 100) if contrast else 1.0
 
 
 def _correlation_loss(random: Random, dtype: torch.dtype) -> Call:
     people, width = _size(random, 5), _width(random)
     emotions = _size(random, 8 if people < 3 else 5)
     floats: dict[str, Tensor | float] = {}
+    lengths = {}
     for name in ("visual", "text"):
         rows = [_apart(random, emotions, width) for _ in range(people)]
         features = np.array(rows).reshape(people, emotions, width)
         if random.random() < 0.2:
             features += random.normal(size=(people, 1, width))
-        features = torch.from_numpy(features).to(dtype)
+        wide = dtype in (torch.float32, torch.float64)
+        powers = random.uniform(-6, 4, people) if wide else random.uniform(-1, 1, people)
+        lengths[name] = 10 ** (powers * (random.random(people) < 0.3))
+        features = torch.from_numpy(features * lengths[name][:, None, None]).to(dtype)
         for n in range(people):
             _repeat(random, features[n])
             if n and random.random() < 0.1:
@@ -223,7 +288,8 @@ def _correlation_loss(random: Random, dtype: torch.dtype) -> Call:
 
     floats["scale"] = _scale(random)
     rest = {"mask": None if mask is None else _strided(random, mask), "negatives": negatives}
-    return Call("correlation_loss", None, floats, rest, exact, drawn=special)
+    steepness = _steepness(floats["scale"], 1.0)
+    return Call("correlation_loss", None, floats, rest, exact, drawn=special, unrounded=steepness, lengths=lengths)
 
 
 def _tree_attention(random: Random, dtype: torch.dtype) -> Call:
@@ -282,10 +348,11 @@ def _index(random: Random, top: int, count: int) -> Tensor:
 
 
 def _scale(random: Random) -> Tensor | float:
-    scale = _pick(random, [1.0, 14.3, 100.0, math.exp(random.uniform(-3, 4.6))])
+    scale = _pick(random, [1.0, 14.3, 100.0, math.exp(random.uniform(-3, 4.6)), 10 ** random.uniform(2, 6)])
     if random.random() < 0.4:
         return scale
-    return torch.tensor(scale, dtype=_pick(random, list(TOLERANCES)))
+    dtypes = [dtype for dtype in TOLERANCES if scale < min(torch.finfo(dtype).max, 9e5)]
+    return torch.tensor(scale, dtype=_pick(random, dtypes)) if dtypes else scale
 
 
 def _size(random: Random, most: int) -> int:
@@ -293,7 +360,7 @@ def _size(random: Random, most: int) -> int:
 
 
 def _width(random: Random) -> int:
-    return 0 if random.random() < 0.02 else int(_pick(random, [1, 2, 8, 16, 32, 33, random.integers(1, 41)]))
+    return int(_pick(random, [1, 2, 8, 16, 32, 33, random.integers(1, 41)]))
 
 
 def _strided(random: Random, x: Tensor) -> Tensor:
@@ -309,7 +376,7 @@ def _strided(random: Random, x: Tensor) -> Tensor:
 
 
 def _backends() -> list[str]:
-    return [name for name in ("cpu", "cuda") if BACKENDS[name].missing() is None]
+    return [name for name in ("cpu", "cuda", "triton") if BACKENDS[name].missing() is None]
 
 
 def _pick(random: Random, choices: Any) -> Any:
@@ -324,13 +391,28 @@ def _coarser(*dtypes: torch.dtype) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _compare(what: str, actual: Tensor, expected: twin.Array, dtype: torch.dtype) -> None:
-    """At the dtype's tolerance; the absolute one is of the largest element, where that is more than 1."""
+def _compare(
+    what: str,
+    actual: Tensor,
+    expected: twin.Array,
+    dtype: torch.dtype,
+    *,
+    amplified: float | twin.Array = 1.0,
+    lengths: twin.Array = np.ones(()),  # noqa: B008 - it is not changed
+) -> None:
+    """At the dtype's tolerance; the absolute one is of a row's largest element, or of one over its length if more.
+
+    What amplifies rounding does so before the result is rounded to its dtype.
+    """
     assert tuple(actual.shape) == expected.shape, f"{what} has the shape {tuple(actual.shape)}, not {expected.shape}"
-    tolerance = TOLERANCES[dtype]
-    largest = max(1.0, np.abs(expected).max(initial=0.0))
-    values = actual.detach().double().numpy()
-    off = np.abs(values - expected) - tolerance["rtol"] * np.abs(expected) - tolerance["atol"] * largest
+    tolerance, wide = TOLERANCES[dtype], TOLERANCES[torch.float64 if dtype == torch.float64 else torch.float32]
+    within = tuple(range(lengths.ndim, expected.ndim))
+    largest = np.maximum(np.abs(expected).max(axis=within, initial=0.0), 1 / lengths)
+    atol = (tolerance["atol"] + wide["atol"] * (np.asarray(amplified) - 1)) * largest
+    atol = atol.reshape(*atol.shape, *[1] * len(within)) if atol.ndim else atol
+    most = torch.finfo(dtype).max  # what is beyond it is infinite in that dtype, and rightly so
+    values, expected = actual.detach().double().numpy().clip(-most, most), expected.clip(-most, most)
+    off = np.abs(values - expected) - tolerance["rtol"] * np.abs(expected) - atol
     if not (off <= 0).all():  # which NaN is not either
         where = np.unravel_index(np.argmax(np.where(np.isnan(off), np.inf, off)), off.shape) if off.ndim else ()
         raise AssertionError(f"{what} is {values[where]:.9g} at {tuple(map(int, where))}, not {expected[where]:.9g}")

@@ -61,12 +61,19 @@ def make(operator: str, *, dtype: torch.dtype = torch.float32, device: str = "cp
 
 
 def make_direction_logits(
-    *, batch: int = 5, people: int = 3, emotions: int = 7, width: int = 33, normalize: bool = True, **where: Any
+    *,
+    batch: int = 5,
+    people: int = 3,
+    emotions: int = 7,
+    width: int = 33,
+    normalize: bool = True,
+    min_change: float = 0.0,
+    **where: Any,
 ) -> Call:
     *floats, individual, shown, _ = direction_inputs(batch, people, emotions, width, **where)
     rest = (individual, shown)
-    function = partial(direction_logits, normalize=normalize)
-    return Call("direction_logits", floats, rest, function, (*floats, *rest, normalize))
+    function = partial(direction_logits, normalize=normalize, min_change=min_change)
+    return Call("direction_logits", floats, rest, function, (*floats, *rest, normalize, min_change))
 
 
 def make_direction_loss(
@@ -78,6 +85,7 @@ def make_direction_loss(
     contrast: float = 0.5,
     scale: float = 6.0,
     normalize: bool = True,
+    min_change: float = 0.0,
     reduction: str = "mean",
     **where: Any,
 ) -> Call:
@@ -87,10 +95,10 @@ def make_direction_loss(
     def function(
         source: Tensor, edited: Tensor, bank: Tensor, scale: Tensor, *indices: Tensor, **choice: Any
     ) -> Tensor:
-        options = {"contrast": contrast, "normalize": normalize, "reduction": reduction}
+        options = {"contrast": contrast, "normalize": normalize, "min_change": min_change, "reduction": reduction}
         return direction_loss(source, edited, bank, *indices, scale=scale, **options, **choice)
 
-    arguments = (*floats, *rest, scale, 0.0, contrast, normalize, reduction)
+    arguments = (*floats, *rest, scale, 0.0, contrast, normalize, min_change, reduction)
     return Call("direction_loss", [*floats, scale], rest, function, arguments)
 
 

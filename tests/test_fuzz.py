@@ -46,16 +46,16 @@ def test_a_reader_that_dies_or_hangs_is_found(tmp_path, monkeypatch, serve, seco
 TWINS = {
     "direction_logits": (
         [(3, 5), (3, 5), (2, 4, 5)],
-        lambda *floats: twin.direction_logits(*floats, *INDICES, normalize=True),
+        lambda *floats: twin.direction_logits(*floats, *INDICES, normalize=True, min_change=0.0),
     ),
     "direction_logits of features as given": (
         [(3, 5), (3, 5), (2, 4, 5)],
-        lambda *floats: twin.direction_logits(*floats, *INDICES, normalize=False),
+        lambda *floats: twin.direction_logits(*floats, *INDICES, normalize=False, min_change=0.0),
     ),
     **{
-        f"direction_loss, {reduction}": (
+        f"direction_loss, {reduction}, min_change {min_change}": (
             [(3, 5), (3, 5), (2, 4, 5), ()],
-            lambda source, edited, bank, scale, reduction=reduction: twin.direction_loss(
+            lambda source, edited, bank, scale, reduction=reduction, min_change=min_change: twin.direction_loss(
                 source,
                 edited,
                 bank,
@@ -64,10 +64,12 @@ TWINS = {
                 scale=scale,
                 contrast=0.7,
                 normalize=True,
+                min_change=min_change,
                 reduction=reduction,
             ),
         )
         for reduction in ("mean", "sum", "none")
+        for min_change in (0.0, 1.9)
     },
     **{
         f"correlation_loss, {negatives}": (

@@ -1,4 +1,4 @@
-"""Runs `test_kernels.py` under Triton's interpreter, in a process where that is set before Triton is imported."""
+"""Runs the Triton kernels' tests in its interpreter, in a process where that is set before Triton is imported."""
 
 import importlib.util
 import os
@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 def test_kernels_in_the_interpreter(operator):
     words = ["direction", "correlation", "attention", "frames"]
     wanted = operator if operator in words else " and ".join(f"not {word}" for word in words)
-    command = [sys.executable, "-m", "pytest", "-x", str(HERE / "test_kernels.py"), "-k", wanted]
+    files = [str(HERE / name) for name in ("test_kernels.py", "test_ops_direction_limits.py")]
+    command = [sys.executable, "-m", "pytest", "-x", *files, "-k", wanted]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

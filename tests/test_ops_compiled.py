@@ -133,9 +133,13 @@ def test_a_scale_that_overflows_float64_is_reported():
     visual, text, _ = make("correlation_loss").floats
     with pytest.raises(RuntimeError, match="scale: got 2000; supports at most 1000"):
         correlation_loss(visual, text, scale=2000)
-    with pytest.raises(ValueError, match=r"scale: got 2000; the cpu backend .* at most 1000"):
+    with pytest.raises(RuntimeError, match=r"scale: got 2000.0; supports at most 1000"):
         correlation_loss(visual, text, scale=torch.tensor(2000.0))
-    assert correlation_loss(visual, text, scale=2000, backend="auto").isfinite()
+    compiled = torch.compile(correlation_loss, fullgraph=True, backend="aot_eager")  # where no value is read
+    with pytest.raises(ValueError, match=r"scale: got 2000; the cpu backend .* at most 1000"):
+        compiled(visual, text, scale=torch.tensor(2000.0))
+    for scale in (2000, torch.tensor(2000.0)):
+        assert correlation_loss(visual, text, scale=scale, backend="auto").isfinite()
 
 
 def test_more_emotions_than_it_supports_run_on_the_reference():

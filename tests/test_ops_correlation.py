@@ -93,12 +93,15 @@ def test_a_missing_emotion_is_equivalent_to_leaving_it_out(negatives):
     assert_close_for(torch.float64)(whole, correlation_loss(visual[:, kept], text[:, kept], negatives=negatives))
 
 
-def test_features_of_no_width_are_alike():
-    nothing = torch.empty(2, 3, 0, requires_grad=True)
-    loss = correlation_loss(nothing, nothing)
-    torch.testing.assert_close(loss, torch.tensor(math.log(12)))
-    loss.backward()
-    assert nothing.grad.shape == nothing.shape
+def test_features_of_nothing_are_refused():
+    nothing = torch.empty(2, 3, 0)
+    with pytest.raises(ValueError, match=r"visual: got shape \(2, 3, 0\); takes \(N, E, D\) with D ≥ 1"):
+        correlation_loss(nothing, nothing)
+
+
+def test_a_scale_beyond_every_backends_is_refused():
+    with pytest.raises(ValueError, match=r"scale: got 10000000.0; takes a number above 0"):
+        correlation_loss(*correlation_inputs(2, 3, 5)[:2], scale=torch.tensor(1e7))
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)

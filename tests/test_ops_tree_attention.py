@@ -56,6 +56,25 @@ def test_a_mask_first_made_in_inference_mode_works_in_training():
     assert qkv.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1e3, 3e4, 1e6])
+def test_logits_of_any_supported_size_are_finite(size):
+    tree = PromptTree(4, (2, 3, 1))
+    qkv = attention_input(2, tree.length, 2, 16, dtype=torch.float32)
+    qkv.data *= size  # logits go up to some size²
+    exact = qkv.detach().double()
+    out = tree_attention(qkv, tree)
+    torch.testing.assert_close(
+        out.double(), tree_attention(exact, tree, backend="reference"), rtol=1e-4, atol=1e-5 * size
+    )
+    out.sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
+def test_heads_of_no_width_are_refused():
+    with pytest.raises(ValueError, match=r"qkv: got shape \(1, 3, 3, 2, 0\); takes .* with d ≥ 1"):
+        tree_attention(torch.zeros(1, 3, 3, 2, 0), PromptTree(1, (2,)))
+
+
 @layouts
 @pytest.mark.parametrize("heads", [(1, 1, 8), (3, 2, 5), (2, 8, 64)])  # N, H, d
 @pytest.mark.parametrize("dtype", DTYPES)

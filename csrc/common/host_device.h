@@ -4,5 +4,5 @@
 #ifdef __CUDACC__
 #define PCMECL_HD __host__ __device__ __forceinline__
 #else
-#define PCMECL_HD inline
+#define PCMECL_HD inline __attribute__((always_inline))
 #endif

@@ -54,12 +54,12 @@ int64_t grain(const Tensor& bank) {
 template <typename T>
 Direction<T> make_arguments(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize) {
+    const Tensor& source_emotion, bool normalize, double min_change) {
   Direction<T> args = {};
   args.samples = source.size(0), args.width = source.size(1), args.emotions = bank.size(1);
   args.source = pointer<T>(source), args.edited = pointer<T>(edited), args.bank = pointer<T>(bank);
   args.individual = pointer<int64_t>(individual), args.source_emotion = pointer<int64_t>(source_emotion);
-  args.normalize = normalize;
+  args.normalize = normalize, args.min_change = min_change;
   return args;
 }
 
@@ -128,8 +128,9 @@ Gradients differentiate(
 template <typename T>
 Direction<T> make_loss_arguments(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, const Tensor& target_emotion, double scale, double contrast, bool normalize) {
-  Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
+    const Tensor& source_emotion, const Tensor& target_emotion, double scale, double contrast, bool normalize,
+    double min_change) {
+  Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
   args.target_emotion = pointer<int64_t>(target_emotion);
   args.scale = scale, args.contrast = contrast;
   return args;
@@ -143,11 +144,11 @@ Tensor direction_logits(
     const Tensor& bank,            // (N, E, D)
     const Tensor& individual,      // (B,) int64
     const Tensor& source_emotion,  // (B,) int64
-    bool normalize) {
+    bool normalize, double min_change) {
   Tensor logits = at::empty({source.size(0), bank.size(1)}, source.options());
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
     args.logits = pointer<T>(logits);
     at::parallel_for(
         0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(zero).forward(args, begin, end); });
@@ -158,11 +159,11 @@ Tensor direction_logits(
 Gradients direction_logits_backward(
     const Tensor& grad,  // (B, E)
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize, const Needs& needs) {
+    const Tensor& source_emotion, bool normalize, double min_change, const Needs& needs) {
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
     args.grad_logits = pointer<T>(grad);
     gradients = differentiate(args, source, edited, bank, needs);
   });
@@ -174,7 +175,8 @@ std::tuple<Tensor, Tensor> direction_loss(  // the loss, () or (B,), and the num
     const Tensor& source_emotion,
     const Tensor& target_emotion,        // (B,) int64
     const std::optional<Tensor>& scale,  // ()
-    double scale_number, double contrast, bool normalize, const std::string& reduction) {
+    double scale_number, double contrast, bool normalize, double min_change,
+    const std::string& reduction) {
   const at::TensorOptions wide = computing(source);
   Tensor losses = at::empty({source.size(0)}, wide), divisor = at::empty({}, wide), loss = losses;
   for_dtype(source, [&](auto zero) {
@@ -182,7 +184,7 @@ std::tuple<Tensor, Tensor> direction_loss(  // the loss, () or (B,), and the num
     using C = typename Direction<T>::C;
     Direction<T> args = make_loss_arguments<T>(
         source, edited, bank, individual, source_emotion, target_emotion, number(scale, scale_number), contrast,
-        normalize);
+        normalize, min_change);
     args.losses = pointer<C>(losses);
     at::parallel_for(
         0, args.samples, grain(bank), [&](int64_t begin, int64_t end) { kernels_for(zero).forward(args, begin, end); });
@@ -206,14 +208,15 @@ Gradients direction_loss_backward(
     const Tensor& grad,  // () or (B,)
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
-    double contrast, bool normalize, const std::string& reduction, const Tensor& divisor, const Needs& needs) {
+    double contrast, bool normalize, double min_change, const std::string& reduction, const Tensor& divisor,
+    const Needs& needs) {
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
     using C = typename Direction<T>::C;
     Direction<T> args = make_loss_arguments<T>(
         source, edited, bank, individual, source_emotion, target_emotion, number(scale, scale_number), contrast,
-        normalize);
+        normalize, min_change);
     args.grad_losses = pointer<C>(grad);
     args.grad_stride = reduction == "none" ? 1 : 0;
     args.grad_factor = C(1) / *pointer<C>(divisor);

@@ -6,13 +6,6 @@
 // result is written. The backward recomputes the forward. Bytes: source, edited and E (without contrast: 2) rows of the
 // bank a sample, and the gradients written. Operations: about 5·E·D a sample. Bound by memory from D = 512 on.
 
-// x·x_inverse − y·y_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an
-// edit that changes nothing must not have a direction made of rounding.
-template <typename V, typename C>
-PCMECL_INLINE V difference_of_units(V x, C x_inverse, V y, C y_inverse) {
-  return (x - y) * y_inverse + x * (x_inverse - y_inverse);
-}
-
 // N sums over [0, count) in one sweep: vector_step(k, sums) adds to Vector<C> sums[N], scalar_step(k, sums) to C
 // sums[N].
 template <typename C, size_t N, typename VectorStep, typename ScalarStep>
@@ -48,7 +41,7 @@ struct Sample {
   std::vector<Term> terms;
   const T *source, *edited, *rows, *from;
   int64_t a, b;
-  C inv_norm_source, inv_norm_edited, inv_norm_delta;
+  C inv_norm_source, inv_norm_edited, inv_norm_delta, inv_square_delta;
 
   explicit Sample(const Direction<T>& args)
       : args(args), width(args.width), emotions(args.emotions), delta(width), gradient(width), cosine(emotions),
@@ -122,7 +115,8 @@ struct Sample {
           delta[k] = difference_of_units(widen(edited[k]), inv_norm_e, widen(source[k]), inv_norm_s);
           sums[0] += delta[k] * delta[k];
         });
-    inv_norm_delta = inverse_norm(square);
+    inv_norm_delta = inverse_change(square, args.min_change, args.normalize);
+    inv_square_delta = inverse_change_square(square, args.min_change, inv_norm_delta);
   }
 
   // |d|² and ⟨δ, d⟩ of one emotion.
@@ -152,13 +146,13 @@ struct Sample {
     if (args.contrast == 0) return matched;
     C largest = -std::numeric_limits<C>::infinity(), total = 0;
     for (int64_t e = 0; e < emotions; ++e)
-      if (e != a && !(args.scale * cosine[e] <= largest)) largest = args.scale * cosine[e];
+      if (e != a && !(cosine[e] <= largest)) largest = cosine[e];
     for (int64_t e = 0; e < emotions; ++e) {
-      weight[e] = e == a ? C(0) : std::exp(args.scale * cosine[e] - largest);
+      weight[e] = e == a ? C(0) : std::exp(args.scale * (cosine[e] - largest));
       total += weight[e];
     }
     for (int64_t e = 0; e < emotions; ++e) weight[e] /= total;
-    return matched + args.contrast * (std::log(total) + largest - args.scale * cosine[b]);
+    return matched + args.contrast * (std::log(total) + args.scale * (largest - cosine[b]));
   }
 
   // `weight` becomes the gradient of the cosines; returns the scale's.
@@ -181,7 +175,7 @@ struct Sample {
     for (int64_t e = 0; e < emotions; ++e) {
       if (!is_used(e)) continue;
       const C term = weight[e] * inverse[e];
-      shrink -= weight[e] * cosine[e] * inv_norm_delta * inv_norm_delta;
+      shrink -= weight[e] * cosine[e] * inv_square_delta;
       terms.push_back({rows + e * width, term * inv_norm_delta, term * cosine[e] * inverse[e], nullptr});
       if (args.grad_rows) terms.back().grad_row = args.grad_rows + e * width;
     }
@@ -248,7 +242,8 @@ struct Sample {
   void write_gradient(T* to, const T* x, C inverse, C sign, C product) {
     const C* const gradient = this->gradient;
     const C factor = sign * inverse;
-    const C projection = args.normalize ? product * inverse * inverse * factor : C(0);
+    // A feature without a direction may have an infinite product.
+    const C projection = args.normalize && inverse != 0 ? product * inverse * inverse * factor : C(0);
     each<C>(
         width, [&](int64_t k) { store(to + k, load(gradient + k) * factor - load(x + k) * projection); },
         [&](int64_t k) { narrow(gradient[k] * factor - widen(x[k]) * projection, to + k); });

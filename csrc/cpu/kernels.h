@@ -34,7 +34,7 @@ struct Direction {
   const int64_t* source_emotion;  // (B,)
   const int64_t* target_emotion;  // (B,), null for the logits
   bool normalize;
-  C scale, contrast;
+  C scale, contrast, min_change;
 
   // Forward: one of the two.
   T* logits;  // (B, E)

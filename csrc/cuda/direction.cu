@@ -13,12 +13,6 @@ namespace {
 
 constexpr int kWarps = 4;  // and below, blocks a multiprocessor has to hold: with more the compiler spills registers
 
-// y·y_inverse − x·x_inverse. Exactly 0 for equal arguments, also where the compiler fuses products into additions: an
-// edit that changes nothing must not have a direction made of rounding.
-__device__ __forceinline__ float difference_of_units(float y, float y_inverse, float x, float x_inverse) {
-  return (y - x) * y_inverse + x * (y_inverse - x_inverse);
-}
-
 // G: emotions measured in one pass over the features; 1 where the target's is all that counts.
 template <typename T, int V, int G>
 struct Sample {
@@ -26,7 +20,7 @@ struct Sample {
   const T *source, *edited, *rows, *from;
   int lane, a, b;
   float inv_norm_source, inv_norm_edited;
-  float delta_square, inv_norm_delta, source_delta;  // |δ|², 1/|δ|, ⟨ŝ, δ⟩
+  float delta_square, inv_norm_delta, source_delta;  // |δ|², 1/max(|δ|, min_change), ⟨ŝ, δ⟩
   float cosine, inverse, dot_source, dot_delta;      // of emotion `lane`: c, 1/|d|, ⟨ŝ, d⟩, ⟨δ, d⟩
 
   __device__ Sample(const Direction<T>& args, int64_t sample)
@@ -114,7 +108,7 @@ struct Sample {
     });
     if (with_delta) {
       delta_square = sum_over(of_delta);
-      inv_norm_delta = inverse_norm(delta_square);
+      inv_norm_delta = inverse_change(delta_square, args.min_change, args.normalize);
       if (backward) source_delta = sum_over(of_both);
     }
 #pragma unroll
@@ -132,11 +126,10 @@ struct Sample {
     const float target_cosine = from_lane(cosine, b), matched = 1 - target_cosine;
     weight = 0;
     if (args.contrast == 0) return matched;
-    const float scale = value_of(args.scale);
-    const float logit = counts() ? scale * cosine : -kInfinity, largest = max_over_warp(logit);
-    const float term = counts() ? expf(logit - largest) : 0.0f, total = sum_over(term);
+    const float scale = value_of(args.scale), largest = max_over_warp(counts() ? cosine : -kInfinity);
+    const float term = counts() ? expf(scale * (cosine - largest)) : 0.0f, total = sum_over(term);
     weight = term / total;
-    return matched + args.contrast * (logf(total) + largest - scale * target_cosine);
+    return matched + args.contrast * (logf(total) + scale * (largest - target_cosine));
   }
 
   // The gradient of this lane's cosine under the loss; `scale_gradient` becomes the scale's.
@@ -152,7 +145,8 @@ struct Sample {
   // From the gradient of this lane's cosine: those of source, edited and the bank.
   __device__ void write(int64_t sample, float weight) {
     const float along = weight * inverse * inv_norm_delta, across = weight * cosine * inverse * inverse;
-    const float shrink = -sum_over(weight * cosine) * inv_norm_delta * inv_norm_delta;
+    const float shrink =
+        -sum_over(weight * cosine) * inverse_change_square(delta_square, args.min_change, inv_norm_delta);
     const float source_dot = shrink * source_delta + sum_over(along * dot_source);  // ⟨ŝ, g⟩, g the gradient of δ
     const float edited_dot = source_dot + shrink * delta_square + sum_over(along * dot_delta);
     if (args.coefficients) write_coefficients(args.coefficients + sample * (2 * args.emotions + 2), along, across);

@@ -9,12 +9,12 @@ namespace {
 template <typename T>
 Direction<T> make_arguments(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize) {
+    const Tensor& source_emotion, bool normalize, double min_change) {
   Direction<T> args = {};
   args.samples = source.size(0), args.width = source.size(1), args.emotions = int(bank.size(1));
   args.source = pointer<T>(source), args.edited = pointer<T>(edited), args.bank = pointer<T>(bank);
   args.individual = pointer<int64_t>(individual), args.source_emotion = pointer<int64_t>(source_emotion);
-  args.normalize = normalize;
+  args.normalize = normalize, args.min_change = float(min_change);
   return args;
 }
 
@@ -55,12 +55,12 @@ Gradients differentiate(
 
 Tensor direction_logits(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize) {
+    const Tensor& source_emotion, bool normalize, double min_change) {
   const c10::DeviceGuard guard(source.device());
   Tensor logits = at::empty({source.size(0), bank.size(1)}, source.options());
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
     args.logits = pointer<T>(logits);
     direction_forward(args);
   });
@@ -69,12 +69,12 @@ Tensor direction_logits(
 
 Gradients direction_logits_backward(
     const Tensor& grad, const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize, const Needs& needs) {
+    const Tensor& source_emotion, bool normalize, double min_change, const Needs& needs) {
   const c10::DeviceGuard guard(source.device());
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
     args.grad_logits = pointer<T>(grad);
     gradients = differentiate(args, source, edited, bank, individual, needs);
   });
@@ -84,13 +84,13 @@ Gradients direction_logits_backward(
 std::tuple<Tensor, Tensor> direction_loss(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
-    double contrast, bool normalize, const std::string& reduction) {
+    double contrast, bool normalize, double min_change, const std::string& reduction) {
   const c10::DeviceGuard guard(source.device());
   const ScaleArgument scale_argument(scale, scale_number);
   Tensor losses = at::empty({source.size(0)}, in_float(source));
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
     args.target_emotion = pointer<int64_t>(target_emotion);
     args.scale = scale_argument.value(), args.contrast = float(contrast);
     args.losses = pointer<float>(losses);
@@ -107,7 +107,8 @@ std::tuple<Tensor, Tensor> direction_loss(
 Gradients direction_loss_backward(
     const Tensor& grad, const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
-    double contrast, bool normalize, const std::string& reduction, const Tensor& divisor, const Needs& needs) {
+    double contrast, bool normalize, double min_change, const std::string& reduction, const Tensor& divisor,
+    const Needs& needs) {
   const c10::DeviceGuard guard(source.device());
   const ScaleArgument scale_argument(scale, scale_number);
   Tensor scale_gradient;
@@ -115,7 +116,7 @@ Gradients direction_loss_backward(
   Gradients gradients;
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize);
+    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
     args.target_emotion = pointer<int64_t>(target_emotion);
     args.scale = scale_argument.value(), args.contrast = float(contrast);
     args.grad_losses = pointer<float>(grad), args.grad_stride = reduction == "none" ? 1 : 0;

@@ -26,7 +26,7 @@ struct Direction {
   const int64_t* source_emotion;  // (B,)
   const int64_t* target_emotion;  // (B,), null for the logits
   Scale scale;
-  float contrast;
+  float contrast, min_change;
   bool normalize;
 
   // Forward: one of the two.

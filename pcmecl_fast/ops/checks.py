@@ -19,13 +19,18 @@ from torch import Tensor
 AUTOCAST = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind))
 """Device types that autocast supports: queried once, because not every version of torch.compile can trace it."""
 
+MAX_SCALE = 1e6
+"""Of logits: a cosine's rounding, 1e-7 in float32, times this is a tenth; beyond it no digit of a loss is right."""
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Sizes:
     """The values of the shapes' letters in one call."""
 
-    def __init__(self) -> None:
+    def __init__(self, needed: str = "") -> None:
+        """`needed`: letters that must not be 0."""
+        self._needed = needed
         self._sizes: dict[str, int] = {}
         self._named_by: dict[str, str] = {}
 
@@ -38,6 +43,8 @@ class Sizes:
                 if size != dim:
                     raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)}")
             elif dim not in self._sizes:
+                if not size and dim in self._needed:
+                    raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)} with {dim} ≥ 1")
                 self._sizes[dim], self._named_by[dim] = size, name
             elif size != self._sizes[dim]:
                 raise ValueError(
@@ -103,15 +110,23 @@ def check_one_device(**tensors: Tensor | None) -> None:
 
 
 def check_scale(scale: Any) -> None:
-    """Raise unless `scale` is a positive number or a float tensor of no dimensions (whose value is not read)."""
+    """Raise unless `scale` is a number in range, or a float tensor of no dimensions; its value, too, where known."""
     if isinstance(scale, Tensor):
         check_float("scale", scale)
         if scale.dim() != 0:
             raise ValueError(f"scale: got shape {tuple(scale.shape)}; takes a number or a tensor of shape ()")
-    else:
-        check_number("scale", scale)
-        if scale <= 0:
-            raise ValueError(f"scale: got {scale}; takes a number above 0")
+    value = known_number(scale)
+    if value is not None:
+        check_number("scale", value)
+        if not 0 < value <= MAX_SCALE:
+            raise ValueError(f"scale: got {value}; takes a number above 0 and at most {MAX_SCALE:g}")
+
+
+def known_number(value: Any) -> Any:
+    """The value of a tensor of no dimensions on a CPU, None of another: reading it would wait. A number as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return None if torch.compiler.is_compiling() or value.device.type != "cpu" else value.item()
 
 
 def check_number(name: str, value: Any) -> None:
@@ -120,6 +135,13 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}; takes a number")
     if not -math.inf < value < math.inf:  # unlike `isfinite`, traceable with a symbolic number
         raise ValueError(f"{name}: got {value}; takes a finite number")
+
+
+def check_at_least_0(name: str, value: Any) -> None:
+    """Raise unless `value` is a finite int or float that is not negative."""
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: got {value}; takes a number of at least 0")
 
 
 def check_flag(name: str, value: Any) -> None:

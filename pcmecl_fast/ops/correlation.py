@@ -42,10 +42,14 @@ def correlation_loss(
     directions: their logits are 0, and so is the gradient through them. Gradients flow to `visual`, `text` and a
     tensor `scale`; a missing emotion's features are not read and their gradient is 0.
 
+    Numbers are supported up to 1e6 in size: each individual's mean is taken off first, so that one number beyond takes
+    the low bits of the others along, and from 1e18 on products overflow to NaN.
+
     Args:
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
         text: unit text features, (N, E, D), the same dtype and device (under autocast the wider dtype counts).
-        scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
+        scale: CLIP's logit scale, above 0 and at most 1e6: a number, or a float tensor of shape () on the same
+            device, whose value is checked on a CPU alone.
         mask: True where individual n has emotion e, (N, E) bool; None means everywhere.
         negatives: "all", "within" or "distinct".
         backend: see `use_backend`; None leaves the choice to it.
@@ -60,7 +64,7 @@ def correlation_loss(
 
     Source: the paper's feature differencing; the symmetric cross entropy of CLIP over all pairs is ours.
     """
-    sizes = checks.Sizes()
+    sizes = checks.Sizes(needed="D")
     checks.check_float("visual", visual)
     sizes.check("visual", visual, "NED")
     checks.check_float("text", text)
@@ -92,7 +96,6 @@ CORRELATION_LOSS = Operator(
     saved=("rows", "columns"),
     sizes={
         "emotions": lambda visual, *rest: visual.shape[1],
-        # A tensor's value is not read: that would wait for the device.
-        "scale": lambda visual, text, scale, *rest: 0.0 if isinstance(scale, Tensor) else scale,
+        "scale": lambda visual, text, scale, *rest: checks.known_number(scale) or 0.0,
     },
 )

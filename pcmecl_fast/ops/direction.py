@@ -2,10 +2,14 @@
 
     v̂, v̂'  = source and edited divided by their norms,   δ = v̂' − v̂
     d[e]   = bank[n, e] − bank[n, a]
-    c[e]   = ⟨unit(δ), unit(d[e])⟩
+    c[e]   = ⟨δ / max(|δ|, min_change), unit(d[e])⟩
     loss   = (1 − c[b]) + contrast · ( −log softmax_{e≠a}( scale · c[e] )[b] )
 
-for individual n, from the source emotion a to the target emotion b; unit(x) is x / |x|, and 0 where |x| ≤ 1e-8.
+for individual n, from the source emotion a to the target emotion b; unit(x) is x / |x|, and 0 where |x| ≤ 1e-8. So is
+δ / |δ| without a `min_change`, also where |δ| ≤ 1e-6 between unit vectors in float32 or a half type: that is rounding.
+
+A direction has no length, so its gradient is about 1/|δ|: 1e4 for an edit that changes features by 1e-4. With a
+`min_change` it is at most 1/min_change, and an edit that changes nothing has a gradient, too: along d[b].
 """
 
 from __future__ import annotations
@@ -26,13 +30,14 @@ def direction_logits(
     source_emotion: Tensor,  # (B,)
     *,
     normalize: bool = True,
+    min_change: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:  # (B, E)
     """Cosines between an edit's change of image features and each change of emotion in the prompt bank.
 
     c[e] = ⟨unit(δ), unit(d[e])⟩ as above, in [-1, 1] and without the logit scale. The source emotion's column stands
-    for no change and is 0. An edit that changes nothing (|δ| ≤ 1e-8), and two emotions with the same text features,
-    give 0 with gradient 0. Gradients flow to `source`, `edited` and `bank`.
+    for no change and is 0. Two emotions with the same text features give 0 with gradient 0, and so does an edit that
+    changes nothing unless there is a `min_change`. Gradients flow to `source`, `edited` and `bank`.
 
     Args:
         source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
@@ -42,6 +47,7 @@ def direction_logits(
         individual: row of the bank of each sample, (B,), any integer dtype, 0 to N-1.
         source_emotion: emotion a of each source frame, (B,), any integer dtype, 0 to E-1.
         normalize: divide `source` and `edited` by their norms first; False takes them as given.
+        min_change: the length of a change, at least 0, up to which c grows with it instead of being a cosine.
         backend: see `use_backend`; None leaves the choice to it.
 
     Returns:
@@ -55,11 +61,13 @@ def direction_logits(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA.
     """
-    sizes = checks.Sizes()
-    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize)
+    sizes = checks.Sizes(needed="D")
+    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize, min_change)
     individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
     source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
-    return DIRECTION_LOGITS(source, edited, bank, individual, source_emotion, normalize, backend=backend)
+    return DIRECTION_LOGITS(
+        source, edited, bank, individual, source_emotion, normalize, float(min_change), backend=backend
+    )
 
 
 def direction_loss(
@@ -73,6 +81,7 @@ def direction_loss(
     scale: float | Tensor = 100.0,
     contrast: float = 0.0,
     normalize: bool = True,
+    min_change: float = 0.0,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:  # () or (B,)
@@ -81,7 +90,8 @@ def direction_loss(
     loss = (1 − c[b]) + contrast · (−log softmax over e ≠ a of scale · c[e], at b), with c from `direction_logits`. A
     sample with target = source requests no change: its loss and gradient are 0 and the mean excludes it. A batch that
     is empty or has no valid sample gives 0 and still has a graph. A zero change (a generator that starts as the
-    identity) is finite with gradient 0. Gradients flow to `source`, `edited`, `bank` and a tensor `scale`.
+    identity) is finite. Its gradient is 0, or with a `min_change` that of 1 − ⟨δ, unit(d[b])⟩ / min_change. Gradients
+    flow to `source`, `edited`, `bank` and a tensor `scale`.
 
     Args:
         source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
@@ -91,9 +101,11 @@ def direction_loss(
         individual: row of the bank of each sample, (B,), any integer dtype, 0 to N-1.
         source_emotion: emotion a of each source frame, (B,), any integer dtype, 0 to E-1.
         target_emotion: requested emotion b, (B,), any integer dtype, 0 to E-1.
-        scale: CLIP's logit scale, above 0: a number, or a float tensor of shape () on the same device.
+        scale: CLIP's logit scale, above 0 and at most 1e6: a number, or a float tensor of shape () on the same device,
+            whose value is checked on a CPU alone.
         contrast: weight of the contrast with the other target emotions, at least 0.
         normalize: divide `source` and `edited` by their norms first; False takes them as given.
+        min_change: the length of a change, at least 0, up to which c grows with it instead of being a cosine.
         reduction: "mean" over the samples with b ≠ a, "sum", or "none".
         backend: see `use_backend`; None leaves the choice to it.
 
@@ -108,14 +120,12 @@ def direction_loss(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA; the contrast is ours.
     """
-    sizes = checks.Sizes()
-    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize)
+    sizes = checks.Sizes(needed="D")
+    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize, min_change)
     checks.check_scale(scale)
     if isinstance(scale, Tensor):
         checks.check_one_device(source=source, scale=scale)
-    checks.check_number("contrast", contrast)
-    if contrast < 0:
-        raise ValueError(f"contrast: got {contrast}; takes a number of at least 0")
+    checks.check_at_least_0("contrast", contrast)
     checks.check_choice("reduction", reduction, REDUCTIONS)
     individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
     source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
@@ -130,13 +140,14 @@ def direction_loss(
         scale,
         float(contrast),
         normalize,
+        float(min_change),
         reduction,
         backend=backend,
     )
 
 
 def _checked_features(
-    sizes: checks.Sizes, source: Tensor, edited: Tensor, bank: Tensor, normalize: bool
+    sizes: checks.Sizes, source: Tensor, edited: Tensor, bank: Tensor, normalize: bool, min_change: float
 ) -> tuple[Tensor, ...]:
     for name, value, dims in (("source", source, "BD"), ("edited", edited, "BD"), ("bank", bank, "NED")):
         checks.check_float(name, value)
@@ -144,6 +155,7 @@ def _checked_features(
     features = checks.alike(source=source, edited=edited, bank=bank)
     checks.check_one_device(source=source, edited=edited, bank=bank)
     checks.check_flag("normalize", normalize)
+    checks.check_at_least_0("min_change", min_change)
     return features
 
 
@@ -176,14 +188,15 @@ _SIZES = {
 }
 DIRECTION_LOGITS = Operator(
     reference.direction_logits,
-    f"{_FEATURES}, bool normalize",
+    f"{_FEATURES}, bool normalize, float min_change",
     gradients=("source", "edited", "bank"),
     outputs=_logits_outputs,
     sizes=_SIZES,
 )
 DIRECTION_LOSS = Operator(
     reference.direction_loss,
-    f"{_FEATURES}, Tensor target_emotion, Tensor|float scale, float contrast, bool normalize, str reduction",
+    f"{_FEATURES}, Tensor target_emotion, Tensor|float scale, float contrast, bool normalize, float min_change, "
+    "str reduction",
     gradients=("source", "edited", "bank", "scale"),
     outputs=_loss_outputs,
     saved=("divisor",),

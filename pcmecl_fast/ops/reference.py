@@ -5,7 +5,9 @@ The wrappers in the files beside this one check the arguments; these functions t
 - Half types are computed in float32. Losses stay float32; logits, attention and frames return in the input's dtype.
 - `torch.autocast` changes nothing: the arithmetic runs with it switched off.
 - A vector no longer than ε = 1e-8 has no direction: its unit vector is 0, and so is the gradient through it. A plain
-  `x / max(|x|, ε)` would have gradient 1/ε = 1e8 there, and `x / |x|` would give NaN.
+  `x / max(|x|, ε)` would have gradient 1/ε = 1e8 there, and `x / |x|` would give NaN. The difference of two unit
+  vectors that were computed in float32 has none up to 1e-6: below that it is rounding. Nor has a vector so long that
+  its square overflows (in float32 1.8e19).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pcmecl_fast.ops.checks import autocast_off
 from pcmecl_fast.ops.prompt_tree import PromptTree
 
 EPS = 1e-8  # as in F.cosine_similarity
+FLOAT32_EPS = 1e-6  # of differences of unit vectors: some eight roundings of one of their elements
 
 
 def direction_logits(
@@ -29,9 +32,11 @@ def direction_logits(
     individual: Tensor,  # (B,)
     source_emotion: Tensor,  # (B,)
     normalize: bool,
+    min_change: float,
 ) -> Tensor:  # (B, E)
     with autocast_off(source):
-        return _direction_cosines(source, edited, bank, individual, source_emotion, normalize).to(source.dtype)
+        cosines = _direction_cosines(source, edited, bank, individual, source_emotion, normalize, min_change)
+        return cosines.to(source.dtype)
 
 
 def direction_loss(
@@ -44,16 +49,20 @@ def direction_loss(
     scale: float | Tensor,
     contrast: float,
     normalize: bool,
+    min_change: float,
     reduction: str,
 ) -> Tensor:  # () or (B,)
     with autocast_off(source):
-        cosines = _direction_cosines(source, edited, bank, individual, source_emotion, normalize)
         valid = source_emotion != target_emotion
+        # Whatever is in a sample that requests no change, NaN included, must not reach the bank's gradient.
+        source, edited = (x.masked_fill(~valid[:, None], 0.0) for x in (source, edited))
+        cosines = _direction_cosines(source, edited, bank, individual, source_emotion, normalize, min_change)
+        wanted = _pick(cosines, target_emotion)
         # Without a valid target nothing is masked, so the softmax is never empty, even with a single emotion.
         not_a_change = valid[:, None] & (torch.arange(bank.shape[1], device=bank.device) == source_emotion[:, None])
-        logits = (scale * cosines).masked_fill(not_a_change, -torch.inf)
-        cross_entropy = logits.logsumexp(dim=1) - _pick(logits, target_emotion)
-        loss = torch.where(valid, 1 - _pick(cosines, target_emotion) + contrast * cross_entropy, 0.0)
+        # Subtracted before they are scaled: the loss is the difference of two logits, and small where they are not.
+        logits = (scale * (cosines - wanted[:, None])).masked_fill(not_a_change, -torch.inf)
+        loss = torch.where(valid, 1 - wanted + contrast * logits.logsumexp(dim=1), 0.0)
         if reduction == "none":
             return loss
         return loss.sum() / valid.sum().clamp(min=1) if reduction == "mean" else loss.sum()
@@ -118,7 +127,13 @@ def clip_frames(
 
 
 def _direction_cosines(
-    source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor, normalize: bool
+    source: Tensor,  # (B, D)
+    edited: Tensor,  # (B, D)
+    bank: Tensor,  # (N, E, D)
+    individual: Tensor,  # (B,)
+    source_emotion: Tensor,  # (B,)
+    normalize: bool,
+    min_change: float,
 ) -> Tensor:  # (B, E) in the computing dtype
     # In one order in memory, and so summed in one: else the norms of two equal features differ by a rounding, and their
     # difference is a direction.
@@ -126,16 +141,21 @@ def _direction_cosines(
     bank = _wide(bank)  # before the gather, so that the samples' gradients add up in float32
     if normalize:
         source, edited = _unit(source), _unit(edited)
-    delta = _unit(edited - source)
+    delta = _unit(edited - source, least=min_change, eps=smallest_change(source.dtype, normalize))
     rows = bank[individual]  # (B, E, D)
     directions = _unit(rows - bank[individual, source_emotion][:, None])
     return (directions * delta[:, None]).sum(dim=-1)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension; 0 with gradient 0 where |x| ≤ ε. NaN stays NaN, to remain visible."""
-    square = (x * x).sum(dim=-1, keepdim=True)
-    short = square <= EPS**2
+def smallest_change(dtype: torch.dtype, normalize: bool) -> float:
+    """Up to which length a change of image features, computed in this dtype, is no direction."""
+    return FLOAT32_EPS if normalize and dtype == torch.float32 else EPS
+
+
+def _unit(x: Tensor, *, least: float = 0.0, eps: float = EPS) -> Tensor:
+    """x / max(|x|, least) over the last dimension; 0 with gradient 0 where that is at most ε. NaN stays visible."""
+    square = (x * x).sum(dim=-1, keepdim=True).clamp(min=least**2)
+    short = square <= eps**2
     return x.masked_fill(short, 0.0) / square.masked_fill(short, 1.0).sqrt()
 
 

@@ -22,6 +22,8 @@ def tree_attention(
 ) -> Tensor:  # (N, S, H, d)
     """Multi-head attention of packed prompts: softmax(q kᵀ / √d + mask) v with the tree's mask.
 
+    Logits are supported up to 1e12 in size, without overflow; in float32 a softmax hangs on rounding from 1e6 on.
+
     Args:
         qkv: queries, keys and values of N packed sequences, (N, S, 3, H, d) with S = layout.length; float16, bfloat16,
             float32 or float64. A linear layer's (N, S, 3·H·d) output viewed as such, without a copy.
@@ -41,7 +43,7 @@ def tree_attention(
     if not isinstance(layout, PromptTree):
         raise TypeError(f"layout: got {type(layout).__name__}; takes a PromptTree")
     checks.check_float("qkv", qkv)
-    checks.Sizes().check("qkv", qkv, ("N", "S", 3, "H", "d"))
+    checks.Sizes(needed="d").check("qkv", qkv, ("N", "S", 3, "H", "d"))
     if qkv.shape[1] != layout.length:
         raise ValueError(
             f"qkv: got shape {tuple(qkv.shape)}; takes (N, S, 3, H, d) with S = {layout.length}, as in layout"
