@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,13 @@ from torch import Tensor, nn
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
+from pcmecl_fast.ops import checks
 from pcmecl_fast.prompts.bank import PromptBank
 
 log = logging.getLogger("pcmecl_fast")
+
+MIN_CHANGE = 0.1
+"""Of unit features; see `PCMECLCriterion`."""
 
 TOLERANCE = 0.05
 """How far outside [-1, 1] frames may be: resizing and rounding take them there."""
@@ -24,7 +30,7 @@ TOLERANCE = 0.05
 class PCMECLCriterion(nn.Module):
     """direction_loss on frames: an edit must change CLIP's image features the way the individual's prompts change.
 
-        loss = direction_loss(CLIP(source), CLIP(edited), bank, individual, a, b)        (ops.direction_loss)
+        loss = direction_loss(CLIP(source), CLIP(edited), bank, individual, a, b, min_change)    (ops.direction_loss)
              + strength · mean relu(1 − ⟨unit(CLIP(edited)) − unit(CLIP(source)), unit(d)⟩ / length)
         d      = bank[individual, b] − bank[individual, a]
         length = lengths[individual, a, b], or lengths[a, b] for everyone
@@ -32,6 +38,11 @@ class PCMECLCriterion(nn.Module):
     A direction says nothing about how far to go, so any term that preserves the frames shortens the edits at no cost.
     The second term, off by default, asks for edits to go as far along the text's direction as real changes do: the
     individual's own (`personal_lengths`) or the population's (`real_lengths`).
+
+    Nor does a direction say how small a change is: its gradient grows as 1 / |change|, to 1e4 for a generator that
+    begins 1e-4 from the identity, where a tower in bfloat16 gives little but rounding (docs/guide.md has the figures).
+    So changes are divided by `min_change` at least, and a generator that begins as the identity is told where to go.
+    `explain` shows how strong the gradient is beside other losses'.
 
     Frames are RGB in [-1, 1]; others are pointed out once in the log. On a GPU only the first call looks, since looking
     waits for the device.
@@ -44,6 +55,8 @@ class PCMECLCriterion(nn.Module):
         bank: text features of every individual and emotion.
         contrast: weight of the contrast with the other target emotions, at least 0.
         scale: logit scale of that contrast; None means CLIP's own.
+        min_change: the length of a change of unit features, at least 0, up to which its cosine grows with it; 0 takes
+            changes of any size for directions.
         strength: weight of the penalty on edits that fall short of `lengths`, at least 0.
         lengths: how far changes from emotion a to b go, (E, E) or, per row of the bank, (N, E, E); required if
             `strength` is not 0.
@@ -65,6 +78,7 @@ class PCMECLCriterion(nn.Module):
         *,
         contrast: float = 0.0,
         scale: float | None = None,
+        min_change: float = MIN_CHANGE,
         strength: float = 0.0,
         lengths: Tensor | None = None,
         backend: str | None = None,
@@ -83,7 +97,9 @@ class PCMECLCriterion(nn.Module):
                 raise ValueError(
                     f"lengths: takes {shapes[0]} or {shapes[1]} positive numbers, got {tuple(lengths.shape)}"
                 )
+        checks.check_at_least_0("min_change", min_change)
         self.contrast = contrast
+        self.min_change = min_change
         self.strength = strength
         self.scale = clip.logit_scale if scale is None else scale
         self.backend = backend
@@ -106,19 +122,133 @@ class PCMECLCriterion(nn.Module):
     def forward(
         self,
         source_frames: Tensor,  # (B, 3, H, W) or (B, T, 3, H, W), RGB in [-1, 1], any H and W
-        edited_frames: Tensor,  # the same shape
-        individual: Tensor,  # (B,) int, rows of the bank
-        source_emotion: Tensor,  # (B,) int
-        target_emotion: Tensor,  # (B,) int
+        edited_frames: Tensor,  # as many frames, or T for each of the source's
+        individual: Tensor,  # (B,) or (B, T) int, rows of the bank
+        source_emotion: Tensor,  # (B,) or (B, T) int
+        target_emotion: Tensor,  # (B,) or (B, T) int
         *,
         source_features: Tensor | None = None,  # (B, D) or (B, T, D): CLIP(source_frames), if already known
     ) -> Tensor:  # ()
         """The mean loss over samples (and frames of a clip) whose target differs from their source emotion.
 
+        One source frame for T edits, (B, 3, H, W) with (B, T, 3, H, W), is encoded once. Indices are per clip or per
+        frame, on any device; frames (B·T, 3, H, W) take B indices for B clips of T consecutive frames, too.
+
         Raises:
             TypeError: frames of integers.
-            ValueError: frames of the wrong rank or of different shapes, or features that do not match them.
+            ValueError: frames of the wrong rank or of different shapes, or features or indices that do not match them.
         """
+        samples = self._samples(
+            source_frames, edited_frames, individual, source_emotion, target_emotion, source_features
+        )
+        if samples is None:
+            return edited_frames.to(self.features.dtype).sum()  # 0, with a graph
+        return self._loss(samples)
+
+    def explain(
+        self,
+        source_frames: Tensor,  # as for forward
+        edited_frames: Tensor,
+        individual: Tensor,
+        source_emotion: Tensor,
+        target_emotion: Tensor,
+        *,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> Explanation:
+        """What the loss is made of on a batch, and how hard it pulls at the edited frames: for choosing its weight.
+
+        Args:
+            beside: other losses, each () and computed from the very tensor `edited_frames`; their graphs are kept.
+
+        Raises:
+            ValueError: no frames, or a loss in `beside` that does not depend on `edited_frames`.
+        """
+        if not edited_frames.requires_grad:
+            edited_frames = edited_frames.detach().requires_grad_()
+        with torch.enable_grad():
+            samples = self._samples(source_frames, edited_frames, individual, source_emotion, target_emotion, None)
+            if samples is None:
+                raise ValueError(f"edited_frames: got {tuple(edited_frames.shape)}; there is nothing to explain")
+            loss = self._loss(samples)
+        norms = {}
+        for name, term in {"PCMECL": loss, **(beside or {})}.items():
+            (gradient,) = torch.autograd.grad(term, edited_frames, retain_graph=True, allow_unused=True)
+            if gradient is None:
+                raise ValueError(f"beside: {name!r} does not depend on edited_frames")
+            norms[name] = float(gradient.norm())
+        with torch.no_grad():
+            asks = samples.source_emotion != samples.target_emotion
+            units = (F.normalize(x[asks], dim=-1) for x in (samples.source, samples.edited))
+            source, edited = units
+            lengths = (edited - source).norm(dim=-1)
+        return Explanation(float(loss), norms.pop("PCMECL"), norms, lengths.tolist(), self.min_change)
+
+    def _samples(
+        self,
+        source_frames: Tensor,
+        edited_frames: Tensor,
+        individual: Tensor,
+        source_emotion: Tensor,
+        target_emotion: Tensor,
+        source_features: Tensor | None,
+    ) -> _Samples | None:
+        """Features and indices of each edited frame, None where there are no frames."""
+        self._check_frames(source_frames, edited_frames)
+        count = edited_frames.shape[:-3]
+        indices = [
+            _per_frame(name, index, count, self.features.device)
+            for name, index in (
+                ("individual", individual),
+                ("source_emotion", source_emotion),
+                ("target_emotion", target_emotion),
+            )
+        ]
+        known = source_frames.shape[:-3]
+        if source_features is not None:
+            known, width = source_features.shape[:-1], self.features.shape[-1]
+            if known not in (count, source_frames.shape[:-3]) or source_features.shape[-1] != width:
+                raise ValueError(f"source_features: takes {(*count, width)}, got {tuple(source_features.shape)}")
+            source_features = source_features.detach().flatten(0, -2)
+        if not count.numel():
+            return None
+        self._look_at("edited_frames", edited_frames)
+        if source_features is None:
+            self._look_at("source_frames", source_frames)
+            with torch.no_grad(), _attention_of_training():
+                source_features = self.clip.encode_image(source_frames.flatten(0, -4), backend=self.backend)
+        if known != count:
+            source_features = source_features.repeat_interleave(count[1], dim=0)
+        edited_features = self.clip.encode_image(edited_frames.flatten(0, -4), backend=self.backend)
+        kind = self.features.dtype
+        return _Samples(source_features.to(kind), edited_features.to(kind), *indices)
+
+    def _loss(self, samples: _Samples) -> Tensor:  # ()
+        source, edited, individual, source_emotion, target_emotion = samples
+        bank, row = self.features, individual
+        if self._on_disk is not None:
+            bank = self._on_disk.lookup(individual, bank.device).to(bank.dtype)
+            individual = torch.arange(len(individual), device=bank.device)
+        loss = ops.direction_loss(
+            source,
+            edited,
+            bank,
+            individual,
+            source_emotion,
+            target_emotion,
+            scale=self.scale,
+            contrast=self.contrast,
+            min_change=self.min_change,
+            backend=self.backend,
+        )
+        if self.strength and self.lengths is not None:
+            lengths = self.lengths[row, source_emotion, target_emotion]
+            direction = bank[individual, target_emotion] - bank[individual, source_emotion]
+            shortfall = _shortfall(source, edited, direction, lengths)
+            valid = (source_emotion != target_emotion).to(shortfall)
+            loss = loss + self.strength * (shortfall * valid).sum() / valid.sum().clamp(min=1)
+        return loss
+
+    def _check_frames(self, source_frames: Tensor, edited_frames: Tensor) -> None:
         for name, frames in (("source_frames", source_frames), ("edited_frames", edited_frames)):
             if not frames.is_floating_point():
                 raise TypeError(
@@ -126,61 +256,12 @@ class PCMECLCriterion(nn.Module):
                 )
         if edited_frames.ndim not in (4, 5) or edited_frames.shape[-3] != 3:
             raise ValueError(f"edited_frames: takes (B, 3, H, W) or (B, T, 3, H, W), got {tuple(edited_frames.shape)}")
-        if source_frames.shape[:-2] != edited_frames.shape[:-2]:
+        count, sources = edited_frames.shape[:-3], source_frames.shape[:-3]
+        if source_frames.ndim < 4 or source_frames.shape[-3] != 3 or sources not in (count, count[:1]):
             raise ValueError(
-                f"source_frames: takes as many frames as edited_frames {tuple(edited_frames.shape)}, "
-                f"got {tuple(source_frames.shape)}"
+                f"source_frames: takes as many frames as edited_frames {tuple(edited_frames.shape)}, or one for each "
+                f"clip of them, got {tuple(source_frames.shape)}"
             )
-        if source_features is not None:
-            expected = (*edited_frames.shape[:-3], self.features.shape[-1])
-            if source_features.shape != expected:
-                raise ValueError(f"source_features: takes {expected}, got {tuple(source_features.shape)}")
-            source_features = source_features.detach()
-        if not edited_frames.shape[:-3].numel():
-            return edited_frames.to(self.features.dtype).sum()  # 0, with a graph
-        self._look_at("edited_frames", edited_frames)
-        if source_features is None:
-            self._look_at("source_frames", source_frames)
-        if edited_frames.ndim == 5:
-            clips, length = edited_frames.shape[:2]
-            source_frames, edited_frames = source_frames.flatten(0, 1), edited_frames.flatten(0, 1)
-            individual, source_emotion, target_emotion = (
-                self._per_frame(name, index, clips, length)
-                for name, index in (
-                    ("individual", individual),
-                    ("source_emotion", source_emotion),
-                    ("target_emotion", target_emotion),
-                )
-            )
-            if source_features is not None:
-                source_features = source_features.flatten(0, 1)
-        if source_features is None:
-            with torch.no_grad(), _attention_of_training():
-                source_features = self.clip.encode_image(source_frames, backend=self.backend)
-        edited_features = self.clip.encode_image(edited_frames, backend=self.backend)
-        bank, row = self.features, individual
-        if self._on_disk is not None:
-            bank = self._on_disk.lookup(individual, bank.device).to(bank.dtype)
-            individual = torch.arange(len(individual), device=bank.device)
-        source_features, edited_features = source_features.to(bank.dtype), edited_features.to(bank.dtype)
-        loss = ops.direction_loss(
-            source_features,
-            edited_features,
-            bank,
-            individual,
-            source_emotion,
-            target_emotion,
-            scale=self.scale,
-            contrast=self.contrast,
-            backend=self.backend,
-        )
-        if self.strength and self.lengths is not None:
-            lengths = self.lengths[row, source_emotion, target_emotion]
-            direction = bank[individual, target_emotion] - bank[individual, source_emotion]
-            shortfall = _shortfall(source_features, edited_features, direction, lengths)
-            valid = (source_emotion != target_emotion).to(shortfall)
-            loss = loss + self.strength * (shortfall * valid).sum() / valid.sum().clamp(min=1)
-        return loss
 
     @torch.no_grad()
     def _look_at(self, name: str, frames: Tensor) -> None:
@@ -196,11 +277,55 @@ class PCMECLCriterion(nn.Module):
             self._noted.add(kind)
             log.warning("%s: %s", name, wrong)
 
-    @staticmethod
-    def _per_frame(name: str, index: Tensor, clips: int, length: int) -> Tensor:
-        if index.shape != (clips,):
-            raise ValueError(f"{name}: takes one index per clip, ({clips},), got {tuple(index.shape)}")
-        return index.repeat_interleave(length)
+
+class _Samples(NamedTuple):
+    """What the loss is computed from, for each edited frame."""
+
+    source: Tensor  # (B, D)
+    edited: Tensor  # (B, D)
+    individual: Tensor  # (B,)
+    source_emotion: Tensor  # (B,)
+    target_emotion: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `PCMECLCriterion.explain` says of a batch; as a string, in words."""
+
+    loss: float
+    gradient: float
+    """|∂loss/∂edited_frames|, the norm over the whole batch."""
+    beside: dict[str, float]
+    """The same of the other losses."""
+    changes: list[float]
+    """|δ| of each frame whose target differs from its source emotion: how far its unit features moved."""
+    min_change: float
+
+    def __str__(self) -> str:
+        lines = [f"PCMECL {self.loss:.4g}, gradient in the edited frames {self.gradient:.3g}"]
+        lines += [
+            f"{name}: gradient {norm:.3g}"
+            + (f", as strong at a weight of {norm / self.gradient:.3g}" if self.gradient else "")
+            for name, norm in self.beside.items()
+        ]
+        if self.changes:
+            short = sum(change < self.min_change for change in self.changes)
+            lines.append(
+                f"changes of features from {min(self.changes):.2g} to {max(self.changes):.2g}; {short} of "
+                f"{len(self.changes)} below min_change {self.min_change:g}, where the cosine grows with them"
+            )
+        return "\n".join(lines)
+
+
+def _per_frame(name: str, index: Tensor, frames: torch.Size, device: torch.device) -> Tensor:
+    """An index for each of the frames, (B,) or (B, T), on the device: from one for each, or for each clip of them."""
+    checks.check_integer(name, index)
+    if index.shape == frames:
+        return index.flatten().to(device)
+    in_a_row = len(frames) == 1 and len(index) and frames[0] % len(index) == 0 if index.ndim == 1 else False
+    if index.shape != frames[:1] and not in_a_row:
+        raise ValueError(f"{name}: takes one index per clip or frame of {tuple(frames)}, got {tuple(index.shape)}")
+    return index.to(device).repeat_interleave(frames.numel() // max(len(index), 1))
 
 
 def _shortfall(

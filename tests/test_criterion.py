@@ -83,6 +83,29 @@ def test_a_clip_of_frames_is_its_frames(criterion):
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
+def test_one_source_frame_of_a_clip_is_encoded_once(clip, criterion, monkeypatch):
+    source, edited, *labels = sample(3, 4, 3, 24, 32)
+    repeated = source[:, :1].expand_as(source)
+    expected = criterion(repeated, edited, *labels)
+    encoded, encode = [], clip.encode_image
+    monkeypatch.setattr(clip, "encode_image", lambda x, **choice: encoded.append(len(x)) or encode(x, **choice))
+    loss = criterion(source[:, 0], edited, *labels)
+    assert encoded == [3, 12]
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    known = encode(source[:, 0])
+    torch.testing.assert_close(criterion(source[:, 0], edited, *labels, source_features=known), loss)
+
+
+def test_indices_are_per_clip_or_per_frame(criterion):
+    source, edited, *labels = sample(3, 4, 3, 24, 32)
+    expected = criterion(source, edited, *labels)
+    each = [label[:, None].expand(3, 4) for label in labels]
+    assert criterion(source, edited, *each) == expected
+    in_a_row = source.flatten(0, 1), edited.flatten(0, 1)
+    assert criterion(*in_a_row, *labels) == expected
+    assert criterion(*in_a_row, *(label.flatten() for label in each)) == expected
+
+
 @pytest.mark.parametrize("shape", [(3, 3, 32, 32), (2, 3, 3, 32, 32)])
 def test_source_features_that_are_known_save_encoding_them(clip, criterion, shape):
     source, edited, *labels = sample(*shape)
@@ -126,13 +149,37 @@ def test_a_target_equal_to_the_source_emotion_contributes_nothing(criterion):
     assert torch.autograd.grad(loss, edited)[0].eq(0).all()
 
 
-def test_an_edit_that_changes_nothing_is_finite_with_gradient_zero(criterion):
+@pytest.mark.parametrize(("min_change", "moves"), [(0.0, False), (0.1, True)])
+def test_an_edit_that_changes_nothing_is_finite_and_told_where_to_go(clip, min_change, moves):
     source, _, *labels = sample(4, 3, 32, 32)
     edited = source.clone().requires_grad_()
-    loss = criterion(source, edited, *labels)
+    loss = PCMECLCriterion(clip, bank_for(clip), min_change=min_change)(source, edited, *labels)
     loss.backward()
-    assert loss.isfinite()
-    assert edited.grad.eq(0).all()
+    assert loss == 1
+    assert edited.grad.isfinite().all()
+    assert edited.grad.flatten(1).norm(dim=1).gt(0).eq(moves).all()
+
+
+def test_near_the_identity_its_gradient_is_calm_and_followed_it_learns(clip, criterion):
+    source, _, *labels = sample(4, 3, 32, 32)
+    noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(2))
+    norms = {}
+    for size in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1):
+        edited = (source + size * noise).requires_grad_()
+        (gradient,) = torch.autograd.grad(criterion(source, edited, *labels), edited)
+        norms[size] = float(gradient.norm())
+    assert max(norms.values()) < 10 * min(norms.values())
+
+    edited = source.clone().requires_grad_()
+    optimizer = torch.optim.Adam([edited], 1e-3)
+    losses = []
+    for _ in range(20):
+        loss = criterion(source, edited, *labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (17, 91), (65, 33), (130, 128)])
@@ -364,7 +411,11 @@ def test_a_bank_of_another_tower_is_rejected(clip, other_clip):
         ({"edited": torch.zeros(2, 1, 8, 8)}, ValueError, r"edited_frames: takes .*got \(2, 1, 8, 8\)"),
         ({"source": torch.zeros(3, 3, 8, 8)}, ValueError, r"source_frames: takes as many frames as edited_frames"),
         ({"source": torch.zeros(2, 2, 3, 8, 8)}, ValueError, "source_frames: takes as many frames as edited_frames"),
-        ({"individual": torch.zeros(3).long()}, ValueError, r"individual: .*got shape \(3,\)|individual: got shape"),
+        (
+            {"individual": torch.zeros(3).long()},
+            ValueError,
+            r"individual: takes one index per clip or frame of \(2,\), got \(3,\)",
+        ),
         ({"individual": torch.tensor([0, N])}, IndexError, "individual: got 4 at position 1; takes 0 to 3"),
         ({"a": torch.tensor([-1, 0])}, IndexError, "source_emotion: got -1 at position 0; takes 0 to 4"),
         ({"b": torch.tensor([0, E])}, IndexError, "target_emotion: got 5 at position 1; takes 0 to 4"),
@@ -422,9 +473,43 @@ def test_rounding_and_known_features_are_not_pointed_out(clip, criterion, caplog
 
 
 @pytest.mark.parametrize("name", ["individual", "source_emotion", "target_emotion"])
-def test_a_clip_of_frames_has_one_index(criterion, name):
+@pytest.mark.parametrize("wrong", [(4,), (6,), (2, 2), (2, 3, 1), ()])
+def test_indices_of_neither_clips_nor_frames_are_refused(criterion, name, wrong):
     source, edited, *labels = sample(2, 3, 3, 8, 8)
     position = ("individual", "source_emotion", "target_emotion").index(name)
-    labels[position] = labels[position].repeat_interleave(3)
-    with pytest.raises(ValueError, match=rf"{name}: takes one index per clip, \(2,\), got \(6,\)"):
+    labels[position] = torch.zeros(wrong, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=rf"{name}: takes one index per clip or frame of \(2, 3\), got \({wrong and wrong[0]}"
+    ):
         criterion(source, edited, *labels)
+
+
+# explain
+
+
+def test_it_explains_how_strong_it_is_beside_other_losses(criterion):
+    source, edited, individual, a, b = sample(6, 3, 32, 32)
+    b[1] = a[1]
+    anything = edited * 1.0
+    others = {"identity": (anything - source).abs().mean(), "all": 3 * anything.sum()}
+    explained = criterion.explain(source, anything, individual, a, b, beside=others)
+    loss = criterion(source, edited, individual, a, b)
+    assert explained.loss == pytest.approx(float(loss))
+    assert explained.gradient == pytest.approx(float(torch.autograd.grad(loss, edited)[0].norm()), rel=1e-4)
+    assert explained.beside["all"] == pytest.approx(3 * edited.numel() ** 0.5)
+    assert len(explained.changes) == 5
+    assert all(0 < change < 2 for change in explained.changes)
+    assert f"all: gradient {explained.beside['all']:.3g}, as strong at a weight of" in str(explained)
+    (others["identity"] + others["all"]).backward()  # their graphs are still there
+
+
+def test_it_explains_frames_that_need_no_gradient(criterion):
+    source, edited, *labels = sample(2, 3, 16, 16)
+    with torch.no_grad():
+        explained = criterion.explain(source, edited.detach(), *labels)
+    assert explained.gradient > 0
+    assert "below min_change 0.1" in str(explained)
+    with pytest.raises(ValueError, match="beside: 'other' does not depend on edited_frames"):
+        criterion.explain(source, edited, *labels, beside={"other": source.requires_grad_().sum()})
+    with pytest.raises(ValueError, match=r"edited_frames: got .*; there is nothing to explain"):
+        criterion.explain(source[:0], edited[:0], *(label[:0] for label in labels))

@@ -39,8 +39,8 @@ size individuals clips frames_per_clip n_ctx batch batch_individuals steps promp
 checkpoint_every
 """
 _NOT_NEGATIVE = """
-missing workers around_seeds prompt_lr lr critic_lr lambda_diff contrast strength w_pcmecl w_adversarial w_cycle
-w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
+missing workers around_seeds prompt_lr lr critic_lr lambda_diff contrast min_change strength w_pcmecl w_adversarial
+w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
 """
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
@@ -179,6 +179,8 @@ class EditingOptions:
     """Learning rate of the critic (Adam)."""
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
+    min_change: float = 0.1
+    """Length of a change of unit features up to which its cosine grows with it, which keeps tiny edits' gradients calm."""
     strength: float = 0.4
     """Weight of the penalty inside PCMECL's loss on edits that fall short of real changes."""
     lengths: Literal["individual", "everybody"] = "individual"

@@ -116,7 +116,9 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
         except ValueError as error:
             log.warning("strength=%s: the length of edits is not constrained, since %s", config.strength, error)
     strength = 0.0 if lengths is None else config.strength
-    return PCMECLCriterion(clip, bank, contrast=config.contrast, strength=strength, lengths=lengths)
+    return PCMECLCriterion(
+        clip, bank, contrast=config.contrast, min_change=config.min_change, strength=strength, lengths=lengths
+    )
 
 
 def _schedule(step: int, steps: int) -> float:
