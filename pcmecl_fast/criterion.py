@@ -24,7 +24,7 @@ MIN_CHANGE = 0.1
 """Of unit features; see `PCMECLCriterion`."""
 
 TOLERANCE = 0.05
-"""How far outside [-1, 1] frames may be: resizing and rounding take them there."""
+"""How far outside [-1, 1] resizing and rounding take frames."""
 
 
 class PCMECLCriterion(nn.Module):
@@ -60,6 +60,7 @@ class PCMECLCriterion(nn.Module):
         strength: weight of the penalty on edits that fall short of `lengths`, at least 0.
         lengths: how far changes from emotion a to b go, (E, E) or, per row of the bank, (N, E, E); required if
             `strength` is not 0.
+        tolerance: how far outside [-1, 1] frames may be before that is pointed out.
         backend: which implementation runs; None leaves the choice to `use_backend`.
 
     Raises:
@@ -81,6 +82,7 @@ class PCMECLCriterion(nn.Module):
         min_change: float = MIN_CHANGE,
         strength: float = 0.0,
         lengths: Tensor | None = None,
+        tolerance: float = TOLERANCE,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -102,6 +104,7 @@ class PCMECLCriterion(nn.Module):
         self.min_change = min_change
         self.strength = strength
         self.scale = clip.logit_scale if scale is None else scale
+        self.tolerance = tolerance
         self.backend = backend
         self._on_disk = bank if bank.on_disk else None
         features = bank.features.new_empty(0, *bank.features.shape[1:]).float() if bank.on_disk else bank.features
@@ -272,7 +275,8 @@ class PCMECLCriterion(nn.Module):
             if name in self._noted or frames.is_meta or (frames.is_cuda and torch.cuda.is_current_stream_capturing()):
                 return
             self._noted.add(name)
-        kind, wrong = _wrong_values(*(float(value) for value in frames.aminmax()))
+        least, most = frames.aminmax()
+        kind, wrong = _wrong_values(float(least), float(most), self.tolerance)
         if kind and kind not in self._noted:
             self._noted.add(kind)
             log.warning("%s: %s", name, wrong)
@@ -339,14 +343,14 @@ def _shortfall(
     return F.relu(1 - (change * F.normalize(direction, dim=-1)).sum(-1) / lengths)
 
 
-def _wrong_values(least: float, most: float) -> tuple[str, str]:
+def _wrong_values(least: float, most: float, tolerance: float) -> tuple[str, str]:
     """What kind of mistake these extremes of frames speak of, and what to do; "" where there is none."""
     if math.isnan(least) or math.isnan(most):
         return "NaN", "there are NaN among the frames, and so the loss and its gradients are NaN"
     found = f"values from {least:.3g} to {most:.3g}; takes RGB in [-1, 1]"
     if most > 8:
         return "range", f"{found}: of 8-bit values make frames / 127.5 - 1"
-    if least < -1 - TOLERANCE or most > 1 + TOLERANCE:
+    if least < -1 - tolerance or most > 1 + tolerance:
         return "range", f"{found}: CLIP's mean and deviation belong to the criterion, an unbounded output wants a clamp"
     if least >= 0 and most > 0.5:
         return "range", f"{found}: if these are in [0, 1], make frames * 2 - 1"

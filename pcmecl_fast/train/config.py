@@ -180,7 +180,7 @@ class EditingOptions:
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     min_change: float = 0.1
-    """Length of a change of unit features up to which its cosine grows with it, which keeps tiny edits' gradients calm."""
+    """Length of a change of unit features up to which its cosine grows with it: keeps tiny edits' gradients calm."""
     strength: float = 0.4
     """Weight of the penalty inside PCMECL's loss on edits that fall short of real changes."""
     lengths: Literal["individual", "everybody"] = "individual"

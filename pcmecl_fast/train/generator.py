@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.criterion import PCMECLCriterion
+from pcmecl_fast.criterion import TOLERANCE, PCMECLCriterion
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.models import Edit, Generator, PatchDiscriminator, make_generator
@@ -117,7 +117,13 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
             log.warning("strength=%s: the length of edits is not constrained, since %s", config.strength, error)
     strength = 0.0 if lengths is None else config.strength
     return PCMECLCriterion(
-        clip, bank, contrast=config.contrast, min_change=config.min_change, strength=strength, lengths=lengths
+        clip,
+        bank,
+        contrast=config.contrast,
+        min_change=config.min_change,
+        strength=strength,
+        lengths=lengths,
+        tolerance=TOLERANCE + 6 * config.jitter,  # the noise of `_seen_alike`, as far as it reaches
     )
 
 
