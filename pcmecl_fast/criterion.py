@@ -88,18 +88,19 @@ class PCMECLCriterion(nn.Module):
         super().__init__()
         if bank.tower is not None and bank.tower.text_hash != clip.text_hash():
             raise ValueError(f"bank: made with {bank.tower.name!r} ({bank.tower.pretrained}), not with this clip")
+        for name, number in (("contrast", contrast), ("strength", strength), ("min_change", min_change)):
+            checks.check_at_least_0(name, number)
         # Out of sight of `state_dict`, and of a model that the criterion is a part of: what is frozen is not saved.
         self._clip = (clip,)
         rows, emotions = bank.features.shape[:2]
         if strength and lengths is None:
-            raise ValueError("lengths: required when strength is not 0; `real_lengths` measures them on a data set")
+            raise ValueError("lengths: required when strength is not 0; `personal_lengths` measures them on a data set")
         if lengths is not None:
             shapes = (emotions, emotions), (rows, emotions, emotions)
             if tuple(lengths.shape) not in shapes or not bool((lengths > 0).all()):
                 raise ValueError(
                     f"lengths: takes {shapes[0]} or {shapes[1]} positive numbers, got {tuple(lengths.shape)}"
                 )
-        checks.check_at_least_0("min_change", min_change)
         self.contrast = contrast
         self.min_change = min_change
         self.strength = strength
@@ -117,6 +118,13 @@ class PCMECLCriterion(nn.Module):
     @property
     def clip(self) -> Clip:
         return self._clip[0]
+
+    def extra_repr(self) -> str:
+        rows, emotions, width = (self._on_disk or self).features.shape
+        return (
+            f"{self.clip.name} ({self.clip.pretrained}), a bank of {rows} × {emotions} × {width}, "
+            f"contrast={self.contrast}, scale={self.scale:g}, min_change={self.min_change}, strength={self.strength}"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PCMECLCriterion:
         self.clip._apply(fn, recurse)
@@ -253,6 +261,8 @@ class PCMECLCriterion(nn.Module):
 
     def _check_frames(self, source_frames: Tensor, edited_frames: Tensor) -> None:
         for name, frames in (("source_frames", source_frames), ("edited_frames", edited_frames)):
+            if not isinstance(frames, Tensor):
+                raise TypeError(f"{name}: got {type(frames).__name__}; takes a tensor, (B, 3, H, W) in [-1, 1]")
             if not frames.is_floating_point():
                 raise TypeError(
                     f"{name}: got {frames.dtype}; takes floats in [-1, 1], such as frames.float() / 127.5 - 1"

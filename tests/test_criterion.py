@@ -431,6 +431,23 @@ def test_a_wrong_argument_is_named(criterion, wrong, error, says):
         criterion(*arguments.values(), source_features=known)
 
 
+def test_frames_of_numpy_are_refused(criterion):
+    arguments = list(sample(2, 3, 8, 8))
+    arguments[1] = arguments[1].detach().numpy()
+    with pytest.raises(TypeError, match="edited_frames: got ndarray; takes a tensor"):
+        criterion(*arguments)
+
+
+@pytest.mark.parametrize("name", ["contrast", "strength", "min_change"])
+def test_weights_below_0_are_refused(clip, name):
+    with pytest.raises(ValueError, match=f"{name}: got -0.5; takes a number of at least 0"):
+        PCMECLCriterion(clip, bank_for(clip), **{name: -0.5})
+
+
+def test_it_says_what_it_is(criterion):
+    assert "tiny-face (built-in), a bank of 4 × 5 × 128, contrast=0.3, scale=" in repr(criterion)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_frames_of_integers_are_refused_with_the_way_out(criterion, which):
     arguments = list(sample(2, 3, 8, 8))
