@@ -1,11 +1,15 @@
 """A training step as one CUDA graph: at stage 1's sizes launch overhead, not arithmetic, is the bottleneck.
 
-The first steps run normally, on a separate stream: they warm everything up and already train. The next one is captured;
-from then on a step copies its inputs to where the graph reads them and replays the graph.
+The first steps run normally, on a separate stream: they warm everything up and already train. The last of them runs
+while whatever would wait for the device is an error: a step that waits is never captured, since a capture that breaks
+off damages the stream and the allocator. The next step is captured; from then on one copies its inputs to where the
+graph reads them and replays the graph.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -57,21 +61,24 @@ def make_step(step: Step, optimizer: torch.optim.Optimizer, mode: str, device: t
     _settle(optimizer, wanted, device)
     if not wanted:
         return step
-    return GraphedStep(step, must=mode == "on", capture=_capture, run_aside=_run_aside)
+    return GraphedStep(step, optimizer, must=mode == "on", capture=_capture, run_aside=_run_aside, rehearse=_rehearse)
 
 
 class GraphedStep:
-    """See `make_step`; `capture` and `run_aside` do the parts that need a GPU."""
+    """See `make_step`; `capture`, `run_aside` and `rehearse` do the parts that need a GPU."""
 
     def __init__(
         self,
         step: Step,
+        optimizer: torch.optim.Optimizer,
         *,
         must: bool,
         capture: Callable[[Step, tuple[Tensor, ...]], tuple[Replayable, tuple[Tensor, ...]]],
         run_aside: Callable[[Step, tuple[Tensor, ...]], tuple[Tensor, ...]],
+        rehearse: Callable[[Step, tuple[Tensor, ...]], tuple[Tensor, ...]],
     ) -> None:
-        self._step, self._must, self._capture, self._run_aside = step, must, capture, run_aside
+        self._step, self._optimizer, self._must = step, optimizer, must
+        self._capture, self._run_aside, self._rehearse = capture, run_aside, rehearse
         self._calls = 0
         self._graph: Replayable | None = None
         self._inputs: tuple[Tensor, ...] = ()
@@ -82,24 +89,36 @@ class GraphedStep:
         if self._given_up:
             return self._step(*inputs)
         self._calls += 1
-        if self._calls <= WARM_UP:
+        if self._calls < WARM_UP:
             return self._run_aside(self._step, inputs)
-        if self._graph is None and not self._captured(inputs):
-            return self._step(*inputs)
+        if self._calls == WARM_UP:
+            return self._attempt(lambda: self._rehearse(self._step, inputs)) or self._step(*inputs)
+        if self._graph is None:
+            self._inputs = tuple(x.clone() for x in inputs)
+            captured = self._attempt(lambda: self._capture(self._step, self._inputs))
+            if captured is None:
+                return self._step(*inputs)
+            self._graph, self._outputs = captured
         return self._replay(inputs)
 
-    def _captured(self, inputs: tuple[Tensor, ...]) -> bool:
-        self._inputs = tuple(x.clone() for x in inputs)
+    def _attempt(self, run: Callable[[], Any]) -> Any:
+        """The result, or None if it fails and the step may run without a graph: with everything as it was before."""
+        parameters = [x for group in self._optimizer.param_groups for x in group["params"]]
+        values, state = [x.detach().clone() for x in parameters], copy.deepcopy(self._optimizer.state_dict())
         try:
-            self._graph, self._outputs = self._capture(self._step, self._inputs)
+            return run()
         except RuntimeError as error:
             if self._must:
                 raise
             self._given_up = True
             reason = str(error).splitlines()[0]
             log.info("the step runs without a CUDA graph: it could not be captured (%s)", reason)
-            return False
-        return True
+        with torch.no_grad():
+            for x, value in zip(parameters, values, strict=True):
+                x.copy_(value)
+                x.grad = None
+        self._optimizer.load_state_dict(state)
+        return None
 
     def _replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         assert self._graph is not None
@@ -140,8 +159,25 @@ def _run_aside(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs
 
 
+def _rehearse(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As `_run_aside`; RuntimeError where the step waits for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return _run_aside(step, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def _capture(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step(*inputs)
+    graph, pool, here = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream()):
+            outputs = step(*inputs)
+    except RuntimeError:
+        # PyTorch leaves the capture's stream current, and up to 2.11 the allocator in the belief that a capture is on.
+        torch.cuda.set_stream(here)
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(here.device_index, pool)
+        raise
     return graph, outputs
