@@ -209,7 +209,7 @@ def _missing(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def load_clip_for(config: RunConfig) -> Clip:
-    clip = load_clip(config.clip, config.clip_pretrained, device=device_named(config.device))
+    clip = load_clip(config.clip, config.clip_pretrained, device=device_named(config.device), like=config.clip_like)
     _ = clip.tokenizer  # fetched now, or rejected before any work is done
     return clip
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.files import MappedTensor, load_tensors, naming_damage, save_rows, save_tensors
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
+from pcmecl_fast.towers.fingerprint import VERSION
 from pcmecl_fast.wording import did_you_mean, name_some
 
 
@@ -38,6 +39,11 @@ class Tower:
         return cls(clip.name, clip.pretrained, clip.text_hash())
 
     def check(self, clip: Clip, path: Path) -> None:
+        if not self.text_hash.startswith(VERSION):
+            raise ValueError(
+                f"clip: {path} was made by an older pcmecl_fast, which knew a text tower by its weights alone, not by "
+                "what its layers do; make it again, with `pcmecl-fast prompts` or PromptBank.build and save_prompts"
+            )
         if self.text_hash != clip.text_hash():
             raise ValueError(
                 f"clip: {path} was made with {self.name!r} ({self.pretrained}, text tower {self.text_hash[:8]}), "

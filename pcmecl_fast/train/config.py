@@ -87,6 +87,8 @@ class RunConfig(DataConfig):
     """tiny-face (built in) or any open_clip model name, such as ViT-B-32."""
     clip_pretrained: str | None = None
     """An open_clip weights tag (openai, laion2b_s34b_b79k …) or a checkpoint file."""
+    clip_like: str | None = None
+    """The weights tag whose preprocessing a checkpoint file follows, where the tags of --clip differ."""
     seed: int = 0
     """Seed of the data, the weights and the order of the batches."""
     device: str = "auto"
