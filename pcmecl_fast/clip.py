@@ -75,6 +75,7 @@ def load_clip(
         return _tiny_face().to(device=device, dtype=dtype)
 
     _check_name(name)
+    registered = None if like is None else tag_config(name, like)
     of_file: Preprocessing | None = None
     if pretrained is not None:
         _check_pretrained(name, pretrained)
@@ -87,8 +88,7 @@ def load_clip(
     with torch.random.fork_rng(devices=[]), _quiet_root(logging.ERROR if pretrained is None else logging.WARNING):
         torch.manual_seed(0)
         model = _open_clip_model(name, pretrained)
-    config = tag_config(name, like) if like is not None else open_clip.get_model_preprocess_cfg(model)
-    preprocessing = of_file or of_open_clip(config, given)
+    preprocessing = of_file or of_open_clip(registered or open_clip.get_model_preprocess_cfg(model), given)
     clip = Clip(model, name, pretrained or "random", preprocessing, lambda: _open_clip_tokenizer(name))
     return clip.to(device=device, dtype=dtype)
 
@@ -193,7 +193,7 @@ def _open_clip_model(name: str, pretrained: str | None) -> Any:
             return open_clip.create_model(name, pretrained=pretrained, precision="fp32", weights_only=True)
 
     text = _text_config(name).get("hf_model_name")
-    fetched = [f"the weights {pretrained!r}"] if pretrained and not Path(pretrained).is_file() else []
+    fetched = [f"the weights {pretrained!r}"] if pretrained and not _is_file(name, pretrained) else []
     fetched += [f"the configuration {text!r} of its text tower"] if text else []
     if name.startswith("hf-hub:"):
         fetched = ["its files"]

@@ -67,9 +67,11 @@ class Preprocessing:
         )
 
     def _square(self, frames: Tensor) -> Tensor:
-        if self.resize_mode == "squash" or frames.ndim != 4 or frames.shape[2] == frames.shape[3]:
-            return frames
+        if self.resize_mode == "squash" or not isinstance(frames, Tensor) or frames.ndim != 4:
+            return frames  # what is no batch of frames, the operator refuses
         height, width = frames.shape[2:]
+        if height == width:
+            return frames
         if self.resize_mode == "shortest":
             side = min(height, width)
             top, left = (height - side) // 2, (width - side) // 2

@@ -151,8 +151,11 @@ class PromptsOptions:
     """M, the number of learned context tokens."""
     context: Literal["shared", "per-emotion"] = "shared"
     """One context for all emotions (CoCoOp) or one for each (CDRL)."""
-    condition: Literal["individual", "frame"] = "individual"
-    """What personalizes a prompt: the mean of an individual's features, or those of one frame."""
+    condition: Literal["individual", "frame", "none"] = "individual"
+    """What personalizes a prompt: the mean of an individual's features, or those of one frame; none: the same prompts
+    for all (CoOp, CDRL), for which --negatives distinct is right."""
+    ending: str = ""
+    """What follows each description in its prompt: "." as in CoOp and CoCoOp."""
     prompt_lr: float = 5e-3
     """Learning rate of V and h (AdamW)."""
     batch_individuals: int = 16
