@@ -195,6 +195,7 @@ def _tower(device: torch.device, dtype: torch.dtype) -> Clip:
 def _prompts(clip: Clip, descriptions: list[str], context: str, n_ctx: int) -> PersonalizedPrompts:
     torch.manual_seed(0)
     prompts = PersonalizedPrompts(clip, descriptions, n_ctx=n_ctx, context=context).to(clip.device)
+    assert prompts.condition_net is not None
     with torch.no_grad():
         next(prompts.condition_net[2].parameters()).normal_(std=0.02)  # initially zero, which would make gradients zero
     return prompts

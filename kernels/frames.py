@@ -1,4 +1,4 @@
-"""clip_frames: bicubic antialiased resize, range and colours in one launch; its backward is the same kernel.
+"""clip_frames: antialiased resize, range and colours in one launch; its backward is the same kernel.
 
 y = a · L x Rᵀ + b: L and R hold how much each old row and column adds to each new one, a = 1/(2 std),
 b = (½ − mean)/std (the weights of a new pixel add up to one, so the range can change last). The backward is a · Lᵀ g R:
@@ -31,9 +31,10 @@ def clip_frames_forward(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    interpolation: str,
 ) -> tuple[Tensor]:
     _, _, height, width = frames.shape
-    rows, columns = (_bands(old, size, False, frames.device) for old in (height, width))
+    rows, columns = (_bands(old, size, interpolation, False, frames.device) for old in (height, width))
     out = frames.new_empty(frames.shape[0], 3, size, size)
     _resample(
         frames, out, rows, columns, [0.5 / s for s in std], [(0.5 - m) / s for m, s in zip(mean, std, strict=True)]
@@ -47,12 +48,13 @@ def clip_frames_backward(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    interpolation: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None]:
     if not needs[0]:
         return (None,)
     _, _, height, width = frames.shape
-    rows, columns = (_bands(old, size, True, frames.device) for old in (height, width))
+    rows, columns = (_bands(old, size, interpolation, True, frames.device) for old in (height, width))
     grad_frames = torch.empty_like(frames)
     _resample(grad, grad_frames, rows, columns, [0.5 / s for s in std], [0.0] * 3)
     return (grad_frames,)
@@ -107,26 +109,34 @@ def block_for(span: int, *, half: bool) -> int:
 
 
 @lru_cache(maxsize=64)
-def _bands(old: int, new: int, transposed: bool, device: torch.device) -> _Bands:
+def _bands(old: int, new: int, interpolation: str, transposed: bool, device: torch.device) -> _Bands:
     with torch.inference_mode(False):  # tensors made in inference mode could not serve a later backward
-        weights = resize_weights(old, new)
+        weights = resize_weights(old, new, interpolation)
         return _Bands(weights.T.contiguous() if transposed else weights, device)
 
 
-def resize_weights(old: int, new: int) -> Tensor:  # (new, old) float64
-    """`F.interpolate(mode="bicubic", antialias=True)` on a line: Keys' cubic, a = −½, widened by a reduction."""
+def resize_weights(old: int, new: int, interpolation: str) -> Tensor:  # (new, old) float64
+    """`F.interpolate(mode=interpolation, antialias=True)` on a line: the filter, widened by a reduction."""
+    filter_weight, radius = (_keys_cubic, 2) if interpolation == "bicubic" else (_triangle, 1)
     factor = old / new
     stretch = max(factor, 1.0)
     centre = (torch.arange(new, dtype=torch.float64)[:, None] + 0.5) * factor
     pixel = torch.arange(old, dtype=torch.float64)
-    first = (centre - 2 * stretch + 0.5).floor().clamp(min=0)
-    last = (centre + 2 * stretch + 0.5).floor().clamp(max=old)
-    x = ((pixel + 0.5 - centre) / stretch).abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    first = (centre - radius * stretch + 0.5).floor().clamp(min=0)
+    last = (centre + radius * stretch + 0.5).floor().clamp(max=old)
+    weights = filter_weight(((pixel + 0.5 - centre) / stretch).abs())
     weights = torch.where((pixel >= first) & (pixel < last), weights, 0.0)
     return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _keys_cubic(x: Tensor) -> Tensor:
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _triangle(x: Tensor) -> Tensor:
+    return (1 - x).clamp(min=0)
 
 
 @triton.jit

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pcmecl_fast import ops
-from pcmecl_fast.hub import HubError, first_line, from_hub
-from pcmecl_fast.wording import did_you_mean
+from pcmecl_fast.hub import HubError, from_hub
+from pcmecl_fast.preprocessing import Preprocessing, of_open_clip, preprocessing_of_file, tag_config
+from pcmecl_fast.towers.fingerprint import VERSION, tower_hash
+from pcmecl_fast.weights import read_weights
+from pcmecl_fast.wording import did_you_mean, one_line
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -33,34 +37,50 @@ def load_clip(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: Literal["bicubic", "bilinear"] | None = None,
+    resize_mode: Literal["squash", "shortest", "longest"] | None = None,
+    like: str | None = None,
 ) -> Clip:
     """Load a frozen CLIP model.
+
+    Images are prepared as the weights were trained: a tag and a model of the Hub say how, and a file is taken to follow
+    the tags of its architecture. The last five arguments are for files that follow others.
 
     Args:
         name: `"tiny-face"` (built in: drawn faces, 64×64, no download) or any name open_clip knows, such as
             `"ViT-B-32"`.
-        pretrained: a weights tag of open_clip (`"openai"`, `"laion2b_s34b_b79k"`, …) or a local checkpoint file.
-            None gives random weights, the same in every process, and a warning.
+        pretrained: a weights tag of open_clip (`"openai"`, `"laion2b_s34b_b79k"`, …) or a local file: a state dict
+            (safetensors or torch.save) or a TorchScript archive such as OpenAI's. Only tensors are read from it; no
+            code in it runs. None gives random weights, the same in every process, and a warning.
         device: where to put the model; None means the CPU.
         dtype: dtype of its parameters.
+        mean: of red, green and blue in [0, 1], which is subtracted.
+        std: three numbers above 0, by which they are divided.
+        interpolation: of the resize to the tower's size, antialiased.
+        resize_mode: how frames that are not square become so: "squash" scales the sides independently, "shortest" cuts
+            out the central square, "longest" pads.
+        like: a weights tag of `name` whose preprocessing a file follows.
 
     Raises:
-        ValueError: `name` or `pretrained` is unknown; the message lists the closest matches.
+        ValueError: `name`, `pretrained` or `like` is unknown, and the message lists the closest matches; or a file's
+            architecture has tags of different preprocessing, and none was chosen.
         RuntimeError: the weights could not be fetched or read; without a network, within seconds.
     """
+    options = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
+    given = {option: value for option, value in options.items() if value is not None}
     if name == TINY_FACE:
-        if pretrained is not None:
-            raise ValueError(f"pretrained: {TINY_FACE!r} has its weights built in and takes none, got {pretrained!r}")
-        model = tiny_face_model()
-        model.load_state_dict(tiny_face_state(load_file(ASSETS / "tiny-face.safetensors")))
-        config = tiny_face_config()
-        return Clip(model, name, "built-in", config["mean"], config["std"], SimpleTokenizer).to(
-            device=device, dtype=dtype
-        )
+        _check_nothing_given({"pretrained": pretrained, "like": like, **options})
+        return _tiny_face().to(device=device, dtype=dtype)
 
     _check_name(name)
+    registered = None if like is None else tag_config(name, like)
+    of_file: Preprocessing | None = None
     if pretrained is not None:
         _check_pretrained(name, pretrained)
+        if _is_file(name, pretrained):
+            of_file = preprocessing_of_file(name, like=like, given=given)
     else:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:4]) or "a local file"
         log.warning("%s has random weights, so its features mean nothing: pass pretrained= (%s).", name, tags)
@@ -68,15 +88,9 @@ def load_clip(
     with torch.random.fork_rng(devices=[]), _quiet_root(logging.ERROR if pretrained is None else logging.WARNING):
         torch.manual_seed(0)
         model = _open_clip_model(name, pretrained)
-    preprocessing = open_clip.get_model_preprocess_cfg(model)
-    return Clip(
-        model,
-        name,
-        pretrained or "random",
-        preprocessing["mean"],
-        preprocessing["std"],
-        lambda: _open_clip_tokenizer(name),
-    ).to(device=device, dtype=dtype)
+    preprocessing = of_file or of_open_clip(registered or open_clip.get_model_preprocess_cfg(model), given)
+    clip = Clip(model, name, pretrained or "random", preprocessing, lambda: _open_clip_tokenizer(name))
+    return clip.to(device=device, dtype=dtype)
 
 
 class Clip(nn.Module):
@@ -87,15 +101,14 @@ class Clip(nn.Module):
         model: nn.Module,
         name: str,
         pretrained: str,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        preprocessing: Preprocessing,
         tokenizer: Callable[[], Any],
     ) -> None:
         super().__init__()
         self.model: Any = model.requires_grad_(False).eval()
         self.name = name
         self.pretrained = pretrained
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.preprocessing = preprocessing
         self._make_tokenizer = tokenizer
         visual: Any = model.visual
         size = visual.image_size
@@ -111,8 +124,12 @@ class Clip(nn.Module):
         *,
         backend: str | None = None,
     ) -> Tensor:
-        """Image features (B, D), not normalised; gradients reach the frames."""
-        pixels = ops.clip_frames(frames, self.image_size, self.mean, self.std, backend=backend)
+        """Image features (B, D), not normalised; gradients reach the frames.
+
+        Square frames are resized. Of others, the tower sees what `preprocessing.resize_mode` leaves: most towers of
+        open_clip the central square; SigLIP, PE and tiny-face the whole frame, squashed.
+        """
+        pixels = self.preprocessing(frames, self.image_size, backend=backend)
         return self.model.encode_image(pixels.to(self.dtype))
 
     @cached_property
@@ -141,25 +158,18 @@ class Clip(nn.Module):
         return next(self.model.visual.parameters()).dtype
 
     def text_hash(self) -> str:
-        """A hash of the text tower's weights as loaded, which a prompt bank is tied to."""
+        """A hash of what the text tower computes, which a prompt bank is tied to: its weights as loaded, and what its
+        layers do with them. It does not depend on the dtype."""
         if self._text_hash is None:
-            self._text_hash = self._hash(visual=False)
+            self._text_hash = tower_hash(self.model, visual=False)
         return self._text_hash
 
     def image_hash(self) -> str:
-        """A hash of everything that determines image features: weights, dtype and preprocessing."""
+        """A hash of everything that determines image features: weights, layers, dtype and preprocessing."""
         if self._visual_hash is None:
-            self._visual_hash = self._hash(visual=True)
-        how = f"{self._visual_hash} {self.dtype} bicubic {self.image_size} {self.mean} {self.std}"
-        return hashlib.blake2b(how.encode(), digest_size=16).hexdigest()
-
-    def _hash(self, *, visual: bool) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for key, value in sorted(self.model.state_dict().items()):
-            if key.startswith("visual.") == visual:
-                digest.update(f"{key}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-        return digest.hexdigest()
+            self._visual_hash = tower_hash(self.model, visual=True)
+        how = f"{self._visual_hash} {self.dtype} {self.image_size} {astuple(self.preprocessing)}"
+        return VERSION + hashlib.blake2b(how.encode(), digest_size=16).hexdigest()
 
     def train(self, mode: bool = True) -> Clip:
         return super().train(False)
@@ -171,21 +181,65 @@ class Clip(nn.Module):
 
 
 def _open_clip_model(name: str, pretrained: str | None) -> Any:
+    openais: list[bool] = []
+
+    def read(path: str, *_: Any, **__: Any) -> dict[str, Tensor]:
+        weights, openai = read_weights(path)
+        openais.append(openai)
+        return weights
+
     def create() -> Any:
-        return open_clip.create_model(name, pretrained=pretrained, precision="fp32", weights_only=True)
+        with _reading_files_by(read):
+            return open_clip.create_model(name, pretrained=pretrained, precision="fp32", weights_only=True)
 
     text = _text_config(name).get("hf_model_name")
-    fetched = [f"the weights {pretrained!r}"] if pretrained and not Path(pretrained).is_file() else []
+    fetched = [f"the weights {pretrained!r}"] if pretrained and not _is_file(name, pretrained) else []
     fetched += [f"the configuration {text!r} of its text tower"] if text else []
     if name.startswith("hf-hub:"):
         fetched = ["its files"]
+    repository = _repository(name, pretrained) or text
     try:
-        return from_hub(create, **_words(name, pretrained, fetched)) if fetched else create()
+        model = from_hub(create, **_words(name, pretrained, fetched), repository=repository) if fetched else create()
     except HubError:
         raise
     except Exception as error:
         what = f"pretrained: the weights {pretrained!r} of {name!r}" if pretrained else f"name: {name!r}"
-        raise RuntimeError(f"{what} could not be loaded ({first_line(error)})") from error
+        raise RuntimeError(f"{what} could not be loaded ({_cause(error)})") from error
+    if any(openais) and not any(isinstance(module, QuickGELU) for module in model.modules()):
+        log.warning("%s is OpenAI's, made for quick-GELU, and %s has another activation: %s", *_quick(name, pretrained))
+    return model
+
+
+@contextmanager
+def _reading_files_by(read: Callable[..., dict[str, Tensor]]) -> Iterator[None]:
+    """What open_clip reads, with another reader: its own knows no TorchScript, nor the extra numbers of OpenAI's."""
+    before = open_clip.factory.load_state_dict
+    open_clip.factory.load_state_dict = read
+    try:
+        yield
+    finally:
+        open_clip.factory.load_state_dict = before
+
+
+def _cause(error: Exception) -> str:
+    """An error, whole on one line; of a state dict that does not fit, the first few tensors."""
+    first, *mismatches = one_line(error).split("size mismatch for ")
+    more = f" size mismatch for {len(mismatches) - 2} more" if len(mismatches) > 2 else ""
+    return first + "".join(f"size mismatch for {each}" for each in mismatches[:2]).rstrip() + more
+
+
+def _quick(name: str, pretrained: str | None) -> tuple[str | None, str, str]:
+    sibling = f"{name}-quickgelu"
+    way_out = f"load it as {sibling}" if sibling in open_clip.list_models() else "its features will differ"
+    return pretrained, name, way_out
+
+
+def _repository(name: str, pretrained: str | None) -> str | None:
+    """Where on the hub a model's weights are; None for a file's."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:")
+    registered = open_clip.get_pretrained_cfg(name, pretrained or "").get("hf_hub", "")
+    return "/".join(registered.split("/")[:2]) or None
 
 
 def _open_clip_tokenizer(name: str) -> Any:
@@ -195,9 +249,13 @@ def _open_clip_tokenizer(name: str) -> Any:
     words = _words(name, None, [f"the tokenizer {fetched!r}"], attribute=".tokenizer")
     try:
         with _quiet_root(logging.WARNING):
-            return from_hub(lambda: open_clip.get_tokenizer(name), **words)
+            return from_hub(lambda: open_clip.get_tokenizer(name), **words, repository=fetched.removeprefix("hf-hub:"))
     except ModuleNotFoundError as error:
         raise ImportError(f"name: the tokenizer of {name!r} needs {error.name}; pip install {error.name}") from error
+    except HubError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"name: the tokenizer of {name!r} could not be loaded ({_cause(error)})") from error
 
 
 def _words(name: str, pretrained: str | None, fetched: list[str], attribute: str = "") -> dict[str, str]:
@@ -240,11 +298,31 @@ def _check_name(name: str) -> None:
 
 def _check_pretrained(name: str, pretrained: str) -> None:
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained in tags or Path(pretrained).is_file() or name.startswith(("hf-hub:", "local-dir:")):
+    if pretrained in tags or _is_file(name, pretrained) or name.startswith(("hf-hub:", "local-dir:")):
         return
     raise ValueError(
         f"pretrained: {pretrained!r} is neither a file nor a weights tag of {name!r}; its tags are {', '.join(tags)}"
     )
+
+
+def _is_file(name: str, pretrained: str) -> bool:
+    """Whether the weights are a local file's; a tag comes before a file of its name, as in open_clip."""
+    brings_its_own = name.startswith(("hf-hub:", "local-dir:"))
+    return not brings_its_own and not open_clip.get_pretrained_cfg(name, pretrained) and Path(pretrained).is_file()
+
+
+def _check_nothing_given(options: dict[str, Any]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            built_in = "weights" if option == "pretrained" else "preprocessing"
+            raise ValueError(f"{option}: {TINY_FACE!r} has its {built_in} built in and takes none, got {value!r}")
+
+
+def _tiny_face() -> Clip:
+    model = tiny_face_model()
+    model.load_state_dict(tiny_face_state(load_file(ASSETS / "tiny-face.safetensors")))
+    config = tiny_face_config()
+    return Clip(model, TINY_FACE, "built-in", Preprocessing(config["mean"], config["std"]), SimpleTokenizer)
 
 
 def tiny_face_config() -> dict[str, Any]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from threading import Thread
 from typing import Any, TypeVar
 
+from pcmecl_fast.wording import one_line
+
 T = TypeVar("T")
 
 PATIENCE = 5.0  # seconds that the hub has to answer at all
@@ -20,7 +22,7 @@ class HubError(RuntimeError):
     """Something is not on this machine, and the hub cannot be reached."""
 
 
-def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T:
+def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str, repository: str | None = None) -> T:
     """Run `load`, which may fetch files from the hub; where it cannot be reached, with the files on this machine alone.
 
     Args:
@@ -28,20 +30,24 @@ def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T
         subject: what the error begins with, such as an argument and the name of a model.
         what: what is to be fetched.
         bring: a Python expression that fetches it where there is a network.
+        repository: the one that it is in; a gateway may let the hub's front page through and nothing behind it.
 
     Raises:
-        HubError: the hub cannot be reached and something is not on this machine; says how to bring it.
+        HubError: the hub cannot be reached, or hands nothing out, and something is not on this machine; says how to
+            bring it.
             Whatever else goes wrong in `load` is raised as it is.
     """
     from huggingface_hub import constants
 
-    why = _unreachable()
+    why = _unreachable(repository)
     try:
         with nullcontext() if why is None else _offline():
             return load()
     except Exception as error:
-        if why is None or not _is_missing(error):
+        missing = _missing(error)
+        if missing is None:
             raise
+        why = why or one_line(missing.__cause__ or missing)
         raise HubError(
             f"{subject} needs {what}, which this machine does not have, and {constants.ENDPOINT} cannot be reached "
             f'({why}). Run  python -c "from pcmecl_fast import load_clip; {bring}"  on a machine that can, and '
@@ -49,21 +55,22 @@ def from_hub(load: Callable[[], T], *, subject: str, what: str, bring: str) -> T
         ) from error
 
 
-def _is_missing(error: BaseException | None) -> bool:
-    """Whether a file that is neither here nor to be had is the reason, at the end of however many others."""
+def _missing(error: BaseException | None) -> BaseException | None:
+    """The reason at the end of however many others, if it is a file that is neither here nor to be had."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-            return True
+            return error
         seen.append(error)
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
-def _unreachable() -> str | None:
+def _unreachable(repository: str | None) -> str | None:
     """Why the hub cannot be reached, as its own library would try to, through the same proxies; None where it can."""
+    address = f"{{}}/{repository}/resolve/main/config.json" if repository else "{}"
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -73,10 +80,12 @@ def _unreachable() -> str | None:
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-            answers.append(None)
+            answer = get_session().head(address.format(constants.ENDPOINT), timeout=PATIENCE)
+            # What the hub says of files that are not there, or not for everybody, is for its own library to explain.
+            refused = answer.status_code >= 500 or answer.status_code in (403, 407, 408, 429)
+            answers.append(f"it answers {answer.status_code}" if refused else None)
         except Exception as error:
-            answers.append(first_line(error))
+            answers.append(one_line(error))
 
     # Resolving a name has no time limit of its own.
     thread = Thread(target=ask, daemon=True)
@@ -106,7 +115,3 @@ def _offline() -> Iterator[None]:
         for (module, name), value in zip(places, before, strict=True):
             setattr(module, name, value)
         forget_sessions()
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

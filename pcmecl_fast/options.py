@@ -119,6 +119,7 @@ _OPTIONS = {
     "clip": ("run",),
     "dataset": ("data", "run"),
     "fraction": ("holdout",),
+    "like": ("clip_like", "run"),
     "name": ("clip", "run"),
     "pretrained": ("clip_pretrained", "run"),
     "root": ("data",),

@@ -209,7 +209,7 @@ def _missing(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def load_clip_for(config: RunConfig) -> Clip:
-    clip = load_clip(config.clip, config.clip_pretrained, device=device_named(config.device))
+    clip = load_clip(config.clip, config.clip_pretrained, device=device_named(config.device), like=config.clip_like)
     _ = clip.tokenizer  # fetched now, or rejected before any work is done
     return clip
 
@@ -237,11 +237,14 @@ def bank_for(
     new = [i for i, name in enumerate(wanted) if name not in known]
     if not new:
         return bank
+    kept = bank.selected([name for name in wanted if name in known], clip.device)
+    names = [wanted[i] for i in new]
+    if bank.condition == "none":
+        return kept.extended(prompts, None, names, clip=clip)
     conditions: Features = frame_features(clip, dataset, config)
     if bank.condition == "individual":
         conditions = individual_conditions(conditions, dataset.individual_index, len(dataset.individuals))
-    kept = bank.selected([name for name in wanted if name in known], clip.device)
-    return kept.extended(prompts, conditions[torch.tensor(new)], [wanted[i] for i in new], clip=clip)
+    return kept.extended(prompts, conditions[torch.tensor(new)], names, clip=clip)
 
 
 class _References:

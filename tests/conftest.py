@@ -12,6 +12,7 @@ from pcmecl_fast import load_clip, ops
 from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
 from pcmecl_fast.ops.backends import cuda
 from pcmecl_fast.ops.operator import BACKENDS, Backend
+from pcmecl_fast.preprocessing import Preprocessing
 from pcmecl_fast.synthetic import SyntheticFaces
 
 # The backends that run on CPU tensors here: every operator test runs on each of them. The CUDA kernels run under their
@@ -34,7 +35,7 @@ def other_clip():
         torch.manual_seed(1)
         model = tiny_face_model()
     config = tiny_face_config()
-    return Clip(model, "other-face", "by hand", config["mean"], config["std"], SimpleTokenizer)
+    return Clip(model, "other-face", "by hand", Preprocessing(config["mean"], config["std"]), SimpleTokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -169,8 +169,10 @@ def clip_frames(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    interpolation: str = "bicubic",
 ) -> Result:  # (B, 3, size, size)
-    down, across = _bicubic(frames.shape[2], size), _bicubic(frames.shape[3], size)
+    weight = {"bicubic": _keys, "bilinear": lambda x: max(0.0, 1 - abs(x))}[interpolation]
+    down, across = _resize(frames.shape[2], size, weight), _resize(frames.shape[3], size, weight)
     value = np.zeros((len(frames), 3, size, size))
     for i, c in np.ndindex(len(frames), 3):
         value[i, c] = (down @ ((frames[i, c] + 1) / 2) @ across.T - mean[c]) / std[c]
@@ -251,18 +253,19 @@ def _visible(prefix: int, segment_lengths: Sequence[int]) -> list[list[int]]:
     return sees
 
 
-def _bicubic(size: int, out: int) -> Array:
-    """The antialiased resize of one side, as a matrix (out, size): Keys' kernel with a = −1/2, widened to shrink."""
+def _resize(size: int, out: int, weight: Callable[[float], float]) -> Array:
+    """The antialiased resize of one side, as a matrix (out, size): the filter is widened to shrink."""
     stretch = max(size / out, 1.0)
     weights = np.zeros((out, size))
     for i in range(out):
         centre = (i + 0.5) * size / out
         for j in range(size):
-            weights[i, j] = _keys((j + 0.5 - centre) / stretch)
+            weights[i, j] = weight((j + 0.5 - centre) / stretch)
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _keys(x: float) -> float:
+    """Keys' cubic with a = −1/2."""
     x = abs(x)
     if x < 1:
         return 1.5 * x**3 - 2.5 * x**2 + 1

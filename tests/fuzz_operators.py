@@ -312,6 +312,7 @@ def _clip_frames(random: Random, dtype: torch.dtype) -> Call:
         "size": int(random.integers(1, 31)),
         "mean": tuple(random.uniform(0, 1, 3).tolist()),
         "std": tuple(random.uniform(0.2, 1, 3).tolist()),
+        "interpolation": ("bicubic", "bilinear")[int(random.integers(2))],
     }
     return Call("clip_frames", None, {"frames": frames}, options, lambda values: twin.clip_frames(values, **options))
 

@@ -138,11 +138,12 @@ def make_clip_frames(
     size: int = 16,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    interpolation: str = "bicubic",
     **where: Any,
 ) -> Call:
     frames = frames_input(batch, height, width, **where)
-    function = partial(clip_frames, size=size, mean=mean, std=std)
-    return Call("clip_frames", [frames], (), function, (frames, size, mean, std))
+    function = partial(clip_frames, size=size, mean=mean, std=std, interpolation=interpolation)
+    return Call("clip_frames", [frames], (), function, (frames, size, mean, std, interpolation))
 
 
 MAKERS: dict[str, Callable[..., Call]] = {

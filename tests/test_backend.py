@@ -265,7 +265,7 @@ def test_the_table_has_a_reason_for_each_backend_that_is_missing():
 def test_a_compiled_function_follows_the_context():
     frames = torch.zeros(1, 3, 4, 4)
     BACKENDS["cpu"] = Backend("cpu", missing=lambda: None)
-    BACKENDS["cpu"].add(CLIP_FRAMES, lambda frames, size, mean, std: frames[..., :size, :size] + 5)
+    BACKENDS["cpu"].add(CLIP_FRAMES, lambda frames, size, *colours: frames[..., :size, :size] + 5)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def run(frames):

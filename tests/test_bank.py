@@ -101,6 +101,38 @@ def test_people_added_later_get_rows_from_a_few_frames(clip):
         condition_of(clip, frames[:0])
 
 
+def test_prompts_without_a_condition_give_everyone_the_same_row_and_newcomers_too(clip, tmp_path):
+    prompts = PersonalizedPrompts(clip, SENTENCES, n_ctx=3, condition=None, ending=".")
+    path = tmp_path / "bank.safetensors"
+    on_disk = PromptBank.build(prompts, None, PEOPLE, EMOTIONS, clip=clip, batch_size=2, path=path)
+    bank = PromptBank.load(path, clip).extended(prompts, None, ["dora"], clip=clip)
+    assert (on_disk.condition, bank.condition, bank.ending) == ("none", "none", ".")
+    assert bank.individuals == [*PEOPLE, "dora"]
+    assert torch.equal(bank.features, prompts().detach().expand(4, -1, -1))
+    assert torch.equal(on_disk.lookup(on_disk.rows(["ben"])), bank.features[1:2])
+
+
+def test_a_bank_is_extended_by_prompts_of_its_kind_alone(clip):
+    bank = build(clip)
+    with pytest.raises(ValueError, match=r"prompts: they end with '\.', those of the bank with ''"):
+        bank.extended(learned(clip, ending="."), conditions(clip, 1), ["dora"], clip=clip)
+    with pytest.raises(ValueError, match="condition: these prompts have none, got 'individual'"):
+        bank.extended(PersonalizedPrompts(clip, SENTENCES, condition=None), None, ["dora"], clip=clip)
+    with pytest.raises(ValueError, match="condition: got 'none', but these prompts have one"):
+        build(clip, condition="none")
+    with pytest.raises(ValueError, match="conditions: got None, and these prompts are conditioned"):
+        bank.extended(learned(clip), None, ["dora"], clip=clip)
+
+
+@pytest.mark.parametrize("options", [{"condition": None}, {"ending": "."}, {"context": "per-emotion", "ending": " !"}])
+def test_saved_prompts_keep_their_condition_and_ending(clip, tmp_path, options):
+    prompts = PersonalizedPrompts(clip, SENTENCES, n_ctx=3, **options)
+    save_prompts(tmp_path / "prompts", prompts, EMOTIONS, clip)
+    again, _ = load_prompts(tmp_path / "prompts", clip)
+    assert (again.condition, again.ending, again.descriptions) == (prompts.condition, prompts.ending, SENTENCES)
+    assert torch.equal(again(conditions(clip)), prompts(conditions(clip)))
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its memory from /proc")
 def test_looking_up_rows_on_disk_reads_only_those(clip, tmp_path):
     count, shape = 40_000, (32, clip.embed_dim)
@@ -156,7 +188,13 @@ def test_an_unknown_emotion_is_named_with_the_known_ones():
         (torch.rand(3, 3, 4), ["ann", "ben"], EMOTIONS, {}, "individuals: takes 3 different names"),
         (torch.rand(3, 3, 4), PEOPLE, ["sad", "sad", "happy"], {}, "emotions: takes 3 different names"),
         (torch.rand(3, 3, 4), PEOPLE, EMOTIONS, {"descriptions": ["a"] * 3}, "descriptions: takes 3 different names"),
-        (torch.rand(3, 3, 4), PEOPLE, EMOTIONS, {"condition": "clip"}, "condition: takes 'individual' or 'frame', got"),
+        (
+            torch.rand(3, 3, 4),
+            PEOPLE,
+            EMOTIONS,
+            {"condition": "clip"},
+            "condition: takes 'individual', 'frame' or 'none', got",
+        ),
     ],
 )
 def test_names_that_do_not_match_the_features_are_rejected(features, people, emotions, kwargs, says):
@@ -240,7 +278,7 @@ def test_a_truncated_file_is_named(clip, tmp_path, keep):
         ({"tower": {"name": 1, "pretrained": "", "text_hash": ""}}, "tower: takes names"),
         ({"individuals": 3}, "TypeError"),
         ({"emotions": [["neutral"], "happy", "sad"]}, "TypeError"),
-        ({"condition": "nobody"}, "condition: takes 'individual' or 'frame'"),
+        ({"condition": "nobody"}, "condition: takes 'individual', 'frame' or 'none'"),
         ({"features": torch.ones(3, 3, 7)}, r"takes \(N, E, \d+\), got \(3, 3, 7\)"),
         ({"features": torch.ones(3, 3, 64, dtype=torch.int32)}, "'I32'|takes a float"),
     ],

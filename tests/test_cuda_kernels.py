@@ -95,11 +95,12 @@ def test_tree_attention_of_many_segments():
 
 
 @dtypes
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(
     ("height", "width", "size"), [(40, 64, 24), (20, 300, 16), (9, 8, 70), (31, 33, 5), (65, 17, 33)]
 )
-def test_frames_over_several_tiles_and_chunks(dtype, height, width, size):
-    sizes = {"batch": 1, "height": height, "width": width, "size": size}
+def test_frames_over_several_tiles_and_chunks(dtype, height, width, size, interpolation):
+    sizes = {"batch": 1, "height": height, "width": width, "size": size, "interpolation": interpolation}
     check(make("clip_frames", **sizes, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype))
 
 

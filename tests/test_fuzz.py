@@ -81,10 +81,14 @@ TWINS = {
         for negatives in ("all", "within", "distinct")
     },
     "tree_attention": ([(2, 7, 3, 2, 3)], lambda qkv: twin.tree_attention(qkv, prefix=2, segment_lengths=(3, 2))),
-    "clip_frames": (
+} | {
+    f"clip_frames {interpolation}": (
         [(2, 3, 9, 4)],
-        lambda frames: twin.clip_frames(frames, size=6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)),
-    ),
+        lambda frames, interpolation=interpolation: twin.clip_frames(
+            frames, size=6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation=interpolation
+        ),
+    )
+    for interpolation in ("bicubic", "bilinear")
 }
 
 

@@ -1,7 +1,7 @@
 """Models that need files of the Hugging Face Hub, on a machine without a network: one line, at once."""
 
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import huggingface_hub.constants
 import pytest
@@ -99,3 +99,63 @@ def test_a_command_asks_for_the_tokenizer_before_it_works(monkeypatch):
     monkeypatch.setattr(clip, "_open_clip_tokenizer", refuse)
     with pytest.raises(RuntimeError, match="name: 'ViT-S-32-alt' needs its tokenizer"):
         run.load_clip_for(PromptsConfig(clip="ViT-S-32-alt", device="cpu"))
+
+
+@pytest.fixture
+def gateway(closed, monkeypatch):
+    """A gateway that shows the hub's front page, and answers all that is behind it with a status of the test's."""
+    status = [503]
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200 if self.path == "/" else status[0])
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *words):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield status
+        server.shutdown()
+
+
+BEHIND = {
+    "SigLIP2's weights": (lambda: load_clip("ViT-B-16-SigLIP2", "webli"), "the weights 'webli'"),
+    "SigLIP2's tokenizer": (lambda: clip._open_clip_tokenizer("ViT-B-16-SigLIP2"), "the tokenizer 'timm/ViT-B-16-S"),
+    "CLIPA's weights": (lambda: load_clip("ViT-L-14-CLIPA", "datacomp1b"), "the weights 'datacomp1b'"),
+    "CLIPA's tokenizer": (lambda: clip._open_clip_tokenizer("ViT-L-14-CLIPA"), "the tokenizer 'bert-base-uncased'"),
+    "roberta": (lambda: load_clip("roberta-ViT-B-32"), "the configuration 'roberta-base' of its text tower"),
+    "roberta's weights": (
+        lambda: load_clip("roberta-ViT-B-32", "laion2b_s12b_b32k"),
+        "the weights 'laion2b_s12b_b32k' and the configuration 'roberta-base' of its text tower",
+    ),
+    "a repository": (lambda: load_clip("hf-hub:nobody/nothing"), "its files"),
+}
+
+
+@pytest.mark.parametrize("status", [503, 504, 403, 429])
+@pytest.mark.parametrize(("load", "needs"), BEHIND.values(), ids=BEHIND)
+def test_a_gateway_that_hands_nothing_out_is_told_from_a_hub_at_once(gateway, load, needs, status):
+    gateway[0] = status
+    with pytest.raises(hub.HubError) as caught:
+        load()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f" needs {needs}" in message
+    assert f"cannot be reached (it answers {status})" in message
+    assert "None" not in message
+
+
+def test_a_tokenizer_that_does_not_load_says_so_in_one_line(closed, monkeypatch):
+    def broken(name):
+        raise ValueError("its file\nis broken")
+
+    monkeypatch.setattr(clip.open_clip, "get_tokenizer", broken)
+    with pytest.raises(
+        RuntimeError, match=r"name: the tokenizer of 'ViT-B-16-SigLIP2' could not be loaded .* is broken"
+    ):
+        clip._open_clip_tokenizer("ViT-B-16-SigLIP2")

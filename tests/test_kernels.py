@@ -180,19 +180,23 @@ def test_large_attention_logits_do_not_overflow():
 
 @dtypes
 @pytest.mark.parametrize("size", FRAMES)
-def test_clip_frames(dtype, size):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_clip_frames(dtype, size, interpolation):
     batch, height, width, side = size
-    sizes = {"batch": batch, "height": height, "width": width, "size": side}
+    sizes = {"batch": batch, "height": height, "width": width, "size": side, "interpolation": interpolation}
     assert_twins(make("clip_frames", **sizes, dtype=dtype, device=DEVICE))
 
 
 @pytest.mark.parametrize(("old", "new"), [(256, 224), (64, 224), (7, 4), (300, 20), (31, 31)])
-def test_the_resize_is_torchs(old, new):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_resize_is_torchs(old, new, interpolation):
     from pcmecl_fast.kernels.frames import resize_weights
 
     line = torch.eye(old, dtype=torch.float64)[None, None]
-    expected = torch.nn.functional.interpolate(line, (new, old), mode="bicubic", antialias=True, align_corners=False)
-    assert_close_for(torch.float64)(resize_weights(old, new), expected[0, 0])
+    expected = torch.nn.functional.interpolate(
+        line, (new, old), mode=interpolation, antialias=True, align_corners=False
+    )
+    assert_close_for(torch.float64)(resize_weights(old, new, interpolation), expected[0, 0])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

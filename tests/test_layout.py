@@ -12,7 +12,7 @@ PACKAGE = ROOT / "pcmecl_fast"
 LAYERS = (
     ("files", "wording", "libraries", "options", "hub", "machine"),
     ("ops", "kernels"),
-    ("towers", "clip"),
+    ("towers", "preprocessing", "weights", "clip"),
     ("prompts",),
     ("criterion",),
     ("data",),

@@ -1,6 +1,8 @@
-"""clip_frames against the cubic filter written out, and against properties that any resize must have."""
+"""clip_frames against its filters written out, and against properties that any resize must have."""
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,20 +14,22 @@ from pcmecl_fast.ops import clip_frames
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
+INTERPOLATIONS = ["bicubic", "bilinear"]
 SIZES = [(1, 32, 32, 32), (2, 61, 47, 33), (1, 20, 27, 41), (3, 7, 90, 16), (1, 1, 1, 5)]  # B, H, W, size
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_frames_and_their_gradient_follow_the_formula(dtype, size):
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_frames_and_their_gradient_follow_the_formula(dtype, size, interpolation):
     batch, height, width, side = size
     frames = frames_input(batch, height, width, dtype=dtype)
-    out = clip_frames(frames, side, CLIP_MEAN, CLIP_STD)
+    out = clip_frames(frames, side, CLIP_MEAN, CLIP_STD, interpolation=interpolation)
     assert out.dtype == dtype
     assert out.shape == (batch, 3, side, side)
 
     exact = frames.detach().double().requires_grad_()
-    expected = oracle(exact, side)
+    expected = oracle(exact, side, interpolation)
     assert_close_for(dtype)(out, expected)
     weights = torch.randn(out.shape, generator=seed(1), dtype=torch.float64).to(dtype)
     (out * weights).sum().backward()
@@ -58,8 +62,9 @@ def test_nothing_is_clamped_so_every_pixel_has_a_gradient():
 
 def test_gradcheck():
     frames = frames_input(2, 7, 5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: clip_frames(x, 4, CLIP_MEAN, CLIP_STD), (frames,))
-    assert torch.autograd.gradcheck(lambda x: clip_frames(x, 9, CLIP_MEAN, CLIP_STD), (frames,))
+    for size, interpolation in itertools.product((4, 9), INTERPOLATIONS):
+        resized = partial(clip_frames, size=size, mean=CLIP_MEAN, std=CLIP_STD, interpolation=interpolation)
+        assert torch.autograd.gradcheck(resized, (frames,))
 
 
 def test_an_empty_batch_is_empty_with_a_graph():
@@ -114,6 +119,7 @@ WRONG = [
     ({"mean": (0.5, 0.5, None)}, TypeError, r"mean\[2\]: got NoneType; takes a number"),
     ({"std": (0.5, float("inf"), 0.5)}, ValueError, r"std\[1\]: got inf; takes a finite number"),
     ({"std": (0.5, 0, 0.5)}, ValueError, r"std: got \(0.5, 0.0, 0.5\); takes three numbers above 0"),
+    ({"interpolation": "random"}, ValueError, "interpolation: got 'random'; takes one of bicubic, bilinear"),
     ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, auto"),
 ]
 
@@ -125,28 +131,35 @@ def test_a_wrong_argument_is_named(wrong, error, says):
         clip_frames(**right | wrong)
 
 
-def oracle(frames: Tensor, side: int) -> Tensor:
-    rows, columns = (torch.tensor(resize_weights(n, side), dtype=torch.float64) for n in frames.shape[2:])
+def oracle(frames: Tensor, side: int, interpolation: str) -> Tensor:
+    tables = (resize_weights(n, side, interpolation) for n in frames.shape[2:])
+    rows, columns = (torch.tensor(table, dtype=torch.float64) for table in tables)
     resized = rows @ ((frames + 1) / 2) @ columns.mT
     mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
     return (resized - mean) / std
 
 
-def resize_weights(before: int, after: int) -> list[list[float]]:
-    """The weight of each old pixel in each new one: Keys' cubic (a = -1/2), widened by the reduction factor."""
+def resize_weights(before: int, after: int, interpolation: str) -> list[list[float]]:
+    """The weight of each old pixel in each new one: the filter, widened by the reduction factor."""
+    weight, radius = (cubic, 2) if interpolation == "bicubic" else (triangle, 1)
     factor = before / after
     stretch = max(factor, 1.0)
     table = []
     for new in range(after):
         centre = (new + 0.5) * factor
-        first = max(int(centre - 2 * stretch + 0.5), 0)
-        last = min(int(centre + 2 * stretch + 0.5), before)
-        weights = [cubic((old + 0.5 - centre) / stretch) if first <= old < last else 0.0 for old in range(before)]
+        first = max(int(centre - radius * stretch + 0.5), 0)
+        last = min(int(centre + radius * stretch + 0.5), before)
+        weights = [weight((old + 0.5 - centre) / stretch) if first <= old < last else 0.0 for old in range(before)]
         table.append([weight / math.fsum(weights) for weight in weights])
     return table
 
 
+def triangle(x: float) -> float:
+    return max(0.0, 1 - abs(x))
+
+
 def cubic(x: float) -> float:
+    """Keys', with a = −1/2."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1

@@ -47,9 +47,9 @@ def test_correlation_loss(dtype, number, people, count, width, negatives, missin
 
 
 @drawn
-@given(dtypes, seeds, st.integers(1, 3), *[st.integers(1, 70)] * 3)
-def test_clip_frames(dtype, number, batch, height, width, side):
-    sizes = {"batch": batch, "height": height, "width": width, "size": side}
+@given(dtypes, seeds, st.integers(1, 3), *[st.integers(1, 70)] * 3, st.sampled_from(["bicubic", "bilinear"]))
+def test_clip_frames(dtype, number, batch, height, width, side, interpolation):
+    sizes = {"batch": batch, "height": height, "width": width, "size": side, "interpolation": interpolation}
     # A bias of 0 in the result, so that the relative error is that of the resize.
     call = make("clip_frames", **sizes, mean=(0.5,) * 3, dtype=dtype, number=number)
     assert_as_promised(call, at_least=1e-4)

@@ -11,6 +11,7 @@ from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 
+from pcmecl_fast import load_clip
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 from pcmecl_fast.towers.text import encode_padded
 
@@ -175,6 +176,40 @@ def test_the_shift_moves_every_context_token_of_an_individual(context):
     )
     torch.testing.assert_close(prompts(c, backend="reference"), F.normalize(one_by_one, dim=-1), rtol=0, atol=1e-12)
     assert (prompts(c)[0] - prompts(c)[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("context", ["shared", "per-emotion"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_prompts_without_a_condition_are_the_same_for_everyone(name, context):
+    clip = tower(name)
+    prompts = PersonalizedPrompts(clip, EMOTIONS, n_ctx=4, context=context, condition=None)
+    own = prompts.context[None]
+    expected = F.normalize(encode_padded(clip.model, prompts.tokens, own, prompts._start), dim=-1)
+    for backend in ("reference", None):
+        torch.testing.assert_close(prompts(backend=backend), expected, rtol=0, atol=1e-12)
+        features = prompts(conditions(3), backend=backend)
+        torch.testing.assert_close(features, expected.expand(3, -1, -1), rtol=0, atol=1e-12)
+    assert set(prompts.state_dict()) == {"context"}
+    features.square().sum().backward()
+    assert prompts.context.grad is not None
+    assert torch.equal(prompts.shift(conditions(3)), torch.zeros(3, prompts.context.shape[-1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("context", ["shared", "per-emotion"])
+def test_an_ending_is_tokenized_with_its_description(context):
+    clip = SimpleNamespace(model=tower("openai").model, tokenizer=tower("openai").tokenizer, embed_dim=D)
+    plain = PersonalizedPrompts(clip, [f"{emotion} ." for emotion in EMOTIONS], n_ctx=4, context=context, init=WORDS)
+    ended = PersonalizedPrompts(clip, EMOTIONS, n_ctx=4, context=context, init=WORDS, ending=" .")
+    assert ended.descriptions == EMOTIONS
+    assert torch.equal(ended.tokens, plain.tokens)
+    assert torch.equal(ended(conditions(2)), plain(conditions(2)))
+
+
+def test_cocoops_sentences_are_made_with_an_ending():
+    clip = load_clip("tiny-face")
+    prompts = PersonalizedPrompts(clip, ["happy", "very sad"], n_ctx=4, init=WORDS, ending=".", condition=None)
+    spelled = clip.model.encode_text(clip.tokenizer([f"{WORDS} happy.", f"{WORDS} very sad."]), normalize=True)
+    torch.testing.assert_close(prompts()[0], spelled, rtol=0, atol=2e-6)
 
 
 def test_only_context_and_condition_network_learn():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,14 +185,27 @@ def test_missing_emotions_are_no_obstacle(clip, tmp_path, few_faces):
 
 
 @pytest.mark.parametrize("context", ["shared", "per-emotion"])
-@pytest.mark.parametrize("condition", ["individual", "frame"])
+@pytest.mark.parametrize("condition", ["individual", "frame", "none"])
 def test_contexts_and_conditions(clip, tmp_path, few_faces, context, condition):
     data = few_faces()
     config = prompts_config(tmp_path, context=context, condition=condition)
     prompts, bank, _ = learn_prompts(clip, data, config)
     assert prompts.context.shape[:-1] == ((8,) if context == "shared" else (3, 8))
     assert bank.condition == condition
-    assert bank.individuals == (data.individuals if condition == "individual" else data.keys)
+    assert bank.individuals == (data.keys if condition == "frame" else data.individuals)
+
+
+def test_prompts_without_a_condition_learn_what_everyone_shares(clip, tmp_path, few_faces):
+    config = prompts_config(tmp_path, condition="none", ending=".", steps=20)
+    prompts, bank, loop = learn_prompts(clip, few_faces(), config)
+    assert torch.equal(bank.features, bank.features[:1].expand_as(bank.features))
+    assert (prompts.condition_net, bank.ending) == (None, ".")
+    assert loop.curves["stage 1/match"][-1][1] < loop.curves["stage 1/match"][0][1]
+    again, resumed, _ = learn_prompts(clip, few_faces(), replace(config, resume=True))
+    assert (again.condition, again.ending) == (None, ".")
+    assert torch.equal(resumed.features, bank.features)
+    with pytest.raises(ValueError, match=r"--ending was '?\.'?, is"):
+        learn_prompts(clip, few_faces(), replace(config, resume=True, ending=""))
 
 
 def test_descriptions_may_be_sentences(clip, tmp_path, few_faces):
@@ -227,6 +241,8 @@ def test_the_matching_loss_follows_its_definition(missing):
     torch.testing.assert_close(matching_loss(visual, text, mask, scale), expected)
     garbage = torch.where(mask[..., None], visual, 1e3)
     torch.testing.assert_close(matching_loss(garbage, text, mask, scale), expected)
+    shared = matching_loss(visual, text, mask, scale, personal=False)
+    torch.testing.assert_close(shared, torch.stack(to_prompts).mean())
 
 
 def test_conditions_are_means_and_zero_without_frames():
@@ -350,6 +366,7 @@ def summary_of(run):
         {"amp": "bf16"},
         {"amp": "fp16"},
         {"condition": "frame"},
+        {"condition": "none", "negatives": "distinct", "ending": "."},
         {"context": "per-emotion", "descriptions": ["calm", "a happy face", "a sad face"], "n_ctx": 2},
         {"generator_options": {"driven_by": "reference"}},
         {"missing": 1},

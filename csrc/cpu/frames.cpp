@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../common/cubic.h"
+#include "../common/resize.h"
 #include "kernels.h"
 #include "operators.h"
 
@@ -22,14 +22,14 @@ struct Weights {
   std::vector<std::vector<double>> weights;  // of each new pixel, from its first old one on
 };
 
-Weights cubic_weights(int64_t before, int64_t after) {
+Weights resize_weights(Filter filter, int64_t before, int64_t after) {
   Weights band = {before, after, {}, {}};
   for (int64_t pixel = 0; pixel < after; ++pixel) {
-    const CubicWindow window = cubic_window(pixel, before, after);
+    const ResizeWindow window = resize_window(filter, pixel, before, after);
     std::vector<double> weights;
     double total = 0;
     for (int64_t old = window.first; old < window.last; ++old) {
-      weights.push_back(cubic_weight(window, old));
+      weights.push_back(resize_weight(window, old));
       total += weights.back();
     }
     for (double& weight : weights) weight /= total;
@@ -109,21 +109,26 @@ std::vector<double> gains(const std::vector<double>& std) { return {0.5 / std[0]
 // Weights sum to 1, so ((x + 1) / 2 − mean) / std after the resize is a gain and a bias.
 Tensor clip_frames(  // (B, 3, size, size)
     const Tensor& frames,  // (B, 3, H, W)
-    int64_t size, const std::vector<double>& mean, const std::vector<double>& std) {
+    int64_t size, const std::vector<double>& mean, const std::vector<double>& std, const std::string& interpolation) {
+  const Filter filter = filter_named(interpolation);
   Tensor out = at::empty({frames.size(0), 3, size, size}, frames.options());
   std::vector<double> bias;
   for (int64_t channel = 0; channel < 3; ++channel) bias.push_back((0.5 - mean[channel]) / std[channel]);
-  resize_any(frames, out, cubic_weights(frames.size(2), size), cubic_weights(frames.size(3), size), gains(std), bias);
+  const Weights rows = resize_weights(filter, frames.size(2), size);
+  const Weights columns = resize_weights(filter, frames.size(3), size);
+  resize_any(frames, out, rows, columns, gains(std), bias);
   return out;
 }
 
 Gradients clip_frames_backward(
     const Tensor& grad,  // (B, 3, size, size)
-    const Tensor& frames, int64_t size, const std::vector<double>&, const std::vector<double>& std, const Needs&) {
+    const Tensor& frames, int64_t size, const std::vector<double>&, const std::vector<double>& std,
+    const std::string& interpolation, const Needs&) {
+  const Filter filter = filter_named(interpolation);
   Tensor of_frames = at::empty(frames.sizes(), frames.options());
-  resize_any(
-      grad, of_frames, transposed(cubic_weights(frames.size(2), size)), transposed(cubic_weights(frames.size(3), size)),
-      gains(std), {0, 0, 0});
+  const Weights rows = transposed(resize_weights(filter, frames.size(2), size));
+  const Weights columns = transposed(resize_weights(filter, frames.size(3), size));
+  resize_any(grad, of_frames, rows, columns, gains(std), {0, 0, 0});
   return {of_frames};
 }
 

@@ -10,6 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "../common/cubic.h"
 #include "../common/directions.h"
+#include "../common/resize.h"
 #include "kernels.h"

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../common/resize.h"
+
 namespace pcmecl::cuda {
 
 struct Scale {
@@ -179,9 +181,9 @@ struct Frames {
   float gain[3], bias[3];  // out = gain[plane % 3] · resized + bias[plane % 3]
 };
 
-int cubic_taps(int before, int after, bool transposed);
+int resize_taps(Filter filter, int before, int after, bool transposed);
 // Fills the bands of the resize, or of its transpose (which then map the resize's new pixels to its old ones).
-void cubic_bands(const Band& rows, const Band& columns, bool transposed);
+void fill_bands(const Band& rows, const Band& columns, Filter filter, bool transposed);
 template <typename T>
 void resize_frames(const Frames<T>& args);
 

@@ -7,8 +7,8 @@
 #include <random>
 #include <vector>
 
-#include "../common/cubic.h"
 #include "../common/directions.h"
+#include "../common/resize.h"
 #include "../cpu/kernels.h"
 
 namespace {
@@ -313,10 +313,10 @@ void test_frames(const FramesKernels<T>& kernels, int64_t height, int64_t width)
   }
 }
 
-void test_cubic() {
+void test_windows(Filter filter) {
   for (const auto& [before, after] : {std::pair<int64_t, int64_t>{256, 224}, {7, 90}, {1, 5}, {90, 1}})
     for (int64_t pixel = 0; pixel < after; ++pixel) {
-      const CubicWindow window = cubic_window(pixel, before, after);
+      const ResizeWindow window = resize_window(filter, pixel, before, after);
       expect_close(double(window.first >= 0 && window.last <= before && window.first < window.last), 1, 0, "window");
     }
 }
@@ -346,7 +346,8 @@ void test(const Kernels& kernels) {
 }  // namespace
 
 int main() {
-  test_cubic();
+  test_windows(Filter::bicubic);
+  test_windows(Filter::bilinear);
   test(portable_kernels());
 #ifdef PCMECL_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test(avx2_kernels());

@@ -2,7 +2,7 @@
 
     y = ( resize( (x + 1) / 2 ) − mean ) / std
 
-The resize is bicubic and antialiased, to size × size; nothing is clamped.
+The resize is bicubic or bilinear and antialiased, to size × size; nothing is clamped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 from pcmecl_fast.ops import checks, reference
 from pcmecl_fast.ops.operator import Operator
 
+INTERPOLATIONS = ("bicubic", "bilinear")
+
 
 def clip_frames(
     frames: Tensor,  # (B, 3, H, W) in [-1, 1]
@@ -21,19 +23,21 @@ def clip_frames(
     mean: Sequence[float],
     std: Sequence[float],
     *,
+    interpolation: str = "bicubic",
     backend: str | None = None,
 ) -> Tensor:  # (B, 3, size, size)
     """Resize frames to CLIP's input and normalise their colours.
 
     The formula above, on whole frames: the sides are scaled independently, nothing is cropped. The resize is that of
-    `F.interpolate(mode="bicubic", antialias=True, align_corners=False)`. Values are clamped neither before nor after
-    it, so every pixel's gradient reaches the generator.
+    `F.interpolate(mode=interpolation, antialias=True, align_corners=False)`. Values are clamped neither before nor
+    after it, so every pixel's gradient reaches the generator.
 
     Args:
         frames: (B, 3, H, W) red, green, blue in [-1, 1] (not checked); float16, bfloat16, float32 or float64.
         size: side of CLIP's square input in pixels, at least 1.
         mean: three numbers, CLIP's mean of each colour in [0, 1].
         std: three numbers above 0, CLIP's standard deviations.
+        interpolation: "bicubic" (Keys' cubic, a = −½) or "bilinear" (the triangle).
         backend: see `use_backend`; None leaves the choice to it.
 
     Returns:
@@ -57,7 +61,9 @@ def clip_frames(
     colour_mean, colour_std = _three_numbers("mean", mean), _three_numbers("std", std)
     if min(colour_std) <= 0:
         raise ValueError(f"std: got {colour_std}; takes three numbers above 0")
-    return CLIP_FRAMES(frames, size, colour_mean, colour_std, backend=backend)
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: got {interpolation!r}; takes one of {', '.join(INTERPOLATIONS)}")
+    return CLIP_FRAMES(frames, size, colour_mean, colour_std, interpolation, backend=backend)
 
 
 def _three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, float]:
@@ -71,13 +77,15 @@ def _three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, fl
     return float(red), float(green), float(blue)
 
 
-def _outputs(frames: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor]:
+def _outputs(
+    frames: Tensor, size: int, mean: Sequence[float], std: Sequence[float], interpolation: str
+) -> tuple[Tensor]:
     return (frames.new_empty(frames.shape[0], 3, size, size),)
 
 
 CLIP_FRAMES = Operator(
     reference.clip_frames,
-    "Tensor frames, SymInt size, float[] mean, float[] std",
+    "Tensor frames, SymInt size, float[] mean, float[] std, str interpolation",
     gradients=("frames",),
     outputs=_outputs,
 )

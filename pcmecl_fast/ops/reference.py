@@ -117,10 +117,11 @@ def clip_frames(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    interpolation: str,
 ) -> Tensor:  # (B, 3, size, size)
     with autocast_off(frames):
         unit_range = (_wide(frames) + 1) / 2
-        resized = F.interpolate(unit_range, (size, size), mode="bicubic", antialias=True, align_corners=False)
+        resized = F.interpolate(unit_range, (size, size), mode=interpolation, antialias=True, align_corners=False)
         # Not clamped: the resize overshoots slightly at edges, and a clamp would zero those pixels' gradients.
         per_channel = [(channel - m) / s for channel, m, s in zip(resized.unbind(dim=1), mean, std, strict=True)]
         return torch.stack(per_channel, dim=1).to(frames.dtype)

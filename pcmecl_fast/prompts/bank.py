@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.files import MappedTensor, load_tensors, naming_damage, save_rows, save_tensors
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
+from pcmecl_fast.towers.fingerprint import VERSION
 from pcmecl_fast.wording import did_you_mean, name_some
 
 
@@ -38,6 +39,11 @@ class Tower:
         return cls(clip.name, clip.pretrained, clip.text_hash())
 
     def check(self, clip: Clip, path: Path) -> None:
+        if not self.text_hash.startswith(VERSION):
+            raise ValueError(
+                f"clip: {path} was made by an older pcmecl_fast, which knew a text tower by its weights alone, not by "
+                "what its layers do; make it again, with `pcmecl-fast prompts` or PromptBank.build and save_prompts"
+            )
         if self.text_hash != clip.text_hash():
             raise ValueError(
                 f"clip: {path} was made with {self.name!r} ({self.pretrained}, text tower {self.text_hash[:8]}), "
@@ -55,7 +61,8 @@ class PromptBank:
         emotions: E different names.
         descriptions: the E descriptions behind the emotions; the names themselves where None.
         tower: which CLIP model made the features; None if unknown, and then the bank cannot be saved.
-        condition: "individual" or "frame", what a row stands for.
+        condition: "individual" or "frame", what a row stands for; "none", individuals whose rows are equal.
+        ending: what followed the descriptions in the prompts.
 
     Raises:
         ValueError: names that repeat or do not match the shape of `features`.
@@ -70,6 +77,7 @@ class PromptBank:
         descriptions: Sequence[str] | None = None,
         tower: Tower | None = None,
         condition: str = "individual",
+        ending: str = "",
     ) -> None:
         if features.ndim != 3 or not features.is_floating_point():
             raise ValueError(f"features: takes a float (N, E, D), got {features.dtype} {tuple(features.shape)}")
@@ -78,13 +86,13 @@ class PromptBank:
         for (name, values), count in zip(lists.items(), (*features.shape[:2], features.shape[1]), strict=True):
             if len(values) != count or len(set(values)) != count:
                 raise ValueError(f"{name}: takes {count} different names for features {tuple(features.shape)}")
-        if condition not in ("individual", "frame"):
-            raise ValueError(f"condition: takes 'individual' or 'frame', got {condition!r}")
+        if condition not in ("individual", "frame", "none"):
+            raise ValueError(f"condition: takes 'individual', 'frame' or 'none', got {condition!r}")
         self.features = features
         self.individuals, self.emotions = list(individuals), list(emotions)
         self.descriptions = list(descriptions)
         self.tower = tower
-        self.condition = condition
+        self.condition, self.ending = condition, ending
         self._mapped: MappedTensor | None = None
         self._row = {name: i for i, name in enumerate(self.individuals)}
 
@@ -93,12 +101,12 @@ class PromptBank:
     def build(
         cls,
         prompts: PersonalizedPrompts,
-        conditions: Conditions,  # (N, D) mean unit image features
+        conditions: Conditions | None,  # (N, D) mean unit image features
         individuals: Sequence[str],
         emotions: Sequence[str],
         *,
         clip: Clip,
-        condition: str = "individual",
+        condition: str | None = None,
         batch_size: int = 64,
         backend: str | None = None,
         path: str | Path | None = None,
@@ -108,29 +116,34 @@ class PromptBank:
 
         Args:
             prompts: the learned prompts.
-            conditions: one row for each individual (or frame): a tensor, or features that are read on demand.
+            conditions: one row for each individual (or frame): a tensor, or features that are read on demand; None if
+                the prompts have no condition.
             individuals: N names; with `condition="frame"` the keys of N frames.
             emotions: E names, one for each description of the prompts.
             clip: the model of the prompts.
-            condition: "individual" or "frame", what a row stands for.
+            condition: "individual" (the default) or "frame", what a row stands for; "none" if the prompts have none.
             batch_size: individuals per batch of the text tower.
             backend: backend of `PersonalizedPrompts`.
             path: a file to write the rows to as they are computed, for banks larger than memory; the returned bank is a
                 memory map of it.
             dtype: dtype of the rows; None means the prompts' dtype.
         """
-        count, dtype = len(conditions), dtype or prompts.context.dtype
-        chunks = tqdm(torch.arange(count).split(batch_size), desc="prompt bank", disable=count < 50 * batch_size)
-        rows = (prompts(conditions[chunk], backend=backend).to(dtype) for chunk in chunks if len(chunk))
-        tower, descriptions, shape = Tower.of(clip), prompts.descriptions, (count, len(emotions), clip.embed_dim)
+        dtype = dtype or prompts.context.dtype
+        count = len(individuals) if conditions is None else len(conditions)
+        rows = (each.to(dtype) for each in _rows(prompts, conditions, count, batch_size, backend))
+        shape = (count, len(emotions), clip.embed_dim)
+        about: dict[str, Any] = {
+            "descriptions": prompts.descriptions,
+            "tower": Tower.of(clip),
+            "condition": _condition(prompts, condition),
+            "ending": prompts.ending,
+        }
         if path is None:
             features = torch.cat([torch.empty(0, *shape[1:], dtype=dtype, device=prompts.context.device), *rows])
-            return cls(features, individuals, emotions, descriptions=descriptions, tower=tower, condition=condition)
+            return cls(features, individuals, emotions, **about)
         # Check the names before doing the work, on a tensor that takes no memory.
         empty = torch.empty(shape, dtype=dtype, device="meta")
-        header = cls(
-            empty, individuals, emotions, descriptions=descriptions, tower=tower, condition=condition
-        )._header()
+        header = cls(empty, individuals, emotions, **about)._header()
         with save_rows(path, "bank", "features", shape, dtype, header) as append:
             for chunk in rows:
                 append(chunk)
@@ -140,7 +153,7 @@ class PromptBank:
     def extended(
         self,
         prompts: PersonalizedPrompts,
-        conditions: Conditions,  # (n, D)
+        conditions: Conditions | None,  # (n, D)
         individuals: Sequence[str],
         *,
         clip: Clip,
@@ -150,7 +163,12 @@ class PromptBank:
 
         Their condition is the mean unit image feature of a few of their frames (`condition_of`). The other options are
         those of `build`.
+
+        Raises:
+            ValueError: prompts that end, or are conditioned, in another way than the bank's.
         """
+        if prompts.ending != self.ending:
+            raise ValueError(f"prompts: they end with {prompts.ending!r}, those of the bank with {self.ending!r}")
         more = PromptBank.build(
             prompts, conditions, individuals, self.emotions, clip=clip, condition=self.condition, **options
         )
@@ -239,6 +257,7 @@ class PromptBank:
                 descriptions=header["descriptions"],
                 tower=tower,
                 condition=header["condition"],
+                ending=header["ending"],
             )
             if bank.features.shape[2] != clip.embed_dim:
                 raise ValueError(f"features: takes (N, E, {clip.embed_dim}), got {tuple(bank.features.shape)}")
@@ -254,6 +273,7 @@ class PromptBank:
             descriptions=self.descriptions,
             tower=self.tower,
             condition=self.condition,
+            ending=self.ending,
         )
 
     def _header(self) -> dict[str, Any]:
@@ -264,8 +284,32 @@ class PromptBank:
             "emotions": self.emotions,
             "descriptions": self.descriptions,
             "condition": self.condition,
+            "ending": self.ending,
             "tower": asdict(self.tower),
         }
+
+
+def _condition(prompts: PersonalizedPrompts, condition: str | None) -> str:
+    """What a bank of these prompts calls its rows' condition."""
+    if prompts.condition is None and condition not in (None, "none"):
+        raise ValueError(f"condition: these prompts have none, got {condition!r}; pass condition='none'")
+    if prompts.condition is not None and condition == "none":
+        raise ValueError("condition: got 'none', but these prompts have one; takes 'individual' or 'frame'")
+    return condition or ("none" if prompts.condition is None else "individual")
+
+
+def _rows(
+    prompts: PersonalizedPrompts, conditions: Conditions | None, count: int, batch_size: int, backend: str | None
+) -> Iterator[Tensor]:  # each (n, E, D)
+    """The rows of a bank, a batch at a time."""
+    chunks = tqdm(torch.arange(count).split(batch_size), desc="prompt bank", disable=count < 50 * batch_size)
+    if prompts.condition is None:
+        shared = prompts(backend=backend)  # (1, E, D)
+        yield from (shared.expand(len(chunk), -1, -1) for chunk in chunks)
+    elif conditions is None:
+        raise ValueError("conditions: got None, and these prompts are conditioned; takes a row for each individual")
+    else:
+        yield from (prompts(conditions[chunk], backend=backend) for chunk in chunks if len(chunk))
 
 
 def _with_closest(missing: Sequence[str], known: Sequence[str], *, most: int = 3) -> str:
@@ -291,6 +335,8 @@ def save_prompts(path: str | Path, prompts: PersonalizedPrompts, emotions: Seque
         "descriptions": prompts.descriptions,
         "n_ctx": prompts.context.shape[-2],
         "context": "shared" if prompts.context.ndim == 2 else "per-emotion",
+        "condition": prompts.condition,
+        "ending": prompts.ending,
         "tower": asdict(Tower.of(clip)),
     }
     save_tensors(path, "prompts", prompts.state_dict(), header)
@@ -301,7 +347,8 @@ def load_prompts(path: str | Path, clip: Clip) -> tuple[PersonalizedPrompts, lis
     tensors, header = load_tensors(path, "prompts")
     _tower_of(path, header).check(clip, Path(path))
     with naming_damage(path):
-        prompts = PersonalizedPrompts(clip, header["descriptions"], n_ctx=header["n_ctx"], context=header["context"])
+        options = {name: header[name] for name in ("n_ctx", "context", "condition", "ending")}
+        prompts = PersonalizedPrompts(clip, header["descriptions"], **options)
         prompts.load_state_dict(tensors)
         emotions = header["emotions"]
         if len(emotions) != len(prompts.descriptions):

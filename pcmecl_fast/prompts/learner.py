@@ -28,8 +28,10 @@ logger = logging.getLogger("pcmecl_fast")
 class PersonalizedPrompts(nn.Module):
     """Text features of one prompt per individual and emotion, with a learned context.
 
-        prompt[n, e]   = [SOS] [V(e)_1 + h(c[n])] … [V(e)_M + h(c[n])] [tokens of description e] [EOS]
+        prompt[n, e]   = [SOS] [V(e)_1 + h(c[n])] … [V(e)_M + h(c[n])] [tokens of description e + ending] [EOS]
         features[n, e] = unit(text_tower(prompt[n, e]))
+
+    With `condition=None` there is no h, and every individual has the same prompts: CoOp's and CDRL's.
 
     Only V (`context`) and h (`condition_net`) are parameters of this module, in at least float32 whatever the tower's
     dtype. The clip is used, not owned: its weights are not in `state_dict()` and `.to()` does not move them (move it
@@ -40,16 +42,19 @@ class PersonalizedPrompts(nn.Module):
         descriptions: E different names ("angry") or sentences, tokenized as given.
         n_ctx: M, the number of context tokens, at least 1.
         context: "shared", one V for all descriptions (as CoCoOp), or "per-emotion", V(e) (as CDRL).
+        condition: "features", h shifts V by image features; None, it does not.
+        ending: what follows each description, tokenized with it: "." ends the sentence as CoOp and CoCoOp do.
         init: None: V starts at N(0, 0.02²). A string of exactly `n_ctx` tokens: V starts at their embeddings.
 
     Attributes:
         context: V, (M, W) if shared, (E, M, W) if per-emotion; W is the width of the text tower.
-        descriptions: the list of strings.
+        descriptions: the list of strings, without the ending.
+        condition, ending: as given.
 
     Raises:
         ValueError: no description, a blank or repeated one, one that does not fit in the tower's context length along
-            with the context, n_ctx < 1, an unknown `context`, an `init` with the wrong number of tokens.
-        TypeError: descriptions that are not strings.
+            with the context, n_ctx < 1, an unknown `context` or `condition`, an `init` with the wrong number of tokens.
+        TypeError: descriptions, or an ending, that are not strings.
 
     Source: CoCoOp (V, h), CDRL (V per emotion, M = 8), the paper's abstract (prompts conditioned on the individual).
     """
@@ -63,24 +68,31 @@ class PersonalizedPrompts(nn.Module):
         *,
         n_ctx: int = 8,
         context: str = "shared",
+        condition: str | None = "features",
+        ending: str = "",
         init: str | None = None,
     ) -> None:
         super().__init__()
         if context not in ("shared", "per-emotion"):
             raise ValueError(f"context: got {context!r}, takes 'shared' or 'per-emotion'")
+        if condition not in ("features", None):
+            raise ValueError(f"condition: got {condition!r}, takes 'features' or None")
+        if not isinstance(ending, str):
+            raise TypeError(f"ending: got {ending!r}, takes a string")
         if n_ctx < 1:
             raise ValueError(
                 f"n_ctx: got {n_ctx}, takes 1 or more (prompts without a context have nothing to learn: "
                 "use clip.model.encode_text)"
             )
         self.descriptions = _checked_descriptions(descriptions)
+        self.condition, self.ending = condition, ending
         check_pooling(clip.model)
         # A tuple keeps the clip out of the module tree: state_dict(), parameters() and .to() do not see it.
         self._clip = (clip,)
         for parameter in text_parameters(clip.model):
             parameter.requires_grad_(False)
 
-        frame = _PromptFrame(clip.tokenizer, self.descriptions)
+        frame = _PromptFrame(clip.tokenizer, [description + ending for description in self.descriptions])
         embedding = token_embedding(clip.model)
         weight = embedding.weight
         assert isinstance(weight, Tensor)
@@ -90,17 +102,11 @@ class PersonalizedPrompts(nn.Module):
         self.register_buffer("tokens", tokens.to(device), persistent=False)
         self._packed = self._pack(tokens, n_ctx, context == "shared")
 
-        width, hidden = weight.shape[1], max(1, clip.embed_dim // 16)
+        width = weight.shape[1]
         shape = (n_ctx, width) if context == "shared" else (len(self.descriptions), n_ctx, width)
         values = 0.02 * torch.randn(shape) if init is None else _word_embeddings(frame, embedding, init, n_ctx)
         self.context = nn.Parameter(values.to(device, dtype).expand(shape).clone())
-        last = nn.Linear(hidden, width)
-        # h starts at zero, so that the prompts start exactly at V. PyTorch's default, used by CoCoOp, draws the last
-        # bias with a standard deviation of 0.1, five times V's: it would drown out V and the words given by `init`. The
-        # first layer's gradient is zero only for the first step.
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.condition_net = nn.Sequential(nn.Linear(clip.embed_dim, hidden), nn.ReLU(), last).to(device, dtype)
+        self.condition_net = None if condition is None else _condition_net(clip.embed_dim, width).to(device, dtype)
 
     @property
     def clip(self) -> Clip:
@@ -109,14 +115,15 @@ class PersonalizedPrompts(nn.Module):
 
     def forward(
         self,
-        condition: Tensor,  # (N, D)
+        condition: Tensor | None = None,  # (N, D)
         *,
         backend: str | None = None,
     ) -> Tensor:
         """Unit text features, (N, E, D), in the dtype of `context`.
 
         Args:
-            condition: image features of N individuals (or frames), any float dtype: c[n], usually unit.
+            condition: image features of N individuals (or frames), any float dtype: c[n], usually unit. Prompts
+                without a condition give equal rows, as many as there are here, or one if it is None.
             backend: "reference" runs the usual padded batch; all others run the prompt tree, if it is exact for this
                 tower. None takes `use_backend`, PCMECL_BACKEND, "auto", in that order.
 
@@ -124,25 +131,35 @@ class PersonalizedPrompts(nn.Module):
             ValueError: a condition of the wrong shape, dtype or device.
         """
         self._check(condition)
-        shift = self.shift(condition)[:, None]
-        context = self.context + (shift if self.context.dim() == 2 else shift[:, None])
+        context = self._contexts(condition)
         backend = requested_backend(backend)
         if backend == "reference" or self._packed is None:
             features = encode_padded(self.clip.model, self.tokens, context, self._start)
         else:
             features = encode_tree(self.clip.model, self._packed, context, backend=backend)
-        return F.normalize(features.to(self.context.dtype), dim=-1)
+        unit = F.normalize(features.to(self.context.dtype), dim=-1)
+        return unit if self.condition_net is not None or condition is None else unit.expand(len(condition), -1, -1)
 
     def shift(
         self,
         condition: Tensor,  # (N, D)
     ) -> Tensor:
-        """h(c): the shift that an individual's condition adds to every context token, (N, W)."""
+        """h(c): the shift that an individual's condition adds to every context token, (N, W); 0 without a condition."""
+        if self.condition_net is None:
+            return self.context.new_zeros(len(condition), self.context.shape[-1])
         return self.condition_net(condition.to(self.context.dtype))
 
     def extra_repr(self) -> str:
         kind = "shared" if self.context.dim() == 2 else "per-emotion"
-        return f"{len(self.descriptions)} descriptions, n_ctx={self.context.shape[-2]}, context={kind!r}"
+        size = f"{len(self.descriptions)} descriptions, n_ctx={self.context.shape[-2]}"
+        return f"{size}, context={kind!r}, condition={self.condition!r}, ending={self.ending!r}"
+
+    def _contexts(self, condition: Tensor | None) -> Tensor:
+        """The context of each row that differs: (N, M, W), or (N, E, M, W) if V is each emotion's own."""
+        if self.condition_net is None or condition is None:
+            return self.context[None]
+        shift = self.shift(condition)[:, None]
+        return self.context + (shift if self.context.dim() == 2 else shift[:, None])
 
     def _pack(self, tokens: Tensor, n_ctx: int, shared: bool) -> PackedPrompts | None:
         """The prompts as trees; None, and a line in the log, if they would not match the padded path."""
@@ -159,8 +176,12 @@ class PersonalizedPrompts(nn.Module):
         logger.info("prompts take the padded path, at full length: %s", obstacle)
         return None
 
-    def _check(self, condition: Tensor) -> None:
-        size = self.condition_net[0].in_features
+    def _check(self, condition: Tensor | None) -> None:
+        size = self.clip.embed_dim
+        if condition is None:
+            if self.condition is not None:
+                raise ValueError(f"condition: got None, takes (N, {size}) (or make the prompts with condition=None)")
+            return
         if condition.dim() != 2 or condition.shape[1] != size:
             raise ValueError(f"condition: got shape {tuple(condition.shape)}, takes (N, {size})")
         if not condition.is_floating_point():
@@ -171,6 +192,20 @@ class PersonalizedPrompts(nn.Module):
                 f"condition: on {condition.device}, the prompts on {self.context.device}, the clip on {tower}: "
                 "takes all three on one device"
             )
+
+
+def _condition_net(size: int, width: int) -> nn.Sequential:
+    """h: (N, size) image features to shifts (N, width).
+
+    It starts at zero, so that the prompts start exactly at V. PyTorch's default, used by CoCoOp, draws the last bias
+    with a standard deviation of 0.1, five times V's: it would drown out V and the words given by `init`. The first
+    layer's gradient is zero only for the first step.
+    """
+    hidden = max(1, size // 16)
+    last = nn.Linear(hidden, width)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), last)
 
 
 def _checked_descriptions(descriptions: Sequence[str]) -> list[str]:

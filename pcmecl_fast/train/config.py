@@ -87,6 +87,8 @@ class RunConfig(DataConfig):
     """tiny-face (built in) or any open_clip model name, such as ViT-B-32."""
     clip_pretrained: str | None = None
     """An open_clip weights tag (openai, laion2b_s34b_b79k …) or a checkpoint file."""
+    clip_like: str | None = None
+    """The weights tag whose preprocessing a checkpoint file follows, where the tags of --clip differ."""
     seed: int = 0
     """Seed of the data, the weights and the order of the batches."""
     device: str = "auto"
@@ -149,8 +151,11 @@ class PromptsOptions:
     """M, the number of learned context tokens."""
     context: Literal["shared", "per-emotion"] = "shared"
     """One context for all emotions (CoCoOp) or one for each (CDRL)."""
-    condition: Literal["individual", "frame"] = "individual"
-    """What personalizes a prompt: the mean of an individual's features, or those of one frame."""
+    condition: Literal["individual", "frame", "none"] = "individual"
+    """What personalizes a prompt: the mean of an individual's features, or those of one frame; none: the same prompts
+    for all (CoOp, CDRL), for which --negatives distinct is right."""
+    ending: str = ""
+    """What follows each description in its prompt: "." as in CoOp and CoCoOp."""
     prompt_lr: float = 5e-3
     """Learning rate of V and h (AdamW)."""
     batch_individuals: int = 16

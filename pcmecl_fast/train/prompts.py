@@ -1,7 +1,8 @@
 """Stage 1: learning personalized prompts from unit image features.
 
-L_match = cross entropy of s·⟨v[n,e], that[n,·]⟩ over the individual's own prompts, and of s·⟨that[n,e], v[·,e]⟩ over
-the batch's individuals; L_diff = ops.correlation_loss(v, that); total = L_match + λ_diff · L_diff.
+L_match = cross entropy of s·⟨v[n,e], that[n,·]⟩ over the individual's own prompts, and, where prompts are personal, of
+s·⟨that[n,e], v[·,e]⟩ over the batch's individuals; L_diff = ops.correlation_loss(v, that); total =
+L_match + λ_diff · L_diff.
 """
 
 from __future__ import annotations
@@ -45,7 +46,14 @@ def learn_prompts(
             f"({', '.join(dataset.emotions)}), got {len(descriptions)}"
         )
     torch.manual_seed(config.seed)
-    prompts = PersonalizedPrompts(clip, descriptions, n_ctx=config.n_ctx, context=config.context).to(clip.device)
+    prompts = PersonalizedPrompts(
+        clip,
+        descriptions,
+        n_ctx=config.n_ctx,
+        context=config.context,
+        condition=None if config.condition == "none" else "features",
+        ending=config.ending,
+    ).to(clip.device)
     begin()
     features = frame_features(clip, dataset, config)
     conditions = individual_conditions(features, dataset.individual_index, len(dataset.individuals))
@@ -117,7 +125,7 @@ def _take_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One optimiser step: returns the total loss and its two parts. Nothing in it waits for the device."""
     text = prompts(condition)
-    match = matching_loss(visual, text, mask, clip.logit_scale)
+    match = matching_loss(visual, text, mask, clip.logit_scale, personal=prompts.condition is not None)
     diff = ops.correlation_loss(
         visual, text.to(visual.dtype), scale=clip.logit_scale, mask=mask, negatives=config.negatives
     )
@@ -140,13 +148,20 @@ def matching_loss(
     text: Tensor,  # (n, E, D) unit
     mask: Tensor,  # (n, E) bool: which visual features exist
     scale: float,
+    *,
+    personal: bool = True,
 ) -> Tensor:
-    """½ · (image → the individual's own prompts + prompt → the same emotion's images of the batch's individuals)."""
+    """½ · (image → the individual's own prompts + prompt → the same emotion's images of the batch's individuals).
+
+    The first alone, and whole, where all individuals have the same prompts: these say nothing of whose images fit.
+    """
     # Missing entries are excluded through their targets: selecting rows by the mask would wait for the device.
     people, emotions = mask.shape
     own_prompt = torch.arange(emotions, device=text.device).masked_fill(~mask, IGNORED)
     to_prompts = scale * torch.einsum("ned,nfd->nef", visual, text)
     image_loss = F.cross_entropy(to_prompts.flatten(0, 1), own_prompt.flatten(), ignore_index=IGNORED)
+    if not personal:
+        return image_loss
     own_image = torch.arange(people, device=text.device).expand(emotions, -1).masked_fill(~mask.T, IGNORED)
     to_people = scale * torch.einsum("ned,med->enm", text, visual)
     # A person without the emotion is a candidate only in their own row, which is excluded.
