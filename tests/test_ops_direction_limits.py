@@ -39,19 +39,17 @@ def test_a_min_change_follows_the_formula(min_change, contrast, normalize):
         assert_close_for(torch.float32)(x.grad, torch.from_numpy(gradient))
 
 
-@pytest.mark.parametrize("contrast", [0.0, 0.4])
-def test_with_a_min_change_the_gradient_is_calm_from_nothing_to_everything(contrast):
+def test_with_a_min_change_the_gradient_is_calm_from_nothing_to_everything():
     sizes = torch.tensor([0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.2, 0.5, 1.0])
     source, edited, bank, individual, a, b = edits_of_size(sizes)
-    options = {"contrast": contrast, "scale": 5.0, "reduction": "sum"}
-    direction_loss(source, edited, bank, individual, a, b, min_change=0.2, **options).backward()
+    direction_loss(source, edited, bank, individual, a, b, min_change=0.1, reduction="sum").backward()
     norms = edited.grad.norm(dim=1)
-    at_min_change = norms[9]
+    at_min_change = norms[8]
     assert (norms >= at_min_change / 10).all()
     assert (norms <= at_min_change * 10).all()
 
     edited.grad = None
-    direction_loss(source, edited, bank, individual, a, b, **options).backward()
+    direction_loss(source, edited, bank, individual, a, b, reduction="sum").backward()
     assert edited.grad.norm(dim=1).max() > 1000 * at_min_change  # which is why it is there
 
 

@@ -70,7 +70,11 @@ def learn_prompts(
         signature={**config.what_counts(), "descriptions": descriptions, **contents_of(clip, dataset)},
     )
     take_step = make_step(
-        partial(_take_step, clip, prompts, optimizer, config), optimizer, config.cuda_graphs, clip.device
+        # The scale is read here, once: that waits for the device.
+        partial(_take_step, clip.logit_scale, prompts, optimizer, config),
+        optimizer,
+        config.cuda_graphs,
+        clip.device,
     )
     for step in loop:
         generator = loop.generator(step)
@@ -115,7 +119,7 @@ def _already_written(folder: Path, prompts: PersonalizedPrompts, clip: Clip) -> 
 
 
 def _take_step(
-    clip: Clip,
+    scale: float,
     prompts: PersonalizedPrompts,
     optimizer: torch.optim.Optimizer,
     config: PromptsConfig,
@@ -125,10 +129,8 @@ def _take_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One optimiser step: returns the total loss and its two parts. Nothing in it waits for the device."""
     text = prompts(condition)
-    match = matching_loss(visual, text, mask, clip.logit_scale, personal=prompts.condition is not None)
-    diff = ops.correlation_loss(
-        visual, text.to(visual.dtype), scale=clip.logit_scale, mask=mask, negatives=config.negatives
-    )
+    match = matching_loss(visual, text, mask, scale, personal=prompts.condition is not None)
+    diff = ops.correlation_loss(visual, text.to(visual.dtype), scale=scale, mask=mask, negatives=config.negatives)
     loss = match + config.lambda_diff * diff
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
