@@ -369,6 +369,24 @@ def test_a_run_with_relative_paths_is_judged_from_anywhere(tmp_path, monkeypatch
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
+def test_a_configuration_leads_back_to_its_run_from_anywhere(runs, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(runs)
+    Path("elsewhere").mkdir()
+    assert run(*PROMPTS, "--out", "again") == 0
+    assert yaml.safe_load(Path("again/config.yaml").read_text())["out"] == str(runs / "again")
+    monkeypatch.chdir("elsewhere")
+    with caplog.at_level("INFO"):
+        assert run("prompts", "--config", "../again/config.yaml", "--resume") == 0
+    assert f"{runs / 'again'} holds a finished run" in caplog.text
+    assert not list(Path().iterdir())
+
+
+def test_a_resumption_of_nothing_says_that_it_begins(tmp_path, caplog):
+    with caplog.at_level("INFO"), open_run(tmp_path / "new", TrainConfig(), resume=True):
+        pass
+    assert f"{tmp_path / 'new'} holds nothing to resume: a new run begins" in caplog.text
+
+
 def test_every_number_of_every_command_has_limits():
     numbers = {
         field.name
