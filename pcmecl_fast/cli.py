@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"pcmecl-fast: {message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("pcmecl-fast: stopped", file=sys.stderr)
+        return 130
     return run_command(sys.argv[1:] if arguments is None else arguments)
 
 

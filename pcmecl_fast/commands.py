@@ -39,9 +39,10 @@ class _ConfigFile:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run a command; bad input ends in one line on stderr and exit status 1."""
+    """Run a command; bad input ends in one line on stderr and exit status 1, Ctrl-C in one and 130."""
     name = next((word for word in arguments if word in COMMANDS), "")
     words = COMMANDS[name][0] if name else _ConfigFile
+    command, config = f"pcmecl-fast {name}".strip(), None
     try:
         _, config = _parse(list(arguments))
         handler = RichHandler(console=Console(stderr=True), show_path=False)
@@ -57,13 +58,31 @@ def run_command(arguments: Sequence[str]) -> int:
         if os.environ.get("PCMECL_TRACEBACK"):
             raise
         message = missing_library(error) or (error.args[0] if isinstance(error, KeyError) and error.args else error)
-        message = in_options(" ".join(str(message).split()), words)
-        command = f"pcmecl-fast {name}".strip()
-        # On a fresh line: a progress bar may still be on this one. And one line only: libraries write pages.
-        line = f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)"
-        tqdm.write(line, file=sys.stderr)
+        message = in_options(" ".join(str(message).split()), words)  # one line only: libraries write pages
+        _say(f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)")
         return 1
+    except KeyboardInterrupt:
+        if os.environ.get("PCMECL_TRACEBACK"):
+            raise
+        _say(f"{command}: stopped{_way_on(name, config)}")
+        return 130  # as shells count it: 128 and the signal's number
     return 0
+
+
+def _say(line: str) -> None:
+    """A line on stderr, and a fresh one: a progress bar may still be on the last."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def _way_on(name: str, config: Any) -> str:
+    """What the same command can do with what it did before it was stopped."""
+    if name == "ablate" and config is not None:
+        return f"; the same command trains what is missing in {config.out}"
+    if not hasattr(config, "resume") or not (config.out / "config.yaml").exists():
+        return ""
+    if any(path.is_file() for pattern in ("stage-?.ckpt", "prompts/stage-1.ckpt") for path in config.out.glob(pattern)):
+        return f"; --resume goes on from the last checkpoint in {config.out}"
+    return f" before its first checkpoint; --resume begins again in {config.out}"
 
 
 class _InOptions(logging.Formatter):

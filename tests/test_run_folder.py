@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,7 @@ from pcmecl_fast.run_folder import open_run
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import LIMITS, AblateConfig, TrainConfig
 
+ROOT = Path(__file__).parents[1]
 EMOTIONS = ["neutral", "happy"]
 DATA = ["--individuals", "2", "--clips", "1", "--frames-per-clip", "1", "--emotions", *EMOTIONS]
 SMALL = ["--size", "32", "--device", "cpu", "--checkpoint-every", "1", "--steps", "2"]
@@ -259,6 +264,33 @@ def test_what_a_killed_run_was_writing_is_removed_by_the_next(runs):
         (runs / "train" / name).write_bytes(b"half")
     assert run(*TRAIN, "--out", runs / "train", "--resume") == 0
     assert not list(runs.rglob("*.unfinished"))
+
+
+# Stopped by hand
+
+
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [
+        (1, "stopped; --resume goes on from the last checkpoint in out"),
+        (10**6, "stopped before its first checkpoint; --resume begins again in out"),
+    ],
+)
+def test_a_run_that_is_stopped_by_hand_says_how_to_go_on(every, says, tmp_path):
+    command = [*PROMPTS, "--steps", "1000000", "--checkpoint-every", str(every), "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TQDM_DISABLE": ""}
+    with subprocess.Popen(
+        [sys.executable, "-m", "pcmecl_fast.cli", *command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+    ) as process:
+        awaited = "out/stage-1.ckpt" if every == 1 else "out/tensorboard/stage-1/events*"
+        while not list(tmp_path.glob(awaited)) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr is not None
+        shown = process.stderr.read().decode()
+    assert f"pcmecl-fast prompts: {says}\n" in shown
+    assert "Traceback" not in shown
 
 
 # The same result, or no resumption
