@@ -14,11 +14,13 @@ import torch
 import yaml
 from one_line import wrong
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from summaries import means
+from tqdm import tqdm
 
 from pcmecl_fast.cli import main
-from pcmecl_fast.commands import COMMANDS
+from pcmecl_fast.commands import COMMANDS, _AboveBars
 from pcmecl_fast.data.media import read_frames, write_frames
 from pcmecl_fast.synthetic import SyntheticFaces
 
@@ -68,11 +70,31 @@ def test_every_command_explains_every_option_with_its_default(name, capsys):
         if dataclasses.is_dataclass(field.default_factory):
             continue
         option = f"--{field.name.replace('_', '-')}"
+        if field.name in getattr(COMMANDS[name][0], "refuses", ()):
+            assert f"{option} " not in words
+            continue
         _, after = re.split(rf"{option}(?=[ ,])", words, maxsplit=1)
         required = field.default is field.default_factory is dataclasses.MISSING
         assert re.search(r"\((required|default: )", after)[1] == ("required" if required else "default: "), option
+    assert "--config" in words
     if name != "backends":
         assert all(f"--{common}" in words for common in ("seed", "backend", "device", "out"))
+
+
+def test_it_tells_its_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"pcmecl-fast (\d+\.\d+\S*|not installed as a package)\n", capsys.readouterr().out)
+
+
+def test_log_lines_leave_progress_bars_whole(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    record = logging.LogRecord("pcmecl_fast", logging.INFO, "", 0, "resumes at step 3", None, None)
+    with tqdm(total=9, desc="stage 1", file=sys.stderr, disable=False, ncols=60) as bar:
+        _AboveBars(console=Console(stderr=True)).emit(record)
+        bar.refresh()
+    for line in capsys.readouterr().err.split("\n"):
+        assert not ("stage 1" in line.rsplit("\r", 1)[-1] and "resumes at" in line), line
 
 
 def test_the_program_lists_its_commands_and_config_files(capsys):
@@ -319,13 +341,35 @@ def test_a_missing_config_file_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train --stepz 20", "train: no option is called --stepz; did you mean --steps? (`pcmecl-fast train --help`"),
+        (
+            "prompts --prompt-steps 9",
+            "prompts: no option is called --prompt-steps; did you mean --steps? (`pcmecl-fast",
+        ),
+        (
+            "prompts --prompt_steps=9",
+            "prompts: no option is called --prompt-steps; did you mean --steps? (`pcmecl-fast",
+        ),
+        ("train --qqq", "train: no option is called --qqq (`pcmecl-fast train --help` shows them all)"),
+        ("trian", "no command is called trian; did you mean train? (`pcmecl-fast --help` shows them all)"),
+    ],
+)
+def test_an_option_or_command_that_does_not_exist_is_answered_in_one_line(arguments, line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(("pcmecl-fast: " if arguments == "trian" else "pcmecl-fast ") + line)
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "--sizze", "3"], "Perhaps you meant"),
         (["train", "--amp", "fp8"], "invalid choice 'fp8' for argument '--amp'"),
         (["train", "--steps", "many"], "--steps"),
         (["train", "--generator-options", "hidden"], "takes NAME=VALUE, got 'hidden'"),
-        (["trian"], "Unrecognized"),
         (["edit", "--emotion", "sad"], "--input"),
         ([], "Expected one of"),
     ],

@@ -36,8 +36,9 @@ def test_help_comes_without_pytorch(name):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "--sizze", "3"], "Perhaps you meant"),
-        (["trian"], "Unrecognized"),
+        (["train", "--sizze", "3"], "did you mean --size?"),
+        (["trian"], "did you mean train?"),
+        (["--version"], "pcmecl-fast "),
         (["train", "--config", "nowhere.yaml"], "pcmecl-fast train: --config: there is no file nowhere.yaml"),
         (["prompts", "--data", "nowhere"], "pcmecl-fast prompts: --data: nowhere does not exist"),
         (["train", "--prompts", "nowhere"], "pcmecl-fast train: --prompts: there is no folder nowhere"),

@@ -291,6 +291,7 @@ class AblateConfig(TrainConfig):
     """Output folder; what is done there already is kept, and what is missing is trained."""
 
     command: ClassVar[str] = "ablate"
+    refuses: ClassVar[tuple[str, ...]] = ("data", "missing", "prompts")  # it sets them itself for each training run
 
 
 @dataclass
