@@ -138,8 +138,8 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
 
     An interrupted run picks up with the training runs that are missing.
     """
-    _check_applicable(config)
     check_options(config)
+    _check_applicable(config)
     config = config.located()
     with open_run(config.out, config, overwrite=config.overwrite, extend=True) as folder:
         usable_backend(config.backend)
@@ -166,6 +166,13 @@ def _check_applicable(config: AblateConfig) -> None:
     if config.prompts is not None:
         raise ValueError(
             f"prompts: the ablation learns the prompts of each training run; takes none, got {config.prompts}"
+        )
+    open_data(config)  # which refuses emotions that cannot be drawn
+    beside, missing = len({*(config.emotions or EMOTIONS)} - {"neutral"}), max(REGIMES.values())
+    if beside <= missing:
+        raise ValueError(
+            f"emotions: the ablation takes at least {missing + 1} beside neutral, since it trains with {missing} "
+            f"missing, got {beside}"
         )
 
 

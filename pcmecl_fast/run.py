@@ -120,7 +120,7 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
         clip = load_clip_for(trained)
         generator = load_generator(file_of_run("run", config.run, "generator"), clip.device, generator=config.generator)
         trained.emotions, trained.size = generator.emotions, generator.size
-        dataset, held = open_data(trained)
+        dataset, held = open_data(trained, reserve=True)
         stage1 = trained.prompts or config.run / "prompts"
         prompts, _ = load_prompts(file_of_run("run", stage1, "prompts"), clip)
         bank = PromptBank.load(file_of_run("run", stage1, "bank"), clip)
@@ -182,8 +182,11 @@ def evaluate(
     }
 
 
-def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
-    """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder."""
+def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset, FrameDataset]:
+    """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder.
+
+    With `reserve`, a folder may lack some of `config.emotions`.
+    """
     if config.data == "synthetic":
         common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.size}
         missing = _missing(config)
@@ -196,8 +199,14 @@ def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
             **common,
         )
         return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
-    folder = FolderFaces(config.data, size=config.size, emotions=config.emotions, skip_broken=config.skip_broken)
-    return split(folder, by="frame", fraction=config.holdout)
+    faces = FolderFaces(
+        config.data,
+        size=config.size,
+        emotions=config.emotions,
+        reserve=reserve,
+        skip_broken=config.skip_broken,
+    )
+    return split(faces, by="frame", fraction=config.holdout)
 
 
 def _missing(config: RunConfig) -> list[tuple[int, int]]:

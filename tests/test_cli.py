@@ -401,13 +401,26 @@ def test_a_folder_of_an_unknown_emotion_is_named(folder, tmp_path, capsys):
     assert "'hapy' (did you mean happy?)" in line
 
 
-def test_a_folder_of_an_unrequested_emotion_is_named(folder, tmp_path, capsys):
-    options = ["--emotions", "neutral", "happy", *SMALL]
-    line = wrong(capsys, "prompts", "--data", folder, "--out", tmp_path / "out", *options)
-    assert "--emotions: folders in" in line
-    assert "'sad'" in line
+@pytest.mark.parametrize("command", ["prompts", "train"])
+def test_folders_of_other_known_emotions_are_left_out_and_missing_ones_named(command, folder, tmp_path, capsys, caplog):
+    options = [command, "--data", folder, "--out", tmp_path / "out", *SMALL, "--steps", "1", "--holdout", "0.3"]
+    line = wrong(capsys, *options, "--emotions", "neutral", "hapy")
+    assert f"pcmecl-fast {command}: --emotions: no folder in {folder} shows 'hapy'; did you mean happy?" in line
+    options += ["--prompt-steps", "1", *SMALL_GENERATOR] if command == "train" else []
+    with caplog.at_level(logging.INFO):
+        assert main([str(option) for option in [*options, "--emotions", "neutral", "happy"]]) == 0
+    assert "the folders of sad" in caplog.text
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["emotions"] == ["neutral", "happy"]
+
+
+def test_emotions_that_cannot_be_drawn_are_named(tmp_path, capsys):
     line = wrong(capsys, "prompts", "--emotions", "happy", "bored", "--out", tmp_path / "out", *SMALL)
     assert "--emotions: ['bored'] cannot be drawn" in line
+    line = wrong(capsys, "ablate", "--emotions", "hapy", "sad", "fear", "--out", tmp_path / "out", *SMALL)
+    assert "--emotions: ['hapy'] cannot be drawn" in line
+    line = wrong(capsys, "ablate", "--emotions", "neutral", "happy", "sad", "--out", tmp_path / "out", *SMALL)
+    assert "--emotions: the ablation takes at least 3 beside neutral, since it trains with 2 missing, got 2" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_people_with_one_emotion_each_teach_nothing(folder, tmp_path, capsys):

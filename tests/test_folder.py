@@ -360,9 +360,29 @@ def test_unknown_emotions_are_named_with_the_closest_known(tmp_path: Path) -> No
         assert hint in str(error.value)
 
 
+def test_known_emotions_that_are_not_asked_for_are_left_out_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    people(tmp_path, {"ann": {"happy": 1, "sad": 2, "fear": 1}, "ben": {"calm": 1, "sad": 1}})
+    with caplog.at_level("INFO"):
+        faces = FolderFaces(tmp_path, size=8, emotions=["sad", "happy"])
+    assert faces.emotions == ["sad", "happy"]
+    assert len(faces) == 4
+    (record,) = caplog.records
+    assert "left out, since emotions= does not name them: the folders of fear, calm" in record.getMessage()
+
+
+def test_an_emotion_that_no_folder_shows_is_an_error_with_the_closest_folder(tmp_path: Path) -> None:
+    people(tmp_path, {"ann": {"happy": 1, "sad": 2}})
+    with pytest.raises(ValueError, match=r"emotions: no folder in .* shows 'hapy'; did you mean happy\?$"):
+        FolderFaces(tmp_path, size=8, emotions=["hapy", "sad"])
+    with pytest.raises(ValueError, match=r"shows 'awe'; its folders show happy, sad$"):
+        FolderFaces(tmp_path, size=8, emotions=["awe", "sad"])
+
+
 def test_given_emotions_keep_their_order_and_allow_no_others(tmp_path: Path) -> None:
     people(tmp_path, {"ann": {"joy": 1, "awe": 2}})
-    faces = FolderFaces(tmp_path, size=8, emotions=["joy", "bored", "awe"])
+    faces = FolderFaces(tmp_path, size=8, emotions=["joy", "bored", "awe"], reserve=True)
     assert faces.emotions == ["joy", "bored", "awe"]
     assert faces.emotion_index.tolist() == [0, 2, 2]
     with pytest.raises(ValueError, match=r"emotions: .* not known emotions: 'awe'"):
