@@ -541,7 +541,9 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_rejected(runs, folder, tm
         (["--descriptions", "calm", "calm"], "--descriptions: got 'calm' twice"),
         (["--n-ctx", "0"], "--n-ctx: takes 1 or more, got 0"),
         (["--n-ctx", "80"], "--descriptions: "),
-        (["--device", "tpu9"], "tpu9"),
+        (["--device", "tpu9"], "--device: tpu9: no device that this PyTorch can use; --device cpu runs everywhere"),
+        (["--device", "meta"], "--device: meta: no device that this PyTorch can use; --device cpu runs everywhere"),
+        (["--device", "cuda:99"], "; --device cpu runs everywhere"),
         (["--backend", "triton"], "backend 'triton' cannot run"),
     ],
 )
@@ -556,6 +558,15 @@ def test_an_invalid_value_is_named(options, says, tmp_path, capsys):
     assert line.startswith("pcmecl-fast train: ")
     assert says in line
     assert not out.parent.exists()
+
+
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("prompts", "train", "ablate", "demo"):
+        line = wrong(capsys, command, "--device", "cuda", "--out", tmp_path / "out")
+        said = "--device: cuda: this PyTorch finds no CUDA device; --device cpu runs everywhere"
+        assert line.startswith(f"pcmecl-fast {command}: {said}")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_traceback_is_shown_on_request(tmp_path, monkeypatch):

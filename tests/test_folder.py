@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -549,8 +550,16 @@ def test_impossible_splits_are_rejected() -> None:
         split(Named(named(4, 4)), by="emotion")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two individuals"):
         split(Named(named(1, 4)), by="individual")
-    with pytest.raises(ValueError, match="of 8 frames holds out none"):
-        split(Named(named(4, 1)), by="frame")
+    with pytest.raises(ValueError, match=r"of 8 frames holds out none, since .* has one; add frames$"):
+        split(Named(named(4, 1)), by="frame", fraction=0.9)
+
+
+def test_a_fraction_that_holds_out_nothing_is_answered_with_one_that_does() -> None:
+    faces = Named(named(2, 2))
+    with pytest.raises(ValueError, match=r"needs two or more to spare one; take fraction=") as error:
+        split(faces, by="frame", fraction=0.001)
+    (fraction,) = re.findall(r"fraction=([\d.]+) or more", str(error.value))
+    assert len(split(faces, by="frame", fraction=float(fraction))[1]) >= 1
 
 
 # Real stills
