@@ -302,6 +302,9 @@ def _backends(config: BackendsConfig, command: str) -> None:
 
     requested_backend(None)  # the variable's word is checked here too
     rows = [asdict(status) for status in backend_status()]
+    for row in rows:
+        if row["name"] == "triton" and row["reason"] == "there is no CUDA device":
+            row["reason"] += " (TRITON_INTERPRET=1, set before Python starts, runs the kernels on the CPU: for tests)"
     if config.json:
         print(json.dumps(rows, indent=2))
         return

@@ -31,7 +31,7 @@ def busy_notice() -> str | None:
     if not NOTICE or not hasattr(os, "getloadavg"):
         return None
     load, cores = os.getloadavg()[0], _cores()
-    if load < max(1.0, 0.5 * cores):
+    if load < max(1.5, 0.75 * cores):
         return None
     return f"others are using this machine (load {load:.1f} on {cores} cores): this will take longer than usual"
 

@@ -133,6 +133,7 @@ _OPTIONS = {
     "dataset": ("data", "run"),
     "fraction": ("holdout",),
     "name": ("clip", "run"),
+    "path": ("run",),
     "pretrained": ("clip_pretrained", "run"),
     "root": ("data",),
     "tower": ("prompts", "run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -42,6 +43,8 @@ from pcmecl_fast.train.generator import check_emotions, draw_references, train_g
 from pcmecl_fast.train.loop import read_checkpoint
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
+log = logging.getLogger("pcmecl_fast")
+
 _EVALUATED_FRAMES = 336
 
 
@@ -56,6 +59,7 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
     with _run_of(config) as folder, ops.use_backend(usable_backend(config.backend)):
         if folder.result is not None:
             return folder.result
+        _point_out_faces(config)
         clip = load_clip_for(config)
         dataset, held = open_data(config)
         _check_checkpoints(config)
@@ -80,6 +84,7 @@ def run_train(
     with _run_of(config) as folder, ops.use_backend(usable_backend(config.backend)):
         if folder.result is not None:
             return folder.result
+        _point_out_faces(config)
         clip = load_clip_for(config)
         dataset, held = open_data(config)
         _check_checkpoints(config)
@@ -141,6 +146,14 @@ def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFo
         folder = config.out / "prompts"
         raise FileExistsError(f"--out: {folder} holds {inner}: use its prompts, --prompts {folder}, or another --out")
     return open_run(config.out, config, resume=config.resume, overwrite=config.overwrite)
+
+
+def _point_out_faces(config: RunConfig) -> None:
+    if config.clip == "tiny-face" and config.data != "synthetic":
+        log.warning(
+            "tiny-face has seen drawn faces only, its features of photographs mean little: "
+            "give --clip ViT-B-32 --clip-pretrained openai"
+        )
 
 
 def _check_checkpoints(config: PromptsConfig | TrainConfig) -> None:
@@ -232,6 +245,13 @@ def _prompts_for(
         bank = PromptBank.load(file_of_run("prompts", config.prompts, "bank"), clip)
         check_emotions(bank, dataset.emotions)
         begin()
+        wanted = dataset.keys if bank.condition == "frame" else dataset.individuals
+        if new := len({*wanted} - {*bank.individuals}):
+            what = "frames" if bank.condition == "frame" else "individuals"
+            log.info(
+                f"--prompts: {config.prompts} was learned without {new} of the {len(wanted)} {what} in --data: their "
+                "rows of the bank are computed by the same prompts from their own frames"
+            )
         return prompts, bank_for(bank, prompts, dataset, clip, config), {}
     prompts, bank, loop = learn_prompts(clip, dataset, config.stage_one(), begin=begin)
     return prompts, bank, loop.curves

@@ -515,7 +515,10 @@ def test_an_edit_that_is_there_is_kept_unless_told_otherwise(runs, portraits, tm
     (tmp_path / "out" / "ann.happy.png").unlink()
     before = content_of(tmp_path / "out")
     line = wrong(capsys, *command)
-    assert f"--out: {tmp_path / 'out' / 'bob.happy.png'} exist already; --overwrite replaces them" in line
+    assert (
+        f"--out: {tmp_path / 'out' / 'bob.happy.png'} exists already; --overwrite replaces it, another --out keeps it"
+        in line
+    )
     assert content_of(tmp_path / "out") == before
     assert run(*command, "--overwrite") == 0
     assert len(content_of(tmp_path / "out")) == 2
@@ -541,6 +544,30 @@ def test_a_broken_file_does_not_stop_the_others_and_is_counted_at_the_end(runs, 
     assert "a-broken.png" in line
     assert f"the other 2 are in {tmp_path / 'out'}" in line
     assert sorted(content_of(tmp_path / "out")) == ["ann.happy.png", "bob.happy.png"]
+
+
+def test_the_other_one_is_counted_too(runs, portraits, tmp_path, capsys):
+    (portraits / "bob.png").write_bytes((portraits / "ann.png").read_bytes()[:60])
+    assert f"; the other 1 is in {tmp_path / 'out'}" in wrong(capsys, *edit(runs, portraits, "--out", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.mp4", b"", "--input: {path} is empty"),
+        ("empty.png", b"", "--input: {path} is empty"),
+        ("text.png", b"hello", "--input: {path} (cannot identify image file"),
+        ("notes.txt", b"hello", "--input: {path} is not a picture or video"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_refused_before_a_bar_is_shown(
+    name, content, says, runs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("pcmecl_fast.edit._Progress", lambda files: pytest.fail("a bar"))
+    path = tmp_path / name
+    path.write_bytes(content)
+    line = wrong(capsys, *edit(runs, path, "--out", tmp_path / "out"))
+    assert line.startswith(f"pcmecl-fast edit: {says.format(path=path)}")
 
 
 def test_progress_counts_frames(runs, portraits, tmp_path, monkeypatch):

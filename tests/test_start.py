@@ -74,7 +74,9 @@ def test_threads_wait_briefly_unless_the_environment_says_otherwise(given, expec
     assert done.stdout.splitlines()[-1] == expected
 
 
-@pytest.mark.parametrize(("load", "cores", "busy"), [(0.3, 2, False), (2.0, 2, True), (3.0, 16, False), (9, 16, True)])
+@pytest.mark.parametrize(
+    ("load", "cores", "busy"), [(1.4, 1, False), (1.4, 2, False), (1.5, 2, True), (11, 16, False), (12, 16, True)]
+)
 def test_a_busy_machine_is_pointed_out(monkeypatch, load, cores, busy):
     monkeypatch.setattr(machine, "_cores", lambda: cores)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
