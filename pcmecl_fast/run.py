@@ -24,6 +24,7 @@ from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
 from pcmecl_fast.evaluate.results import limits_in_words, prompts_in_words, prompts_table, results_table
 from pcmecl_fast.files import content_hash
+from pcmecl_fast.machine import command_seconds
 from pcmecl_fast.models import Generator, load_generator, make_generator, save_generator
 from pcmecl_fast.models.base import generator_config
 from pcmecl_fast.ops.operator import usable_backend
@@ -67,7 +68,7 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
         bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
         summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
-        summary |= {"individuals": len(bank.individuals), "seconds": time.monotonic() - started}
+        summary |= {"individuals": len(bank.individuals), "seconds": _seconds(started, command)}
         _publish(folder, "Personalized prompts", summary, loop.curves, {}, config, held, command)
     return summary
 
@@ -103,7 +104,7 @@ def run_train(
         save_generator(config.out / "generator.safetensors", generator)
         curves |= loop.curves
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
-        summary["seconds"] = time.monotonic() - started
+        summary["seconds"] = _seconds(started, command)
         _publish(folder, title, summary, curves, grids, config, held, command)
     return summary
 
@@ -131,7 +132,7 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
         bank = PromptBank.load(file_of_run("run", stage1, "bank"), clip)
         folder.begin()
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
-        summary["seconds"] = time.monotonic() - started
+        summary["seconds"] = _seconds(started, command)
         _publish(folder, f"Evaluation of {config.run}", summary, {}, grids, trained, held, command)
     return summary
 
@@ -146,6 +147,11 @@ def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFo
         folder = config.out / "prompts"
         raise FileExistsError(f"--out: {folder} holds {inner}: use its prompts, --prompts {folder}, or another --out")
     return open_run(config.out, config, resume=config.resume, overwrite=config.overwrite)
+
+
+def _seconds(started: float, command: str) -> float:
+    """How long the command has taken, imports included, or else the call."""
+    return (command_seconds() if command else None) or time.monotonic() - started
 
 
 def _point_out_faces(config: RunConfig) -> None:

@@ -74,6 +74,18 @@ def test_threads_wait_briefly_unless_the_environment_says_otherwise(given, expec
     assert done.stdout.splitlines()[-1] == expected
 
 
+def test_the_seconds_of_a_command_count_from_its_start(monkeypatch):
+    from pcmecl_fast import run
+
+    monkeypatch.setattr(machine, "_began", [])
+    now = machine.time.monotonic()
+    assert run._seconds(now - 3, "") == pytest.approx(3, abs=0.5)
+    machine.begin_clock()
+    machine._began[0] -= 20
+    assert run._seconds(now - 3, "pcmecl-fast train") == pytest.approx(20, abs=0.5)
+    assert run._seconds(now - 3, "") == pytest.approx(3, abs=0.5)
+
+
 @pytest.mark.parametrize(
     ("load", "cores", "busy"), [(1.4, 1, False), (1.4, 2, False), (1.5, 2, True), (11, 16, False), (12, 16, True)]
 )
