@@ -15,6 +15,8 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -136,8 +138,8 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
 
     An interrupted run picks up with the training runs that are missing.
     """
-    _check_applicable(config)
     check_options(config)
+    _check_applicable(config)
     config = config.located()
     with open_run(config.out, config, overwrite=config.overwrite, extend=True) as folder:
         usable_backend(config.backend)
@@ -164,6 +166,13 @@ def _check_applicable(config: AblateConfig) -> None:
     if config.prompts is not None:
         raise ValueError(
             f"prompts: the ablation learns the prompts of each training run; takes none, got {config.prompts}"
+        )
+    open_data(config)  # which refuses emotions that cannot be drawn
+    beside, missing = len({*(config.emotions or EMOTIONS)} - {"neutral"}), max(REGIMES.values())
+    if beside <= missing:
+        raise ValueError(
+            f"emotions: the ablation takes at least {missing + 1} beside neutral, since it trains with {missing} "
+            f"missing, got {beside}"
         )
 
 
@@ -301,10 +310,15 @@ def _measured(config: AblateConfig, jobs: list[_Job]) -> Iterator[tuple[int, dic
             initargs=(max(1, threads // workers),),
         ) as pool,
     ):
-        running = {pool.submit(_kept, job): index for index, job in enumerate(jobs)}
+        with _deaf_children():
+            running = {pool.submit(_kept, job): index for index, job in enumerate(jobs)}
         try:
             for done in as_completed(running):
                 yield running[done], done.result()
+        except KeyboardInterrupt:
+            for child in multiprocessing.active_children():  # none of them leaves anything half written
+                child.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -325,6 +339,19 @@ def _silent_children() -> Iterator[None]:
             del os.environ["TQDM_DISABLE"]
         else:
             os.environ["TQDM_DISABLE"] = before
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Child processes started in this block leave Ctrl-C, which reaches them too, to their parent."""
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody set this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _kept(job: _Job) -> dict[str, float]:

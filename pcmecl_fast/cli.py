@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from pcmecl_fast.libraries import missing_library
-from pcmecl_fast.machine import share_cores
+from pcmecl_fast.machine import begin_clock, share_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
+    begin_clock()
     share_cores()
     try:
         from pcmecl_fast.commands import run_command
@@ -20,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"pcmecl-fast: {message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("pcmecl-fast: stopped", file=sys.stderr)
+        return 130
     return run_command(sys.argv[1:] if arguments is None else arguments)
 
 

@@ -8,9 +8,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from rich.console import Console
@@ -19,10 +19,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from pcmecl_fast.data.layout import check_root
-from pcmecl_fast.libraries import missing_library
+from pcmecl_fast.libraries import installed_version, missing_library
 from pcmecl_fast.machine import busy_notice
-from pcmecl_fast.options import in_options, read_config
+from pcmecl_fast.options import in_options, option_name, read_config
 from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
+from pcmecl_fast.wording import did_you_mean
 
 
 @dataclass
@@ -39,12 +40,16 @@ class _ConfigFile:
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run a command; bad input ends in one line on stderr and exit status 1."""
+    """Run a command; bad input ends in one line on stderr and exit status 1, Ctrl-C in one and 130."""
     name = next((word for word in arguments if word in COMMANDS), "")
     words = COMMANDS[name][0] if name else _ConfigFile
+    command, config = f"pcmecl-fast {name}".strip(), None
+    if list(arguments) == ["--version"]:
+        print(f"pcmecl-fast {installed_version('pcmecl_fast')}")
+        return 0
     try:
         _, config = _parse(list(arguments))
-        handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler = _AboveBars(console=Console(stderr=True), show_path=False)
         handler.setFormatter(_InOptions(words))
         logging.basicConfig(level=logging.INFO, handlers=[handler])
         config = _at_home(config)
@@ -57,13 +62,39 @@ def run_command(arguments: Sequence[str]) -> int:
         if os.environ.get("PCMECL_TRACEBACK"):
             raise
         message = missing_library(error) or (error.args[0] if isinstance(error, KeyError) and error.args else error)
-        message = in_options(" ".join(str(message).split()), words)
-        command = f"pcmecl-fast {name}".strip()
-        # On a fresh line: a progress bar may still be on this one. And one line only: libraries write pages.
-        line = f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)"
-        tqdm.write(line, file=sys.stderr)
+        message = in_options(" ".join(str(message).split()), words)  # one line only: libraries write pages
+        _say(f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)")
         return 1
+    except KeyboardInterrupt:
+        if os.environ.get("PCMECL_TRACEBACK"):
+            raise
+        _say(f"{command}: stopped{_way_on(name, config)}")
+        return 130  # as shells count it: 128 and the signal's number
     return 0
+
+
+def _say(line: str) -> None:
+    """A line on stderr, and a fresh one: a progress bar may still be on the last."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def _way_on(name: str, config: Any) -> str:
+    """What the same command can do with what it did before it was stopped."""
+    if name == "ablate" and config is not None:
+        return f"; the same command trains what is missing in {config.out}"
+    if not hasattr(config, "resume") or not (config.out / "config.yaml").exists():
+        return ""
+    if any(path.is_file() for pattern in ("stage-?.ckpt", "prompts/stage-1.ckpt") for path in config.out.glob(pattern)):
+        return f"; --resume goes on from the last checkpoint in {config.out}"
+    return f" before its first checkpoint; --resume begins again in {config.out}"
+
+
+class _AboveBars(RichHandler):
+    """Log lines above the progress bars, which are taken away for each and drawn again."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
 
 
 class _InOptions(logging.Formatter):
@@ -86,15 +117,16 @@ def _at_home(config: Any) -> Any:
 
 def _check_paths(config: Any) -> None:
     """See what is not there before PyTorch is imported, which takes seconds."""
-    data = getattr(config, "data", None)
+    given = {name: value for name, value in vars(config).items() if name not in getattr(config, "refuses", ())}
+    data = given.get("data")
     if data not in (None, "synthetic"):
         check_root(Path(data))
     for argument in ("run", "prompts"):
-        folder = getattr(config, argument, None)
+        folder = given.get(argument)
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{argument}: there is no folder {folder}; it takes that of a finished run")
     for argument in ("input", "reference"):
-        path = getattr(config, argument, None)
+        path = given.get(argument)
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{argument}: there is no file {path}")
 
@@ -102,22 +134,56 @@ def _check_paths(config: Any) -> None:
 def _parse(arguments: list[str]) -> tuple[str, Any]:
     """The command's name and config: defaults, overridden by the --config file, overridden by the other options."""
     file, rest = tyro.cli(_ConfigFile, args=arguments, return_unknown_args=True, add_help=False)
+    _check_words(rest)
     stored: Any = None
     if file.config and rest[:1] and rest[0] in COMMANDS:
         stored = read_config(COMMANDS[rest[0]][0], file.config)
     app = tyro.extras.SubcommandApp()
     for name, (config_class, _) in COMMANDS.items():
         default = _without_mappings(stored) if rest[:1] == [name] else None
-        app.command(name=name)(_returning(name, config_class, default))
+        shown = _as_shown(config_class) if {"-h", "--help"} & set(rest) else config_class
+        app.command(name=name)(_returning(name, shown, default))
     name, config = app.cli(
         args=rest,
         prog="pcmecl-fast",
         description="Train talking-face expression editing under PCMECL. Every command also takes --config FILE, a "
-        "YAML or JSON file with any of its options.",
+        "YAML or JSON file with any of its options; --version shows the version.",
         sort_subcommands=False,
         registry=_mappings(),
     )
     return name, _with_mappings(config, stored)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Refuse an unknown command or option in one line: tyro would list what is close in every command."""
+    first = words[0] if words else "-"
+    if first.startswith("-"):
+        return
+    if first not in COMMANDS:
+        _exit("", f"no command is called {first}", did_you_mean(first, COMMANDS))
+    names = [option_name(field.name) for field in fields(COMMANDS[first][0])]
+    known = {*names, *(name.replace("--", "--no-", 1) for name in names), "--help"}
+    for word in words[1:]:
+        given = word.partition("=")[0].replace("_", "-")
+        if given.startswith("--") and given not in known:
+            # What one command calls --prompt-steps, another calls --steps.
+            shorter = next((name for name in names if given.endswith(name[1:])), None)
+            _exit(first, f"no option is called {given}", did_you_mean(shorter or given, names))
+
+
+def _exit(name: str, message: str, hint: str) -> NoReturn:
+    command = f"pcmecl-fast {name}".strip()
+    _say(f"{command}: {'; '.join(filter(None, (message, hint)))} (`{command} --help` shows them all)")
+    raise SystemExit(2)  # as tyro does
+
+
+def _as_shown(config_class: type) -> type:
+    """The same without the options that the command takes only to explain why it cannot have them."""
+    refused = {f.name: f for f in fields(config_class) if f.name in getattr(config_class, "refuses", ())}
+    hidden: dict[str, Any] = {name: field.default for name, field in refused.items()}
+    hidden["__annotations__"] = {name: Annotated[Any, tyro.conf.Suppress] for name in refused}
+    hidden["__doc__"] = config_class.__doc__
+    return dataclass(type(config_class.__name__, (config_class,), hidden)) if refused else config_class
 
 
 def _without_mappings(stored: Any) -> Any:
@@ -162,12 +228,14 @@ def _pair(word: str) -> tuple[str, Any]:
 
 
 def _returning(name: str, config_class: type, default: Any) -> Callable[..., tuple[str, Any]]:
-    def command(config: Any) -> tuple[str, Any]:
-        return name, config
+    def command(options: Any, config: Path | None = None) -> tuple[str, Any]:
+        return name, options
 
-    # tyro builds the options from this signature: the dataclass is the only parameter, and its name is omitted.
-    command.__annotations__["config"] = Annotated[config_class, tyro.conf.arg(name="")]
-    command.__defaults__ = None if default is None else (default,)
+    # tyro builds the options from this signature; the dataclass's name is omitted. --config has been read already.
+    help_of_config = "A YAML or JSON file with any of these options; those on the command line come before it."
+    command.__annotations__["options"] = Annotated[config_class, tyro.conf.arg(name="")]
+    command.__annotations__["config"] = Annotated[Path | None, tyro.conf.arg(help=help_of_config)]
+    command.__defaults__ = (None,) if default is None else (default, None)
     command.__doc__ = config_class.__doc__
     return command
 
@@ -234,6 +302,9 @@ def _backends(config: BackendsConfig, command: str) -> None:
 
     requested_backend(None)  # the variable's word is checked here too
     rows = [asdict(status) for status in backend_status()]
+    for row in rows:
+        if row["name"] == "triton" and row["reason"] == "there is no CUDA device":
+            row["reason"] += " (TRITON_INTERPRET=1, set before Python starts, runs the kernels on the CPU: for tests)"
     if config.json:
         print(json.dumps(rows, indent=2))
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast import ops
-from pcmecl_fast.data.media import count_frames, is_hidden, is_media, need_av, read_frames, write_frames
+from pcmecl_fast.data.media import check_media, count_frames, is_hidden, is_media, need_av, read_frames, write_frames
 from pcmecl_fast.models import Generator, load_generator
 from pcmecl_fast.ops.operator import usable_backend
 from pcmecl_fast.run_folder import file_of_run
@@ -40,17 +41,17 @@ def run_edit(config: EditConfig) -> dict[str, Any]:
     files = _files(config, generator.emotions)
     outputs = {file: _output(file, config.emotion, config) for file in files}
     _check_outputs(outputs, config)
+    # Said before a progress bar is shown; of a folder, the others are edited.
+    alone = None if config.input.is_dir() else _read_alone(config.input, generator.size)
     torch.manual_seed(config.seed)
     frames, broken = 0, []
     with ops.use_backend(usable_backend(config.backend)), _Progress(files) as progress:
         for file, output in outputs.items():
             try:
-                rate, source = read_frames(file, generator.size)
+                rate, source = alone or read_frames(file, generator.size)
             except (OSError, ValueError) as error:
-                if not config.input.is_dir():
-                    raise
-                log.warning("skipped: %s", error)
-                broken.append(str(error))
+                broken.append(str(error).removeprefix("input: "))
+                log.warning("skipped: %s", broken[-1])
                 progress.skip(file)
                 continue
             progress.expect(file, len(source))
@@ -58,11 +59,19 @@ def run_edit(config: EditConfig) -> dict[str, Any]:
             write_frames(output, torch.cat(edited), rate)
             frames += len(source)
     if broken:
+        done = len(files) - len(broken)
+        rest = f"; the other {done} {'is' if done == 1 else 'are'} in {config.out}" if done else ""
         raise ValueError(
-            f"--input: {len(broken)} of {len(files)} files could not be read: {name_some(broken, 3)}; the other "
-            f"{len(files) - len(broken)} are in {config.out}"
+            f"--input: {len(broken)} of {len(files)} files could not be read: {name_some(broken, 3)}{rest}"
         )
     return {"files": len(files), "frames": frames, "out": str(config.out)}
+
+
+def _read_alone(path: Path, size: int) -> tuple[Fraction | None, Tensor]:
+    try:
+        return read_frames(path, size)
+    except ValueError as error:
+        raise ValueError(f"input: {str(error).removeprefix('input: ')}") from error
 
 
 def _target_of(generator: Generator, config: EditConfig) -> Tensor:
@@ -80,6 +89,7 @@ def _target_of(generator: Generator, config: EditConfig) -> Tensor:
 def _files(config: EditConfig, emotions: Sequence[str]) -> list[Path]:
     """What is to be edited, in order."""
     if not config.input.is_dir():
+        check_media(config.input)
         return [config.input]
     found = sorted(config.input.rglob("*") if config.recursive else config.input.iterdir())
     files = [path for path in found if is_media(path) and path.is_file() and not _is_aside(path, config)]
@@ -115,8 +125,11 @@ def _check_outputs(outputs: dict[Path, Path], config: EditConfig) -> None:
     if taken:
         raise FileExistsError(f"--out: {name_some(taken, 3)} would be written over, an input; name another folder")
     if there and not config.overwrite:
-        names = name_some([str(path) for path in there], 3)
-        raise FileExistsError(f"--out: {names} exist already; --overwrite replaces them, another --out keeps them")
+        names, one = name_some([str(path) for path in there], 3), len(there) == 1
+        exist, them = ("exists", "it") if one else ("exist", "them")
+        raise FileExistsError(
+            f"--out: {names} {exist} already; --overwrite replaces {them}, another --out keeps {them}"
+        )
 
 
 def _identity(path: Path) -> tuple[int, int]:

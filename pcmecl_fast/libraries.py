@@ -1,6 +1,8 @@
-"""What to install when a library the commands need is missing: the package itself needs none of them."""
+"""Libraries that are installed, and what to install when one that the commands need is missing."""
 
 from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
 
 LIBRARIES = {
     **dict.fromkeys(("dacite", "jinja2", "matplotlib", "rich", "tensorboard", "torchmetrics", "tyro", "yaml"), "train"),
@@ -15,3 +17,11 @@ def missing_library(error: BaseException) -> str | None:
     if not isinstance(error, ModuleNotFoundError) or name not in LIBRARIES:
         return None
     return f"{name} is not installed; pip install 'pcmecl_fast[{LIBRARIES[name]}]'"
+
+
+def installed_version(package: str) -> str:
+    """An installed package's version, or words that say it is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"

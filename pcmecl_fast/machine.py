@@ -11,12 +11,26 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 SPINS = 30_000
 """How often a waiting thread looks before it sleeps, some hundred microseconds; None leaves OpenMP's own."""
 
 NOTICE = True
 """Whether a command says that others are using the machine."""
+
+
+_began: list[float] = []
+
+
+def begin_clock() -> None:
+    """Count `command_seconds` from here: a command calls it first, before seconds go by in imports."""
+    _began[:] = [time.monotonic()]
+
+
+def command_seconds() -> float | None:
+    """Seconds since `begin_clock`; None where no command began."""
+    return time.monotonic() - _began[0] if _began else None
 
 
 def share_cores() -> None:
@@ -31,7 +45,7 @@ def busy_notice() -> str | None:
     if not NOTICE or not hasattr(os, "getloadavg"):
         return None
     load, cores = os.getloadavg()[0], _cores()
-    if load < max(1.0, 0.5 * cores):
+    if load < max(1.5, 0.75 * cores):
         return None
     return f"others are using this machine (load {load:.1f} on {cores} cores): this will take longer than usual"
 

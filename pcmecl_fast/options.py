@@ -80,13 +80,26 @@ def option_name(name: str) -> str:
 def named_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two sets of options, "--lr was 0.003, is 0.001, …"; "" where nothing does.
 
-    A key that is no field's name stands for something else that must stay the same, and is said as it is.
+    A key that is no field's name stands for something else that must stay the same, and is said as it is. Its value is
+    a hash, which says nothing to anybody, or `counted`, whose count does.
     """
     return ", ".join(
-        f"{option_name(key) if key.isidentifier() else key} was {was.get(key)}, is {now.get(key)}"
+        f"{option_name(key)} was {was.get(key)}, is {now.get(key)}"
+        if key.isidentifier()
+        else f"{key} are others than when it began{_counts(str(now.get(key)), str(was.get(key)))}"
         for key in {**now, **was}
         if str(was.get(key)) != str(now.get(key))
     )
+
+
+def counted(count: int, digest: str) -> str:
+    """A hash of several things with their number, for `named_differences`."""
+    return f"{count} of {digest}"
+
+
+def _counts(now: str, was: str) -> str:
+    (here, of, _), (there, of_old, _) = now.partition(" of "), was.partition(" of ")
+    return f" ({here} now, {there} then)" if of and of_old and here != there else ""
 
 
 def in_options(text: str, config_class: type) -> str:
@@ -121,6 +134,7 @@ _OPTIONS = {
     "fraction": ("holdout",),
     "like": ("clip_like", "run"),
     "name": ("clip", "run"),
+    "path": ("run",),
     "pretrained": ("clip_pretrained", "run"),
     "root": ("data",),
     "tower": ("prompts", "run"),

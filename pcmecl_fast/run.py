@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
 from pcmecl_fast.evaluate.results import limits_in_words, prompts_in_words, prompts_table, results_table
 from pcmecl_fast.files import content_hash
+from pcmecl_fast.machine import command_seconds
 from pcmecl_fast.models import Generator, load_generator, make_generator, save_generator
 from pcmecl_fast.models.base import generator_config
 from pcmecl_fast.ops.operator import usable_backend
@@ -42,6 +44,8 @@ from pcmecl_fast.train.generator import check_emotions, draw_references, train_g
 from pcmecl_fast.train.loop import read_checkpoint
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
+log = logging.getLogger("pcmecl_fast")
+
 _EVALUATED_FRAMES = 336
 
 
@@ -56,6 +60,7 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
     with _run_of(config) as folder, ops.use_backend(usable_backend(config.backend)):
         if folder.result is not None:
             return folder.result
+        _point_out_faces(config)
         clip = load_clip_for(config)
         dataset, held = open_data(config)
         _check_checkpoints(config)
@@ -63,7 +68,7 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
         bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
         summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
-        summary |= {"individuals": len(bank.individuals), "seconds": time.monotonic() - started}
+        summary |= {"individuals": len(bank.individuals), "seconds": _seconds(started, command)}
         _publish(folder, "Personalized prompts", summary, loop.curves, {}, config, held, command)
     return summary
 
@@ -80,6 +85,7 @@ def run_train(
     with _run_of(config) as folder, ops.use_backend(usable_backend(config.backend)):
         if folder.result is not None:
             return folder.result
+        _point_out_faces(config)
         clip = load_clip_for(config)
         dataset, held = open_data(config)
         _check_checkpoints(config)
@@ -98,7 +104,7 @@ def run_train(
         save_generator(config.out / "generator.safetensors", generator)
         curves |= loop.curves
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
-        summary["seconds"] = time.monotonic() - started
+        summary["seconds"] = _seconds(started, command)
         _publish(folder, title, summary, curves, grids, config, held, command)
     return summary
 
@@ -120,13 +126,13 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
         clip = load_clip_for(trained)
         generator = load_generator(file_of_run("run", config.run, "generator"), clip.device, generator=config.generator)
         trained.emotions, trained.size = generator.emotions, generator.size
-        dataset, held = open_data(trained)
+        dataset, held = open_data(trained, reserve=True)
         stage1 = trained.prompts or config.run / "prompts"
         prompts, _ = load_prompts(file_of_run("run", stage1, "prompts"), clip)
         bank = PromptBank.load(file_of_run("run", stage1, "bank"), clip)
         folder.begin()
         summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
-        summary["seconds"] = time.monotonic() - started
+        summary["seconds"] = _seconds(started, command)
         _publish(folder, f"Evaluation of {config.run}", summary, {}, grids, trained, held, command)
     return summary
 
@@ -141,6 +147,19 @@ def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFo
         folder = config.out / "prompts"
         raise FileExistsError(f"--out: {folder} holds {inner}: use its prompts, --prompts {folder}, or another --out")
     return open_run(config.out, config, resume=config.resume, overwrite=config.overwrite)
+
+
+def _seconds(started: float, command: str) -> float:
+    """How long the command has taken, imports included, or else the call."""
+    return (command_seconds() if command else None) or time.monotonic() - started
+
+
+def _point_out_faces(config: RunConfig) -> None:
+    if config.clip == "tiny-face" and config.data != "synthetic":
+        log.warning(
+            "tiny-face has seen drawn faces only, its features of photographs mean little: "
+            "give --clip ViT-B-32 --clip-pretrained openai"
+        )
 
 
 def _check_checkpoints(config: PromptsConfig | TrainConfig) -> None:
@@ -182,8 +201,11 @@ def evaluate(
     }
 
 
-def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
-    """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder."""
+def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset, FrameDataset]:
+    """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder.
+
+    With `reserve`, a folder may lack some of `config.emotions`.
+    """
     if config.data == "synthetic":
         common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.size}
         missing = _missing(config)
@@ -196,8 +218,14 @@ def open_data(config: RunConfig) -> tuple[FrameDataset, FrameDataset]:
             **common,
         )
         return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
-    folder = FolderFaces(config.data, size=config.size, emotions=config.emotions, skip_broken=config.skip_broken)
-    return split(folder, by="frame", fraction=config.holdout)
+    faces = FolderFaces(
+        config.data,
+        size=config.size,
+        emotions=config.emotions,
+        reserve=reserve,
+        skip_broken=config.skip_broken,
+    )
+    return split(faces, by="frame", fraction=config.holdout)
 
 
 def _missing(config: RunConfig) -> list[tuple[int, int]]:
@@ -223,6 +251,13 @@ def _prompts_for(
         bank = PromptBank.load(file_of_run("prompts", config.prompts, "bank"), clip)
         check_emotions(bank, dataset.emotions)
         begin()
+        wanted = dataset.keys if bank.condition == "frame" else dataset.individuals
+        if new := len({*wanted} - {*bank.individuals}):
+            what = "frames" if bank.condition == "frame" else "individuals"
+            log.info(
+                f"--prompts: {config.prompts} was learned without {new} of the {len(wanted)} {what} in --data: their "
+                "rows of the bank are computed by the same prompts from their own frames"
+            )
         return prompts, bank_for(bank, prompts, dataset, clip, config), {}
     prompts, bank, loop = learn_prompts(clip, dataset, config.stage_one(), begin=begin)
     return prompts, bank, loop.curves

@@ -119,6 +119,8 @@ class RunFolder:
 
     def _write_config(self) -> None:
         options = {k: v for k, v in plain_options(self.config).items() if k not in ("resume", "overwrite")}
+        if options["out"] is not None:  # whole, like the other paths: from another folder, too, it says which run
+            options["out"] = str(self.path.absolute())
         repeat = f"{_HEADER}{self.config.command}: --config {CONFIG} repeats it\n"
         write_atomically(self.path / CONFIG, (repeat + yaml.safe_dump(options, sort_keys=False)).encode())
 
@@ -151,6 +153,8 @@ def open_run(
         for inner in (path, *path.glob("prompts"), *path.glob("prompts/*"), *path.glob("trainings/*")):
             remove_unfinished(inner)
         folder = RunFolder(path, config, replaces=held is not None and overwrite, resumes=resume)
+        if held is None and resume:
+            log.info("%s holds nothing to resume: a new run begins", path)
         if held is not None and held.finished and resume:
             log.info("%s holds %s: nothing is left to do; --overwrite runs it again", path, held)
             folder.result = json.loads((path / SUMMARY).read_text())

@@ -197,6 +197,15 @@ def test_auto_logs_once_what_was_chosen_and_why_nothing_faster(caplog):
     assert record.getMessage() == "_double runs on cpu (cuda: it is not here; triton: no CUDA device)"
 
 
+def test_auto_says_equal_reasons_once_and_not_how_to_get_what_is_missing(caplog):
+    add("cpu", limits=CPU_FLOATS)
+    add("cuda", missing=lambda: "there is no CUDA device")
+    add("triton", missing=lambda: "there is no CUDA device (or in tests an interpreter; see elsewhere)")
+    with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
+        double()
+    assert [record.getMessage() for record in caplog.records] == ["_double runs on cpu (no CUDA device)"]
+
+
 def test_auto_logs_a_later_fallback_too(caplog):
     add("cuda", limits=CPU_FLOATS)
     with caplog.at_level(logging.INFO, logger="pcmecl_fast"):

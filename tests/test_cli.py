@@ -14,11 +14,13 @@ import torch
 import yaml
 from one_line import wrong
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from summaries import means
+from tqdm import tqdm
 
 from pcmecl_fast.cli import main
-from pcmecl_fast.commands import COMMANDS
+from pcmecl_fast.commands import COMMANDS, _AboveBars
 from pcmecl_fast.data.media import read_frames, write_frames
 from pcmecl_fast.synthetic import SyntheticFaces
 
@@ -68,11 +70,31 @@ def test_every_command_explains_every_option_with_its_default(name, capsys):
         if dataclasses.is_dataclass(field.default_factory):
             continue
         option = f"--{field.name.replace('_', '-')}"
+        if field.name in getattr(COMMANDS[name][0], "refuses", ()):
+            assert f"{option} " not in words
+            continue
         _, after = re.split(rf"{option}(?=[ ,])", words, maxsplit=1)
         required = field.default is field.default_factory is dataclasses.MISSING
         assert re.search(r"\((required|default: )", after)[1] == ("required" if required else "default: "), option
+    assert "--config" in words
     if name != "backends":
         assert all(f"--{common}" in words for common in ("seed", "backend", "device", "out"))
+
+
+def test_it_tells_its_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"pcmecl-fast (\d+\.\d+\S*|not installed as a package)\n", capsys.readouterr().out)
+
+
+def test_log_lines_leave_progress_bars_whole(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    record = logging.LogRecord("pcmecl_fast", logging.INFO, "", 0, "resumes at step 3", None, None)
+    with tqdm(total=9, desc="stage 1", file=sys.stderr, disable=False, ncols=60) as bar:
+        _AboveBars(console=Console(stderr=True)).emit(record)
+        bar.refresh()
+    for line in capsys.readouterr().err.split("\n"):
+        assert not ("stage 1" in line.rsplit("\r", 1)[-1] and "resumes at" in line), line
 
 
 def test_the_program_lists_its_commands_and_config_files(capsys):
@@ -319,13 +341,35 @@ def test_a_missing_config_file_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train --stepz 20", "train: no option is called --stepz; did you mean --steps? (`pcmecl-fast train --help`"),
+        (
+            "prompts --prompt-steps 9",
+            "prompts: no option is called --prompt-steps; did you mean --steps? (`pcmecl-fast",
+        ),
+        (
+            "prompts --prompt_steps=9",
+            "prompts: no option is called --prompt-steps; did you mean --steps? (`pcmecl-fast",
+        ),
+        ("train --qqq", "train: no option is called --qqq (`pcmecl-fast train --help` shows them all)"),
+        ("trian", "no command is called trian; did you mean train? (`pcmecl-fast --help` shows them all)"),
+    ],
+)
+def test_an_option_or_command_that_does_not_exist_is_answered_in_one_line(arguments, line, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(("pcmecl-fast: " if arguments == "trian" else "pcmecl-fast ") + line)
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "--sizze", "3"], "Perhaps you meant"),
         (["train", "--amp", "fp8"], "invalid choice 'fp8' for argument '--amp'"),
         (["train", "--steps", "many"], "--steps"),
         (["train", "--generator-options", "hidden"], "takes NAME=VALUE, got 'hidden'"),
-        (["trian"], "Unrecognized"),
         (["edit", "--emotion", "sad"], "--input"),
         ([], "Expected one of"),
     ],
@@ -357,13 +401,26 @@ def test_a_folder_of_an_unknown_emotion_is_named(folder, tmp_path, capsys):
     assert "'hapy' (did you mean happy?)" in line
 
 
-def test_a_folder_of_an_unrequested_emotion_is_named(folder, tmp_path, capsys):
-    options = ["--emotions", "neutral", "happy", *SMALL]
-    line = wrong(capsys, "prompts", "--data", folder, "--out", tmp_path / "out", *options)
-    assert "--emotions: folders in" in line
-    assert "'sad'" in line
+@pytest.mark.parametrize("command", ["prompts", "train"])
+def test_folders_of_other_known_emotions_are_left_out_and_missing_ones_named(command, folder, tmp_path, capsys, caplog):
+    options = [command, "--data", folder, "--out", tmp_path / "out", *SMALL, "--steps", "1", "--holdout", "0.3"]
+    line = wrong(capsys, *options, "--emotions", "neutral", "hapy")
+    assert f"pcmecl-fast {command}: --emotions: no folder in {folder} shows 'hapy'; did you mean happy?" in line
+    options += ["--prompt-steps", "1", *SMALL_GENERATOR] if command == "train" else []
+    with caplog.at_level(logging.INFO):
+        assert main([str(option) for option in [*options, "--emotions", "neutral", "happy"]]) == 0
+    assert "the folders of sad" in caplog.text
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["emotions"] == ["neutral", "happy"]
+
+
+def test_emotions_that_cannot_be_drawn_are_named(tmp_path, capsys):
     line = wrong(capsys, "prompts", "--emotions", "happy", "bored", "--out", tmp_path / "out", *SMALL)
     assert "--emotions: ['bored'] cannot be drawn" in line
+    line = wrong(capsys, "ablate", "--emotions", "hapy", "sad", "fear", "--out", tmp_path / "out", *SMALL)
+    assert "--emotions: ['hapy'] cannot be drawn" in line
+    line = wrong(capsys, "ablate", "--emotions", "neutral", "happy", "sad", "--out", tmp_path / "out", *SMALL)
+    assert "--emotions: the ablation takes at least 3 beside neutral, since it trains with 2 missing, got 2" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_people_with_one_emotion_each_teach_nothing(folder, tmp_path, capsys):
@@ -484,7 +541,9 @@ def test_edits_of_nothing_or_to_an_unknown_emotion_are_rejected(runs, folder, tm
         (["--descriptions", "calm", "calm"], "--descriptions: got 'calm' twice"),
         (["--n-ctx", "0"], "--n-ctx: takes 1 or more, got 0"),
         (["--n-ctx", "80"], "--descriptions: "),
-        (["--device", "tpu9"], "tpu9"),
+        (["--device", "tpu9"], "--device: tpu9: no device that this PyTorch can use; --device cpu runs everywhere"),
+        (["--device", "meta"], "--device: meta: no device that this PyTorch can use; --device cpu runs everywhere"),
+        (["--device", "cuda:99"], "; --device cpu runs everywhere"),
         (["--backend", "triton"], "backend 'triton' cannot run"),
     ],
 )
@@ -499,6 +558,15 @@ def test_an_invalid_value_is_named(options, says, tmp_path, capsys):
     assert line.startswith("pcmecl-fast train: ")
     assert says in line
     assert not out.parent.exists()
+
+
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in ("prompts", "train", "ablate", "demo"):
+        line = wrong(capsys, command, "--device", "cuda", "--out", tmp_path / "out")
+        said = "--device: cuda: this PyTorch finds no CUDA device; --device cpu runs everywhere"
+        assert line.startswith(f"pcmecl-fast {command}: {said}")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_traceback_is_shown_on_request(tmp_path, monkeypatch):

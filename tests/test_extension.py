@@ -14,6 +14,7 @@ import torch
 
 from pcmecl_fast.ops import backend_status
 from pcmecl_fast.ops.backends import extension
+from pcmecl_fast.ops.operator import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
 RUN = "runpy.run_path('setup.py', run_name='__main__')"
@@ -47,7 +48,29 @@ def test_an_installed_package_says_why_it_was_not_built(tmp_path, monkeypatch):
     assert "no nvcc" in extension._load(None, torch.__version__, extension.CUDA_NAME, extension.CUDA_NOT_BUILT)
 
 
-def test_without_the_file_it_says_how_to_build_it():
+def test_a_source_tree_that_hides_the_installed_package_is_named(tmp_path, monkeypatch):
+    # As in a clone after `pip install .`: Python finds the folder that it was started in first.
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path / "pcmecl_fast")
+    monkeypatch.setattr(extension, "_path", lambda name=extension.NAME: None)
+    said = f"pcmecl_fast is imported from the source tree {tmp_path}, where it is not built: `make build` there, or run"
+    assert extension._load(None, torch.__version__).startswith(said)
+    assert extension._load(None, torch.__version__, extension.CUDA_NAME, extension.CUDA_NOT_BUILT).startswith(said)
+
+
+def test_nothing_is_measured_without_the_extension(monkeypatch, capsys):
+    from bench import compare
+
+    monkeypatch.setitem(BACKENDS, "cpu", Backend("cpu", missing=lambda: "it was not built"))
+    monkeypatch.setattr(compare, "compare", lambda *of, **options: pytest.fail("it was measured"))
+    monkeypatch.setattr(sys, "argv", ["compare", "direction_loss", "--device", "cpu"])
+    assert compare.main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("without the extension: it was not built")
+
+
+def test_without_the_file_it_says_how_to_build_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path / "site-packages" / "pcmecl_fast")
     assert "it was not built" in extension._load(None, torch.__version__)
     assert "make build" in extension._load(None, torch.__version__)
 
@@ -73,6 +96,7 @@ def test_one_that_does_not_load_says_how_to_rebuild_it(built_file, monkeypatch):
 
 def test_a_missing_extension_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(extension, "_path", lambda: None)
+    monkeypatch.setattr(extension, "PACKAGE", Path("elsewhere/pcmecl_fast"))
     load = extension.cache(extension.load.__wrapped__)
     with caplog.at_level(logging.WARNING, logger="pcmecl_fast"):
         load()
@@ -172,7 +196,8 @@ def test_a_cuda_build_that_must_succeed_says_that_nvcc_is_of_another_major_versi
     assert f"is of CUDA 9.2 and torch {torch.__version__} of CUDA {torch.version.cuda}; the major" in done.stderr
 
 
-def test_a_missing_cuda_extension_says_how_to_build_it():
+def test_a_missing_cuda_extension_says_how_to_build_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path / "site-packages" / "pcmecl_fast")
     reason = extension._load(None, torch.__version__, extension.CUDA_NAME, extension.CUDA_NOT_BUILT)
     assert "no nvcc or a torch without CUDA" in reason
     assert "PCMECL_CUDA=1 `make build`" in reason

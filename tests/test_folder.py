@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -360,9 +361,29 @@ def test_unknown_emotions_are_named_with_the_closest_known(tmp_path: Path) -> No
         assert hint in str(error.value)
 
 
+def test_known_emotions_that_are_not_asked_for_are_left_out_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    people(tmp_path, {"ann": {"happy": 1, "sad": 2, "fear": 1}, "ben": {"calm": 1, "sad": 1}})
+    with caplog.at_level("INFO"):
+        faces = FolderFaces(tmp_path, size=8, emotions=["sad", "happy"])
+    assert faces.emotions == ["sad", "happy"]
+    assert len(faces) == 4
+    (record,) = caplog.records
+    assert "left out, since emotions= does not name them: the folders of fear, calm" in record.getMessage()
+
+
+def test_an_emotion_that_no_folder_shows_is_an_error_with_the_closest_folder(tmp_path: Path) -> None:
+    people(tmp_path, {"ann": {"happy": 1, "sad": 2}})
+    with pytest.raises(ValueError, match=r"emotions: no folder in .* shows 'hapy'; did you mean happy\?$"):
+        FolderFaces(tmp_path, size=8, emotions=["hapy", "sad"])
+    with pytest.raises(ValueError, match=r"shows 'awe'; its folders show happy, sad$"):
+        FolderFaces(tmp_path, size=8, emotions=["awe", "sad"])
+
+
 def test_given_emotions_keep_their_order_and_allow_no_others(tmp_path: Path) -> None:
     people(tmp_path, {"ann": {"joy": 1, "awe": 2}})
-    faces = FolderFaces(tmp_path, size=8, emotions=["joy", "bored", "awe"])
+    faces = FolderFaces(tmp_path, size=8, emotions=["joy", "bored", "awe"], reserve=True)
     assert faces.emotions == ["joy", "bored", "awe"]
     assert faces.emotion_index.tolist() == [0, 2, 2]
     with pytest.raises(ValueError, match=r"emotions: .* not known emotions: 'awe'"):
@@ -529,8 +550,16 @@ def test_impossible_splits_are_rejected() -> None:
         split(Named(named(4, 4)), by="emotion")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="two individuals"):
         split(Named(named(1, 4)), by="individual")
-    with pytest.raises(ValueError, match="of 8 frames holds out none"):
-        split(Named(named(4, 1)), by="frame")
+    with pytest.raises(ValueError, match=r"of 8 frames holds out none, since .* has one; add frames$"):
+        split(Named(named(4, 1)), by="frame", fraction=0.9)
+
+
+def test_a_fraction_that_holds_out_nothing_is_answered_with_one_that_does() -> None:
+    faces = Named(named(2, 2))
+    with pytest.raises(ValueError, match=r"needs two or more to spare one; take fraction=") as error:
+        split(faces, by="frame", fraction=0.001)
+    (fraction,) = re.findall(r"fraction=([\d.]+) or more", str(error.value))
+    assert len(split(faces, by="frame", fraction=float(fraction))[1]) >= 1
 
 
 # Real stills

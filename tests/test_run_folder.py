@@ -2,7 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +26,7 @@ from pcmecl_fast.run_folder import open_run
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import LIMITS, AblateConfig, TrainConfig
 
+ROOT = Path(__file__).parents[1]
 EMOTIONS = ["neutral", "happy"]
 DATA = ["--individuals", "2", "--clips", "1", "--frames-per-clip", "1", "--emotions", *EMOTIONS]
 SMALL = ["--size", "32", "--device", "cpu", "--checkpoint-every", "1", "--steps", "2"]
@@ -261,6 +267,33 @@ def test_what_a_killed_run_was_writing_is_removed_by_the_next(runs):
     assert not list(runs.rglob("*.unfinished"))
 
 
+# Stopped by hand
+
+
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [
+        (1, "stopped; --resume goes on from the last checkpoint in out"),
+        (10**6, "stopped before its first checkpoint; --resume begins again in out"),
+    ],
+)
+def test_a_run_that_is_stopped_by_hand_says_how_to_go_on(every, says, tmp_path):
+    command = [*PROMPTS, "--steps", "1000000", "--checkpoint-every", str(every), "--out", "out"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TQDM_DISABLE": ""}
+    with subprocess.Popen(
+        [sys.executable, "-m", "pcmecl_fast.cli", *command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+    ) as process:
+        awaited = "out/stage-1.ckpt" if every == 1 else "out/tensorboard/stage-1/events*"
+        while not list(tmp_path.glob(awaited)) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr is not None
+        shown = process.stderr.read().decode()
+    assert f"pcmecl-fast prompts: {says}\n" in shown
+    assert "Traceback" not in shown
+
+
 # The same result, or no resumption
 
 
@@ -297,7 +330,10 @@ def test_prompts_that_say_something_else_are_refused(runs, capsys):
     (runs / "out" / "summary.json").unlink()
     assert run(*PROMPTS, "--out", runs / "prompts", "--overwrite", "--prompt-lr", "0.1") == 0
     line = wrong(capsys, *given, "--resume")
-    assert "stage-2.ckpt belongs to another configuration: the contents of --prompts was" in line
+    assert (
+        "stage-2.ckpt belongs to another configuration: the contents of --prompts are others than when it began  ("
+        in line
+    )
 
 
 def test_frames_that_were_added_are_noticed(runs, tmp_path, capsys):
@@ -313,7 +349,8 @@ def test_frames_that_were_added_are_noticed(runs, tmp_path, capsys):
     (picture, *_) = sorted((tmp_path / "faces").rglob("*.png"))
     for number in range(100, 106):
         shutil.copy(picture, picture.with_name(f"{number}.png"))
-    assert "the frames of --data was" in wrong(capsys, *command, "--resume")
+    line = wrong(capsys, *command, "--resume")
+    assert re.search(r"the frames in --data are others than when it began \(\d+ now, \d+ then\)  \(", line)
 
 
 def test_where_it_runs_and_how_often_it_saves_may_change(runs, tmp_path):
@@ -367,6 +404,24 @@ def test_a_run_with_relative_paths_is_judged_from_anywhere(tmp_path, monkeypatch
         json.loads((out / "summary.json").read_text()) for out in (home / "t" / "evaluation", Path("again"))
     )
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_a_configuration_leads_back_to_its_run_from_anywhere(runs, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(runs)
+    Path("elsewhere").mkdir()
+    assert run(*PROMPTS, "--out", "again") == 0
+    assert yaml.safe_load(Path("again/config.yaml").read_text())["out"] == str(runs / "again")
+    monkeypatch.chdir("elsewhere")
+    with caplog.at_level("INFO"):
+        assert run("prompts", "--config", "../again/config.yaml", "--resume") == 0
+    assert f"{runs / 'again'} holds a finished run" in caplog.text
+    assert not list(Path().iterdir())
+
+
+def test_a_resumption_of_nothing_says_that_it_begins(tmp_path, caplog):
+    with caplog.at_level("INFO"), open_run(tmp_path / "new", TrainConfig(), resume=True):
+        pass
+    assert f"{tmp_path / 'new'} holds nothing to resume: a new run begins" in caplog.text
 
 
 def test_every_number_of_every_command_has_limits():
@@ -460,7 +515,10 @@ def test_an_edit_that_is_there_is_kept_unless_told_otherwise(runs, portraits, tm
     (tmp_path / "out" / "ann.happy.png").unlink()
     before = content_of(tmp_path / "out")
     line = wrong(capsys, *command)
-    assert f"--out: {tmp_path / 'out' / 'bob.happy.png'} exist already; --overwrite replaces them" in line
+    assert (
+        f"--out: {tmp_path / 'out' / 'bob.happy.png'} exists already; --overwrite replaces it, another --out keeps it"
+        in line
+    )
     assert content_of(tmp_path / "out") == before
     assert run(*command, "--overwrite") == 0
     assert len(content_of(tmp_path / "out")) == 2
@@ -486,6 +544,30 @@ def test_a_broken_file_does_not_stop_the_others_and_is_counted_at_the_end(runs, 
     assert "a-broken.png" in line
     assert f"the other 2 are in {tmp_path / 'out'}" in line
     assert sorted(content_of(tmp_path / "out")) == ["ann.happy.png", "bob.happy.png"]
+
+
+def test_the_other_one_is_counted_too(runs, portraits, tmp_path, capsys):
+    (portraits / "bob.png").write_bytes((portraits / "ann.png").read_bytes()[:60])
+    assert f"; the other 1 is in {tmp_path / 'out'}" in wrong(capsys, *edit(runs, portraits, "--out", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.mp4", b"", "--input: {path} is empty"),
+        ("empty.png", b"", "--input: {path} is empty"),
+        ("text.png", b"hello", "--input: {path} (cannot identify image file"),
+        ("notes.txt", b"hello", "--input: {path} is not a picture or video"),
+    ],
+)
+def test_a_file_that_is_no_picture_is_refused_before_a_bar_is_shown(
+    name, content, says, runs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("pcmecl_fast.edit._Progress", lambda files: pytest.fail("a bar"))
+    path = tmp_path / name
+    path.write_bytes(content)
+    line = wrong(capsys, *edit(runs, path, "--out", tmp_path / "out"))
+    assert line.startswith(f"pcmecl-fast edit: {says.format(path=path)}")
 
 
 def test_progress_counts_frames(runs, portraits, tmp_path, monkeypatch):

@@ -36,8 +36,9 @@ def test_help_comes_without_pytorch(name):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["train", "--sizze", "3"], "Perhaps you meant"),
-        (["trian"], "Unrecognized"),
+        (["train", "--sizze", "3"], "did you mean --size?"),
+        (["trian"], "did you mean train?"),
+        (["--version"], "pcmecl-fast "),
         (["train", "--config", "nowhere.yaml"], "pcmecl-fast train: --config: there is no file nowhere.yaml"),
         (["prompts", "--data", "nowhere"], "pcmecl-fast prompts: --data: nowhere does not exist"),
         (["train", "--prompts", "nowhere"], "pcmecl-fast train: --prompts: there is no folder nowhere"),
@@ -73,7 +74,21 @@ def test_threads_wait_briefly_unless_the_environment_says_otherwise(given, expec
     assert done.stdout.splitlines()[-1] == expected
 
 
-@pytest.mark.parametrize(("load", "cores", "busy"), [(0.3, 2, False), (2.0, 2, True), (3.0, 16, False), (9, 16, True)])
+def test_the_seconds_of_a_command_count_from_its_start(monkeypatch):
+    from pcmecl_fast import run
+
+    monkeypatch.setattr(machine, "_began", [])
+    now = machine.time.monotonic()
+    assert run._seconds(now - 3, "") == pytest.approx(3, abs=0.5)
+    machine.begin_clock()
+    machine._began[0] -= 20
+    assert run._seconds(now - 3, "pcmecl-fast train") == pytest.approx(20, abs=0.5)
+    assert run._seconds(now - 3, "") == pytest.approx(3, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "busy"), [(1.4, 1, False), (1.4, 2, False), (1.5, 2, True), (11, 16, False), (12, 16, True)]
+)
 def test_a_busy_machine_is_pointed_out(monkeypatch, load, cores, busy):
     monkeypatch.setattr(machine, "_cores", lambda: cores)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))

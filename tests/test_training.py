@@ -500,7 +500,7 @@ def test_a_checkpoint_of_another_configuration_is_rejected(clip, stage1, tmp_pat
 def test_a_checkpoint_of_another_tower_is_rejected(clip, other_clip, tmp_path, few_faces):
     learn_prompts(clip, few_faces(), prompts_config(tmp_path))
     with pytest.raises(
-        ValueError, match=r"--resume: .*stage-1.ckpt belongs to another configuration: the weights of --clip was"
+        ValueError, match=r"--resume: .*stage-1.ckpt belongs to another configuration: the weights of --clip are others"
     ):
         learn_prompts(other_clip, few_faces(), prompts_config(tmp_path, resume=True))
 

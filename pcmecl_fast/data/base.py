@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -242,11 +243,17 @@ def _held_frames(dataset: FrameDataset, fraction: float, seed: int) -> Tensor:
     held = torch.tensor([number < fraction for number in numbers], dtype=torch.bool)
     held[list(last.values())] = False
     if not held.any():
-        raise ValueError(
-            f"fraction: {fraction} of {len(dataset)} frames holds out none, since each of the {len(last)} "
-            "(individual, emotion) groups keeps one for training; take a larger fraction, or add frames"
-        )
+        raise ValueError(f"fraction: {fraction} of {len(dataset)} frames holds out none, {_why_none(numbers, last)}")
     return held
+
+
+def _why_none(numbers: list[float], kept: dict[tuple[int, int], int]) -> str:
+    """Why no frame is held out, and what helps: a larger fraction does only where there is a frame to spare."""
+    rule = "training keeps one of each (individual, emotion) group, so that a group needs two or more to spare one"
+    spare = [number for i, number in enumerate(numbers) if i not in kept.values()]
+    enough = math.floor(100 * min(spare, default=1.0) + 1) / 100
+    advice = "add frames" if enough >= 1 else f"take fraction={enough:g} or more, or add frames"
+    return f"since {rule}{'' if spare else f', and each of the {len(kept)} has one'}; {advice}"
 
 
 def _groups(dataset: FrameDataset) -> Iterable[tuple[int, int]]:

@@ -37,8 +37,9 @@ class FolderFaces(FrameDataset):
     Args:
         root: the folder of individuals.
         size: S, a frame's side in pixels.
-        emotions: the emotions in order, for folders whose names are not in `KNOWN_EMOTIONS` or to reserve an index for
-            an emotion without frames. By default those of `KNOWN_EMOTIONS` that have frames.
+        emotions: the emotions in order, from `KNOWN_EMOTIONS` or any other names of folders. Folders of known emotions
+            that are not among them are left out, which is logged. By default those of `KNOWN_EMOTIONS` with frames.
+        reserve: of `emotions`, give one that no folder shows its index all the same, instead of raising.
         skip_broken: skip broken files, with a warning that names them, instead of raising.
         video_stride: k takes frames 0, k, 2k, … of a video.
         cache: keep decoded frames in memory.
@@ -47,8 +48,8 @@ class FolderFaces(FrameDataset):
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is missing or not a folder.
         ImportError: there are videos and PyAV, which reads them, is not installed.
-        ValueError: an argument out of range; a folder that is not a known emotion; files at the wrong level; broken
-            files, all in one message; nothing to read.
+        ValueError: an argument out of range; a folder that is not a known emotion; an emotion without a folder; files
+            at the wrong level; broken files, all in one message; nothing to read.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class FolderFaces(FrameDataset):
         *,
         size: int,
         emotions: Sequence[str] | None = None,
+        reserve: bool = False,
         skip_broken: bool = False,
         video_stride: int = 1,
         cache: bool = True,
@@ -66,7 +68,7 @@ class FolderFaces(FrameDataset):
         self.root = Path(root)
         self.size = size
         known = KNOWN_EMOTIONS if emotions is None else tuple(emotions)
-        files = _list_files(self.root, known, explicit=emotions is not None)
+        files = _list_files(self.root, known, explicit=emotions is not None, reserve=reserve or emotions is None)
         self._places, self._pixels = _open_all(
             files, size, video_stride, cache_bytes if cache else 0, skip_broken=skip_broken
         )
@@ -146,25 +148,33 @@ def _check_arguments(size: int, emotions: Sequence[str] | None, video_stride: in
         raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
 
 
-def _list_files(root: Path, known: tuple[str, ...], *, explicit: bool) -> list[_File]:
+def _list_files(root: Path, wanted: tuple[str, ...], *, explicit: bool, reserve: bool) -> list[_File]:
     """All pictures and videos in order, or one error that explains how the layout differs from the expected one."""
     check_root(root)
     _check_no_media(root, "directly in the root folder")
     people = _visible_folders(root)
+    known = tuple(dict.fromkeys((*wanted, *KNOWN_EMOTIONS)))
     _check_levels(root, people, known)
 
     files: list[_File] = []
     unknown: list[Path] = []
+    shown: set[str] = set()
     for person in people:
         _check_no_media(person, f"in the folder of individual {person.name!r}, outside an emotion's folder")
         folders = {folder.name: folder for folder in _visible_folders(person)}
         unknown += [folder for name, folder in folders.items() if name not in known]
-        for emotion in known:
+        shown |= folders.keys()
+        for emotion in wanted:
             if emotion in folders:
                 _check_flat(folders[emotion])
                 files += [_File(path, person.name, emotion) for path in _media(folders[emotion])]
     if unknown:
-        raise ValueError(_explain_unknown(root, unknown, known, explicit=explicit))
+        raise ValueError(_explain_unknown(root, unknown, wanted, explicit=explicit))
+    absent = [emotion for emotion in wanted if emotion not in shown]
+    if absent and shown and not reserve:
+        raise ValueError(_explain_absent(root, absent, shown))
+    if left_out := [emotion for emotion in known if emotion in shown - {*wanted}]:
+        logger.info("%s: left out, since emotions= does not name them: the folders of %s", root, name_some(left_out))
     if not files:
         raise ValueError(f"root: {root} holds no pictures or videos; files are expected at {LAYOUT}")
     named = {file.individual for file in files}
@@ -220,6 +230,11 @@ def _explain_unknown(root: Path, unknown: list[Path], known: tuple[str, ...], *,
         f"{'emotions' if explicit else 'root'}: folders in {root} that are not known emotions: {name_some(hints)}, "
         f"first at {where}; known: {', '.join(known)}{advice}. Expected {LAYOUT}"
     )
+
+
+def _explain_absent(root: Path, absent: list[str], shown: set[str]) -> str:
+    closest = did_you_mean(absent[0], sorted(shown)) or f"its folders show {name_some(sorted(shown))}"
+    return f"emotions: no folder in {root} shows {name_some([repr(name) for name in absent])}; {closest}"
 
 
 def _visible_folders(folder: Path) -> list[Path]:

@@ -33,13 +33,20 @@ def read_frames(path: Path, size: int) -> tuple[Fraction | None, Tensor]:
         ValueError: the file is neither a picture nor a video, or it is broken.
         ImportError: the file is a video and PyAV is not installed.
     """
+    check_media(path)
+    frames = [torch.from_numpy(pixels) for _, pixels in decode(path, size, range(2**62))]
+    return _rate(path), torch.stack(frames).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def check_media(path: Path) -> None:
+    """Refuse what is seen to be no picture or video before anything is decoded, with the errors of `read_frames`."""
     if not path.is_file():
         raise FileNotFoundError(f"input: there is no file {path}")
     if not is_media(path):
         raise ValueError(f"input: {path} is not a picture or video; takes {', '.join(sorted(IMAGES | VIDEOS))}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"input: {path} is empty")
     need_av([path])
-    frames = [torch.from_numpy(pixels) for _, pixels in decode(path, size, range(2**62))]
-    return _rate(path), torch.stack(frames).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def write_frames(

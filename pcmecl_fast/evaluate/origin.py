@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from pcmecl_fast.libraries import installed_version
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,12 @@ def origin(
     """The origin of what is made here and now, by this command, on this device."""
     moment = (now or datetime.now().astimezone()).isoformat(" ", "seconds")
     versions = {
-        "pcmecl_fast": _version("pcmecl_fast"),
+        "pcmecl_fast": installed_version("pcmecl_fast"),
         "torch": torch.__version__,
-        "open_clip": _version("open_clip_torch"),
+        "open_clip": installed_version("open_clip_torch"),
         "Python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "threads": str(torch.get_num_threads()),
     }
     return Origin(moment, command, seconds, versions)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed as a package"

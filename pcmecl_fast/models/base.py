@@ -167,6 +167,7 @@ def load_generator(
         raise ValueError(
             f"path: {path} was written by {name}, code that is not part of pcmecl_fast; generator={name} lets it run"
         )
+    generator_class(name)  # whose own errors are not the file's
     with naming_damage(path):
         made_with = from_options(_MadeWith, {k: header[k] for k in ("emotions", "size", "options")}, source="header")
     try:
@@ -183,6 +184,13 @@ def _import(module: str, name: str) -> ModuleType:
         sys.path.append(os.getcwd())
     try:
         return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # found, but not what it imports
+            raise ValueError(f"generator: the module of --generator {name} cannot be imported ({error})") from error
+        raise ValueError(
+            f"generator: --generator {name} takes a module in the current folder or on PYTHONPATH; there is no "
+            f"{error.name} in either"
+        ) from error
     except Exception as error:  # importing a module can raise anything
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"generator: the module of --generator {name} cannot be imported ({why})") from error

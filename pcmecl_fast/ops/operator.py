@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -366,7 +367,7 @@ class Operator:
             explanation = self._explanation("auto", arguments)
             faster = FASTEST_FIRST[: FASTEST_FIRST.index(name)]
             reasons = {other: reason for other, reason in explanation.why_not.items() if other in faster}
-            logger.info("%s", Explanation(self.name, name, reasons))
+            logger.info("%s runs on %s%s", self.name, name, _in_short(reasons))
         return name
 
     def _checked(self, name: str, arguments: Sequence[Any]) -> str:
@@ -479,6 +480,18 @@ def _not_differentiable_twice(operator: Operator) -> Any:
             )
 
     return Backward
+
+
+def _in_short(reasons: Mapping[str, str]) -> str:
+    """Why not the faster backends, in parentheses: equal reasons once, and of what is missing not how to get it."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason == BACKENDS[name].missing():
+            reason = re.split(r" \(|[:;] ", reason)[0].removeprefix("there is ")
+        grouped.setdefault(reason, []).append(name)
+    if len(grouped) == 1:
+        return f" ({next(iter(grouped))})"
+    return f" ({'; '.join(f'{name}: {reason}' for reason, names in grouped.items() for name in names)})" * bool(grouped)
 
 
 def _tensors(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -296,6 +297,7 @@ class AblateConfig(TrainConfig):
     """Output folder; what is done there already is kept, and what is missing is trained."""
 
     command: ClassVar[str] = "ablate"
+    refuses: ClassVar[tuple[str, ...]] = ("data", "missing", "prompts")  # it sets them itself for each training run
 
 
 @dataclass
@@ -361,16 +363,32 @@ Command = RunConfig | EvaluateConfig | EditConfig
 
 
 def device_named(name: str) -> str:
-    """A device as PyTorch knows it."""
-    if name != "auto":
-        return name
+    """A device as PyTorch knows it.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
     import torch  # here, because the command line's help can do without
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    why = None
+    try:
+        kind = torch.device(name).type
+        if kind == "cuda" and not torch.cuda.is_available():
+            why = "this PyTorch finds no CUDA device"
+        else:
+            torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # from devices that it was not built for
+        known = re.fullmatch(r"[a-z]+(:\d+)?", name) and name.partition(":")[0] in ("cpu", "cuda")
+        why = f"not here ({str(error).partition(chr(10))[0]})" if known else "no device that this PyTorch can use"
+    if why is not None:
+        raise ValueError(f"--device: {name}: {why}; --device cpu runs everywhere")
+    return name
 
 
 def check_options(config: Command) -> None:
-    """Refuse a number out of its `LIMITS`.
+    """Refuse a number out of its `LIMITS`, and a device that is not here.
 
     Raises:
         ValueError: names the option as it is written on the command line.
@@ -383,3 +401,4 @@ def check_options(config: Command) -> None:
     box = getattr(config, "mouth_box", [0, 0, 1, 1])
     if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(f"--mouth-box: takes left, top, right and bottom, the first two the smaller, got {box}")
+    device_named(config.device)

@@ -20,6 +20,7 @@ from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset, check_trainable
 from pcmecl_fast.data.features import Features, FeatureStore, LiveFeatures, individual_conditions
 from pcmecl_fast.ops.operator import requested_backend
+from pcmecl_fast.options import counted
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts, save_prompts
 from pcmecl_fast.train.config import PromptsConfig, RunConfig
 from pcmecl_fast.train.graphs import adamw, make_step, set_learning_rate
@@ -103,7 +104,7 @@ def contents_of(clip: Clip, dataset: FrameDataset) -> dict[str, str]:
     """What a run depends on besides its options, for the signature of its checkpoints."""
     return {
         "the weights of --clip": f"{clip.text_hash()[:16]} {clip.image_hash()[:16]}",
-        "the frames of --data": dataset.labels_hash(),
+        "the frames in --data": counted(len(dataset), dataset.labels_hash()),
     }
 
 

@@ -55,6 +55,11 @@ def _path(name: str = NAME) -> Path | None:
 
 def _load(path: Path | None, version: str, name: str = NAME, not_built: str = NOT_BUILT) -> ModuleType | str:
     if path is None:
+        if (PACKAGE.parent / "setup.py").is_file() and _path() is None:
+            return (
+                f"pcmecl_fast is imported from the source tree {PACKAGE.parent}, where it is not built: `make build` "
+                "there, or run from another folder"
+            )
         why = _recorded(name)
         return not_built + REBUILD if why is None else f"it was not built, because {why}; then {REBUILD}"
     built_with = _built_with(path)

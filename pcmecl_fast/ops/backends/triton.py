@@ -38,7 +38,7 @@ def _missing() -> str | None:
     if torch.version.hip is not None:
         return "this torch is built for ROCm; the kernels support NVIDIA GPUs"
     if not INTERPRETED and not torch.cuda.is_available():
-        return "there is no CUDA device (tests set TRITON_INTERPRET=1 before Python starts to run kernels on the CPU)"
+        return "there is no CUDA device"
     return None
 
 
