@@ -114,6 +114,8 @@ def test_the_table_of_backends_says_what_is_missing(capsys):
     assert list(rows) == ["reference", "cpu", "triton", "cuda"]
     assert rows["reference"]["available"]
     assert all(row["available"] or row["reason"] for row in rows.values())
+    if "no CUDA device" in rows["triton"]["reason"]:
+        assert "TRITON_INTERPRET=1" in rows["triton"]["reason"]
 
 
 def test_it_runs_as_a_program(tmp_path):
@@ -162,6 +164,22 @@ def test_train_uses_the_prompts_and_writes_a_generator_a_summary_and_a_report(ru
     assert f"<dd>{torch.__version__}</dd>" in report
     assert "Lower row" not in report
     assert "true edit to compare with" in report
+
+
+def test_what_tiny_face_and_prompts_of_others_are_worth_is_said(runs, tmp_path, caplog, no_report):
+    people = SyntheticFaces(2, emotions=EMOTIONS, clips=1, frames_per_clip=5, size=40, seed=9)
+    data = ["--data", str(draw_folder(tmp_path / "others", people)), *SMALL, *SMALL_GENERATOR, "--steps", "1"]
+    with caplog.at_level(logging.INFO):
+        assert main(["train", *data, "--prompts", str(runs / "prompts"), "--out", str(tmp_path / "out")]) == 0
+    (warning,) = [record.getMessage() for record in caplog.records if "tiny-face has seen" in record.getMessage()]
+    assert warning.endswith("give --clip ViT-B-32 --clip-pretrained openai")
+    said = (
+        "was learned without 2 of the 2 individuals in --data: their rows of the bank are computed by the same prompts"
+    )
+    assert said in caplog.text
+    caplog.clear()
+    assert main(["prompts", *SYNTHETIC, *SMALL, "--steps", "1", "--out", str(tmp_path / "drawn")]) == 0
+    assert "tiny-face has seen" not in caplog.text
 
 
 def test_evaluate_reproduces_the_measures_of_train(runs, tmp_path):

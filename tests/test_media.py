@@ -129,7 +129,7 @@ def test_a_truncated_file_is_named(tmp_path, faces, name):
     with pytest.raises(ValueError, match=name):
         read_frames(path, 16)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{name} \(empty file\)"):
+    with pytest.raises(ValueError, match=rf"{name} is empty"):
         read_frames(path, 16)
 
 
