@@ -103,8 +103,9 @@ def check_call(call: Call, random: Random) -> str:
                 assert x.grad is not None, f"{name} has no gradient"
                 assert x.grad.dtype == x.dtype, f"the gradient of {name} is {x.grad.dtype}"
                 # That of a float64 scale beside half features is computed as they are.
-                lengths = call.lengths.get(name, np.ones(()))
-                amplified = call.unrounded if lengths.ndim else np.max(call.unrounded, initial=1.0)
+                lengths = call.lengths.get(name, np.ones(())) / max(1.0, np.abs(upstream.numpy()).max(initial=0.0))
+                of_rows = name in ("source", "edited")
+                amplified = call.unrounded if of_rows else np.max(call.unrounded, initial=1.0)
                 what = f"the gradient of {name}"
                 _compare(what, x.grad, gradient, _coarser(x.dtype, wide), amplified=amplified, lengths=lengths)
     return "compared"
@@ -246,7 +247,8 @@ def _rounding(floats: dict[str, Tensor], options: dict[str, Any]) -> dict[str, A
     unrounded = np.where(divisor > 1e-8, np.maximum(1, APART * longest / divisor.clip(min=1e-8)), 1)
     inside = divisor.clip(min=1e-8)
     lengths = [np.where(norm > 1e-8, norm, 1) * inside if options["normalize"] else inside for norm in norms]
-    return {"unrounded": unrounded, "lengths": dict(zip(("source", "edited"), lengths, strict=True))}
+    lengths.append(np.full(len(floats["bank"]), APART))
+    return {"unrounded": unrounded, "lengths": dict(zip(("source", "edited", "bank"), lengths, strict=True))}
 
 
 def _steepness(scale: Tensor | float, contrast: float) -> float:
@@ -271,7 +273,7 @@ def _correlation_loss(random: Random, dtype: torch.dtype) -> Call:
         for n in range(people):
             _repeat(random, features[n])
             if n and random.random() < 0.1:
-                features[n] = features[n - 1]
+                features[n], lengths[name][n] = features[n - 1], lengths[name][n - 1]
         floats[name] = features
     mask, special = None, {}
     if random.random() < 0.6:
@@ -288,6 +290,7 @@ def _correlation_loss(random: Random, dtype: torch.dtype) -> Call:
 
     floats["scale"] = _scale(random)
     rest = {"mask": None if mask is None else _strided(random, mask), "negatives": negatives}
+    lengths = {name: APART * length for name, length in lengths.items()}
     steepness = _steepness(floats["scale"], 1.0)
     return Call("correlation_loss", None, floats, rest, exact, drawn=special, unrounded=steepness, lengths=lengths)
 
@@ -411,6 +414,7 @@ def _compare(
     largest = np.maximum(np.abs(expected).max(axis=within, initial=0.0), 1 / lengths)
     atol = (tolerance["atol"] + wide["atol"] * (np.asarray(amplified) - 1)) * largest
     atol = atol.reshape(*atol.shape, *[1] * len(within)) if atol.ndim else atol
+    atol += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the step between the smallest numbers
     most = torch.finfo(dtype).max  # what is beyond it is infinite in that dtype, and rightly so
     values, expected = actual.detach().double().numpy().clip(-most, most), expected.clip(-most, most)
     off = np.abs(values - expected) - tolerance["rtol"] * np.abs(expected) - atol
