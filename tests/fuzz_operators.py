@@ -97,13 +97,14 @@ def check_call(call: Call, random: Random) -> str:
     if leaves:
         upstream = torch.from_numpy(np.asarray(random.normal(size=actual.shape))).to(dtype)
         actual.backward(upstream)
-        gradients = expected.gradients(upstream.double().numpy())
+        pulled = upstream.double().numpy()
+        gradients = expected.gradients(pulled)
         for (name, x), gradient in zip(call.floats.items(), gradients, strict=True):
             if name in leaves:
                 assert x.grad is not None, f"{name} has no gradient"
                 assert x.grad.dtype == x.dtype, f"the gradient of {name} is {x.grad.dtype}"
                 # That of a float64 scale beside half features is computed as they are.
-                lengths = call.lengths.get(name, np.ones(())) / max(1.0, np.abs(upstream.numpy()).max(initial=0.0))
+                lengths = call.lengths.get(name, np.ones(())) / np.abs(pulled).max(initial=1.0)
                 of_rows = name in ("source", "edited")
                 amplified = call.unrounded if of_rows else np.max(call.unrounded, initial=1.0)
                 what = f"the gradient of {name}"
