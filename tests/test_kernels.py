@@ -151,9 +151,14 @@ def test_a_scale_of_100_loses_no_row():
 
 def test_a_scale_beyond_the_kernels_range_is_loud():
     call = correlation((3, 5, 17), torch.float32, scale=200.0)
-    assert call(backend="triton").isnan()
-    with pytest.raises(RuntimeError, match=r"scale: got 200\.0; supports at most 120"):
-        correlation_loss(*call.floats[:2], scale=200.0, backend="triton")
+    scales = [200.0]
+    if call.floats[2].is_cuda:  # whose value is not read
+        assert call(backend="triton").isnan()
+    else:
+        scales.append(call.floats[2])
+    for scale in scales:
+        with pytest.raises(RuntimeError, match=r"scale: got 200\.0; supports at most 120"):
+            correlation_loss(*call.floats[:2], scale=scale, backend="triton")
 
 
 def test_nan_is_not_hidden():
