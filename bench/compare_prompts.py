@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.compare import Comparison, Side, comparison, count_operations
 from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank, load_clip, ops
 from pcmecl_fast.clip import Clip
+from pcmecl_fast.criterion import MIN_CHANGE
 from pcmecl_fast.train.prompts import matching_loss
 
 EMOTIONS = ["neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised"]
@@ -176,7 +177,9 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
             features = F.normalize(clip.encode_image(source, backend="reference").float(), dim=-1)
             rows = bank.features if prompts_known else prompts(features, backend="reference")
         changed = clip.encode_image(edited, backend="reference").float()
-        loss = ops.direction_loss(features, changed, rows, individual, shown, asked, backend="reference")
+        loss = ops.direction_loss(
+            features, changed, rows, individual, shown, asked, min_change=MIN_CHANGE, backend="reference"
+        )
         return [loss, _backward_to(edited, loss)]
 
     def ours() -> list[Tensor]:
