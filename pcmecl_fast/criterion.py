@@ -181,18 +181,18 @@ class PCMECLCriterion(nn.Module):
             if samples is None:
                 raise ValueError(f"edited_frames: got {tuple(edited_frames.shape)}; there is nothing to explain")
             loss = self._loss(samples)
+        (gradient,) = torch.autograd.grad(loss, edited_frames)
         norms = {}
-        for name, term in {"PCMECL": loss, **(beside or {})}.items():
-            (gradient,) = torch.autograd.grad(term, edited_frames, retain_graph=True, allow_unused=True)
-            if gradient is None:
+        for name, other in (beside or {}).items():
+            (of_other,) = torch.autograd.grad(other, edited_frames, retain_graph=True, allow_unused=True)
+            if of_other is None:
                 raise ValueError(f"beside: {name!r} does not depend on edited_frames")
-            norms[name] = float(gradient.norm())
+            norms[name] = float(of_other.norm())
         with torch.no_grad():
             asks = samples.source_emotion != samples.target_emotion
-            units = (F.normalize(x[asks], dim=-1) for x in (samples.source, samples.edited))
-            source, edited = units
+            source, edited = (F.normalize(x[asks], dim=-1) for x in (samples.source, samples.edited))
             lengths = (edited - source).norm(dim=-1)
-        return Explanation(float(loss), norms.pop("PCMECL"), norms, lengths.tolist(), self.min_change)
+        return Explanation(loss.item(), float(gradient.norm()), norms, lengths.tolist(), self.min_change)
 
     def _samples(
         self,
@@ -336,8 +336,9 @@ def _per_frame(name: str, index: Tensor, frames: torch.Size, device: torch.devic
     checks.check_integer(name, index)
     if index.shape == frames:
         return index.flatten().to(device)
-    in_a_row = len(frames) == 1 and len(index) and frames[0] % len(index) == 0 if index.ndim == 1 else False
-    if index.shape != frames[:1] and not in_a_row:
+    per_clip = index.shape == frames[:1]
+    in_a_row = len(frames) == index.ndim == 1 and len(index) > 0 and frames[0] % len(index) == 0
+    if not (per_clip or in_a_row):
         raise ValueError(f"{name}: takes one index per clip or frame of {tuple(frames)}, got {tuple(index.shape)}")
     return index.to(device).repeat_interleave(frames.numel() // max(len(index), 1))
 

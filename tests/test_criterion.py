@@ -508,16 +508,16 @@ def test_it_explains_how_strong_it_is_beside_other_losses(criterion):
     source, edited, individual, a, b = sample(6, 3, 32, 32)
     b[1] = a[1]
     anything = edited * 1.0
-    others = {"identity": (anything - source).abs().mean(), "all": 3 * anything.sum()}
+    others = {"identity": (anything - source).abs().mean(), "PCMECL": 3 * anything.sum()}
     explained = criterion.explain(source, anything, individual, a, b, beside=others)
     loss = criterion(source, edited, individual, a, b)
     assert explained.loss == pytest.approx(float(loss))
     assert explained.gradient == pytest.approx(float(torch.autograd.grad(loss, edited)[0].norm()), rel=1e-4)
-    assert explained.beside["all"] == pytest.approx(3 * edited.numel() ** 0.5)
+    assert explained.beside["PCMECL"] == pytest.approx(3 * edited.numel() ** 0.5)
     assert len(explained.changes) == 5
     assert all(0 < change < 2 for change in explained.changes)
-    assert f"all: gradient {explained.beside['all']:.3g}, as strong at a weight of" in str(explained)
-    (others["identity"] + others["all"]).backward()  # their graphs are still there
+    assert f"PCMECL: gradient {explained.beside['PCMECL']:.3g}, as strong at a weight of" in str(explained)
+    (others["identity"] + others["PCMECL"]).backward()  # their graphs are still there
 
 
 def test_it_explains_frames_that_need_no_gradient(criterion):

@@ -24,7 +24,7 @@ PCMECL_HD C inverse_change(C square, C least, bool of_units) {
   return of_units && sizeof(C) == 4 && bounded <= C(1e-12) ? C(0) : inverse_norm(bounded);
 }
 
-// |unit(δ)|² / max(|δ|, least)², which its gradient along itself is divided by: 0 where δ is divided by `least`.
+// What the part of its gradient along δ has as a factor: 1 / |δ|², or 0 where δ is divided by `least`, a constant.
 template <typename C>
 PCMECL_HD C inverse_change_square(C square, C least, C inverse) {
   return square <= least * least ? C(0) : inverse * inverse;

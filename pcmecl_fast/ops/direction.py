@@ -35,9 +35,9 @@ def direction_logits(
 ) -> Tensor:  # (B, E)
     """Cosines between an edit's change of image features and each change of emotion in the prompt bank.
 
-    c[e] = ⟨unit(δ), unit(d[e])⟩ as above, in [-1, 1] and without the logit scale. The source emotion's column stands
-    for no change and is 0. Two emotions with the same text features give 0 with gradient 0, and so does an edit that
-    changes nothing unless there is a `min_change`. Gradients flow to `source`, `edited` and `bank`.
+    c[e] = ⟨δ / max(|δ|, min_change), unit(d[e])⟩ as above, in [-1, 1] and without the logit scale. The source emotion's
+    column stands for no change and is 0. Two emotions with the same text features give 0 with gradient 0, and so does
+    an edit that changes nothing unless there is a `min_change`. Gradients flow to `source`, `edited` and `bank`.
 
     Args:
         source: image features of the source frames, (B, D); float16, bfloat16, float32 or float64.
