@@ -20,6 +20,7 @@ from summaries import means
 
 from pcmecl_fast import PromptBank, use_backend
 from pcmecl_fast.clip import load_clip
+from pcmecl_fast.criterion import MIN_CHANGE
 from pcmecl_fast.data import features
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.features import LiveFeatures, individual_conditions
@@ -273,6 +274,17 @@ def stage1(clip, tmp_path_factory):
 def bank_and_data(clip, stage1):
     data, _ = open_data(train_config(stage1))
     return PromptBank.load(stage1 / "bank.safetensors", clip), data
+
+
+def test_the_trainers_min_change_is_the_criterions():
+    assert TrainConfig().min_change == MIN_CHANGE  # a number there: options know nothing of PyTorch
+
+
+def test_the_noise_of_training_is_not_pointed_out(clip, stage1, tmp_path, caplog):
+    bank, data = bank_and_data(clip, stage1)
+    with caplog.at_level("WARNING"):
+        train_generator(clip, bank, data, train_config(tmp_path, steps=4, batch=8, jitter=0.1))
+    assert "takes RGB in [-1, 1]" not in caplog.text
 
 
 def test_stage_two_learns(clip, stage1, tmp_path):
