@@ -30,7 +30,7 @@ DOUBLE = Operator(
 @pytest.fixture(autouse=True)
 def _own_backends(monkeypatch):
     """Each test starts with the reference alone, nothing logged, and no PCMECL_BACKEND."""
-    for name in ("cpu", "triton", "cuda"):
+    for name in ("cpu", "triton", "cuda", "xformers"):
         monkeypatch.setitem(BACKENDS, name, Backend(name, missing=lambda: "it is not here"))
     monkeypatch.setattr(operator, "_logged", set())
     monkeypatch.delenv("PCMECL_BACKEND", raising=False)
@@ -144,13 +144,15 @@ def test_a_context_applies_to_its_own_task_only():
     "call", [lambda: double(backend="tpu"), lambda: use_backend("tpu"), lambda: double(backend="")]
 )
 def test_an_unknown_name_lists_the_known_ones(call):
-    with pytest.raises(ValueError, match="takes one of reference, cpu, triton, cuda, auto"):
+    with pytest.raises(ValueError, match="takes one of reference, cpu, triton, cuda, xformers, auto"):
         call()
 
 
 def test_an_unknown_name_in_the_environment_is_reported(monkeypatch):
     monkeypatch.setenv("PCMECL_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="PCMECL_BACKEND: got 'tpu'; takes one of reference, cpu, triton, cuda, auto"):
+    with pytest.raises(
+        ValueError, match="PCMECL_BACKEND: got 'tpu'; takes one of reference, cpu, triton, cuda, xformers, auto"
+    ):
         double()
 
 
@@ -265,7 +267,7 @@ def test_limits_give_both_the_check_and_its_message(limits, reason):
 def test_the_table_has_a_reason_for_each_backend_that_is_missing():
     add("cpu")
     table = {status.name: status for status in backend_status()}
-    assert list(table) == ["reference", "cpu", "triton", "cuda"]
+    assert list(table) == ["reference", "cpu", "triton", "cuda", "xformers"]
     assert table["reference"] == BackendStatus("reference", True, "")
     assert table["cpu"] == BackendStatus("cpu", True, "")
     assert table["triton"] == BackendStatus("triton", False, "it is not here")

@@ -240,7 +240,7 @@ WRONG = [
     ({"scale": torch.ones(1)}, ValueError, r"scale: got shape \(1,\); takes a number or a tensor of shape \(\)"),
     ({"scale": torch.tensor(1.0, device="meta")}, ValueError, "scale: got a tensor on meta; takes cpu, as visual"),
     ({"negatives": "some"}, ValueError, "negatives: got 'some'; takes one of all, within, distinct"),
-    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, auto"),
+    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, xformers, auto"),
 ]
 
 

@@ -276,7 +276,8 @@ def test_compiles_into_one_graph():
     assert_close_for(torch.float32)(loss, direction_loss(*inputs, individual, a, b, contrast=0.5))
     loss.backward()
     assert_all_finite(*(x.grad for x in inputs))
-    with pytest.raises(RuntimeError, match="target_emotion: an index is out of range; takes 0 to 3"):
+    # The reference asserts, as it does on a GPU; the others' kernels look themselves.
+    with pytest.raises((RuntimeError, IndexError), match=r"target_emotion: .*; takes 0 to 3"):
         compiled(*inputs, individual, a, b + 4, contrast=0.5)
 
 
@@ -325,7 +326,7 @@ WRONG = [
     ({"contrast": None}, TypeError, "contrast: got NoneType; takes a number"),
     ({"normalize": 1}, TypeError, "normalize: got int; takes True or False"),
     ({"reduction": "max"}, ValueError, "reduction: got 'max'; takes one of mean, sum, none"),
-    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, auto"),
+    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, xformers, auto"),
 ]
 
 

@@ -120,7 +120,7 @@ WRONG = [
     ({"std": (0.5, float("inf"), 0.5)}, ValueError, r"std\[1\]: got inf; takes a finite number"),
     ({"std": (0.5, 0, 0.5)}, ValueError, r"std: got \(0.5, 0.0, 0.5\); takes three numbers above 0"),
     ({"interpolation": "random"}, ValueError, "interpolation: got 'random'; takes one of bicubic, bilinear"),
-    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, auto"),
+    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, xformers, auto"),
 ]
 
 

@@ -166,7 +166,7 @@ WRONG = [
     ({"qkv": QKV[:, :, :2]}, ValueError, r"qkv: got shape \(2, 6, 2, 2, 4\); takes \(N, S, 3, H, d\)"),
     ({"qkv": QKV[:, :5]}, ValueError, r"qkv: got shape \(2, 5, 3, 2, 4\); .* with S = 6, as in layout"),
     ({"layout": (1, (2, 3))}, TypeError, "layout: got tuple; takes a PromptTree"),
-    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, auto"),
+    ({"backend": "tpu"}, ValueError, "backend: got 'tpu'; takes one of reference, cpu, triton, cuda, xformers, auto"),
 ]
 
 

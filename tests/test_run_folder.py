@@ -448,7 +448,7 @@ def test_an_unknown_backend_in_the_environment_is_refused(name, runs, tmp_path, 
         "backends": [],
     }
     line = wrong(capsys, name, *arguments.get(name, ["--out", tmp_path / "out"]))
-    assert "PCMECL_BACKEND: got 'gpu'; takes one of reference, cpu, triton, cuda, auto" in line
+    assert "PCMECL_BACKEND: got 'gpu'; takes one of reference, cpu, triton, cuda, xformers, auto" in line
     assert not (tmp_path / "out").exists()
 
 

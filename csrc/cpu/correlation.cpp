@@ -300,6 +300,6 @@ Gradients correlation_loss_backward(
   return gradients;
 }
 
-PCMECL_BIND(correlation_loss)
+PCMECL_BIND(correlation_loss, 0, 1, 2)
 
 }  // namespace pcmecl::cpu

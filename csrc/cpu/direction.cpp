@@ -2,6 +2,8 @@
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 
+#include <sstream>
+
 #include "kernels.h"
 #include "operators.h"
 
@@ -49,6 +51,23 @@ T* pointer_or_null(const std::optional<Tensor>& x) {
 // Samples that a thread gets at least: about 100k multiply-adds.
 int64_t grain(const Tensor& bank) {
   return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, bank.size(1) * bank.size(2))) * 4;
+}
+
+// In the words of pcmecl_fast/ops/checks.py.
+void check_range(const char* name, const Tensor& index, int64_t size, const char* of) {
+  const int64_t* values = pointer<int64_t>(index);
+  for (int64_t k = 0; k < index.numel(); ++k)
+    if (values[k] < 0 || values[k] >= size) {
+      std::ostringstream message;
+      message << name << ": got " << values[k] << " at position " << k << "; takes 0 to " << size - 1 << " (" << of
+              << ")";
+      throw pybind11::index_error(message.str());
+    }
+}
+
+void check_samples(const Tensor& bank, const Tensor& individual, const Tensor& source_emotion) {
+  check_range("individual", individual, bank.size(0), "individuals in bank");
+  check_range("source_emotion", source_emotion, bank.size(1), "emotions in bank");
 }
 
 template <typename T>
@@ -145,6 +164,7 @@ Tensor direction_logits(
     const Tensor& individual,      // (B,) int64
     const Tensor& source_emotion,  // (B,) int64
     bool normalize, double min_change) {
+  check_samples(bank, individual, source_emotion);
   Tensor logits = at::empty({source.size(0), bank.size(1)}, source.options());
   for_dtype(source, [&](auto zero) {
     using T = decltype(zero);
@@ -177,6 +197,8 @@ std::tuple<Tensor, Tensor> direction_loss(  // the loss, () or (B,), and the num
     const std::optional<Tensor>& scale,  // ()
     double scale_number, double contrast, bool normalize, double min_change,
     const std::string& reduction) {
+  check_samples(bank, individual, source_emotion);
+  check_range("target_emotion", target_emotion, bank.size(1), "emotions in bank");
   const at::TensorOptions wide = computing(source);
   Tensor losses = at::empty({source.size(0)}, wide), divisor = at::empty({}, wide), loss = losses;
   for_dtype(source, [&](auto zero) {
@@ -235,7 +257,7 @@ Gradients direction_loss_backward(
   return gradients;
 }
 
-PCMECL_BIND(direction_logits)
-PCMECL_BIND(direction_loss)
+PCMECL_BIND(direction_logits, 0, 1, 2)
+PCMECL_BIND(direction_loss, 0, 1, 2, 6)
 
 }  // namespace pcmecl::cpu

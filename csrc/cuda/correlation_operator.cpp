@@ -208,6 +208,6 @@ Gradients correlation_loss_backward(
   return Run(visual, text, scale_argument, mask, negatives).backward(grad, visual, scale, row_sum, column_sum, needs);
 }
 
-PCMECL_BIND(correlation_loss)
+PCMECL_BIND(correlation_loss, 0, 1, 2)
 
 }  // namespace pcmecl::cuda

@@ -4,6 +4,8 @@
 // to emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and
 // writes the result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by
 // memory.
+#include <c10/macros/Macros.h>
+
 #include "kernels.h"
 #include "scale.h"
 #include "warp.h"
@@ -222,10 +224,24 @@ struct Sample {
   }
 };
 
+__device__ __forceinline__ bool in_range(int64_t index, int64_t size) { return uint64_t(index) < uint64_t(size); }
+
+// Fails at the next synchronisation; the backward reads the same indices.
+template <typename T>
+__device__ __forceinline__ void check_indices(const Direction<T>& args, int64_t sample) {
+  CUDA_KERNEL_ASSERT(in_range(args.individual[sample], args.individuals) && "individual: an index is out of range");
+  CUDA_KERNEL_ASSERT(
+      in_range(args.source_emotion[sample], args.emotions) && "source_emotion: an index is out of range");
+  if (args.target_emotion)
+    CUDA_KERNEL_ASSERT(
+        in_range(args.target_emotion[sample], args.emotions) && "target_emotion: an index is out of range");
+}
+
 template <typename T, int V, int G>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 6) forward_kernel(const Direction<T> args) {
   const int64_t k = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   if (k >= args.samples) return;
+  check_indices(args, k);
   Sample<T, V, G> sample(args, k);
   float result = 0, weight;
   if (sample.valid()) {

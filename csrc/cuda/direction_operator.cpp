@@ -11,7 +11,8 @@ Direction<T> make_arguments(
     const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
     const Tensor& source_emotion, bool normalize, double min_change) {
   Direction<T> args = {};
-  args.samples = source.size(0), args.width = source.size(1), args.emotions = int(bank.size(1));
+  args.samples = source.size(0), args.width = source.size(1);
+  args.individuals = bank.size(0), args.emotions = int(bank.size(1));
   args.source = pointer<T>(source), args.edited = pointer<T>(edited), args.bank = pointer<T>(bank);
   args.individual = pointer<int64_t>(individual), args.source_emotion = pointer<int64_t>(source_emotion);
   args.normalize = normalize, args.min_change = float(min_change);
@@ -128,7 +129,7 @@ Gradients direction_loss_backward(
   return gradients;
 }
 
-PCMECL_BIND(direction_logits)
-PCMECL_BIND(direction_loss)
+PCMECL_BIND(direction_logits, 0, 1, 2)
+PCMECL_BIND(direction_loss, 0, 1, 2, 6)
 
 }  // namespace pcmecl::cuda

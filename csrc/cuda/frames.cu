@@ -4,11 +4,7 @@
 // A block owns 16 × 64 new pixels of a plane. It mixes the old rows it needs, 16 bytes of neighbouring columns a load,
 // into shared memory, at most 128 columns at a time, and then the columns from there; a thread owns four rows of one
 // column. It reads each old pixel about once per tile from memory (again from the cache for every tap) and writes each
-// new one once. Bound by memory at CLIP's sizes. The bands are small tables that a first kernel makes: no copy from the
-// host is waited for.
-#include <algorithm>
-#include <vector>
-
+// new one once. Bound by memory at CLIP's sizes. The bands are small tables that the driver keeps on the device.
 #include "kernels.h"
 #include "warp.h"
 
@@ -18,59 +14,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRows = 16, kColumns = 64, kRowsOfThread = kRows * kColumns / kThreads;
 constexpr int kChunk = 128, kStride = kChunk + 4;
-
-__device__ double sum_of_weights(const ResizeWindow& window) {
-  double total = 0;
-  for (int64_t pixel = window.first; pixel < window.last; ++pixel) total += resize_weight(window, pixel);
-  return total;
-}
-
-__device__ void fill_pixel(const Band& band, Filter filter, int pixel) {
-  const ResizeWindow window = resize_window(filter, pixel, band.before, band.after);
-  const double total = sum_of_weights(window);
-  const int first = int(window.first) < band.before - band.taps ? int(window.first) : band.before - band.taps;
-  band.first[pixel] = first;
-  for (int tap = 0; tap < band.taps; ++tap) {
-    const bool inside = first + tap >= window.first && first + tap < window.last;
-    band.weights[tap * band.after + pixel] = inside ? float(resize_weight(window, first + tap) / total) : 0.0f;
-  }
-}
-
-// The band's pixels are the resize's old ones. Windows move on with their pixel, so those that hold an old pixel follow
-// one another: the first is searched for.
-__device__ void fill_pixel_transposed(const Band& band, Filter filter, int old) {
-  int low = 0, high = band.before - 1;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (resize_window(filter, middle, band.after, band.before).last > old)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  const int first = low < band.before - band.taps ? low : band.before - band.taps;
-  band.first[old] = first;
-  for (int tap = 0; tap < band.taps; ++tap) {
-    const ResizeWindow window = resize_window(filter, first + tap, band.after, band.before);
-    const bool inside = old >= window.first && old < window.last;
-    band.weights[tap * band.after + old] = inside ? float(resize_weight(window, old) / sum_of_weights(window)) : 0.0f;
-  }
-}
-
-__device__ void fill(const Band& band, Filter filter, bool transposed) {
-  const int pixel = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (pixel >= band.after) return;
-  if (transposed)
-    fill_pixel_transposed(band, filter, pixel);
-  else
-    fill_pixel(band, filter, pixel);
-}
-
-__global__ void bands_kernel(const Band rows, const Band columns, Filter filter, bool transposed) {
-  if (blockIdx.y == 0)
-    fill(rows, filter, transposed);
-  else
-    fill(columns, filter, transposed);
-}
 
 // Old columns [start, start + kChunk) of the tile's rows.
 template <typename T, int V>
@@ -133,26 +76,6 @@ __global__ void __launch_bounds__(kThreads, 3) resize_kernel(const Frames<T> arg
 }
 
 }  // namespace
-
-int resize_taps(Filter filter, int before, int after, bool transposed) {
-  int64_t taps = 1;
-  std::vector<int64_t> held(transposed ? before : 0, 0);
-  for (int pixel = 0; pixel < after; ++pixel) {
-    const ResizeWindow window = resize_window(filter, pixel, before, after);
-    if (transposed)
-      for (int64_t old = window.first; old < window.last; ++old) taps = std::max(taps, ++held[old]);
-    else
-      taps = std::max(taps, window.last - window.first);
-  }
-  return int(taps);
-}
-
-void fill_bands(const Band& rows, const Band& columns, Filter filter, bool transposed) {
-  constexpr int threads = 64;
-  launch(
-      bands_kernel, {blocks(std::max(rows.after, columns.after), threads), 2}, threads, 0, rows, columns, filter,
-      transposed);
-}
 
 template <typename T>
 void resize_frames(const Frames<T>& args) {

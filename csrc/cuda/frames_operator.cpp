@@ -1,33 +1,50 @@
 // clip_frames on tensors.
+#include <map>
+#include <mutex>
+
+#include "../common/bands.h"
+#include "kept.h"
 #include "operators.h"
 
 namespace pcmecl::cuda {
 namespace {
 
-// A band's tables, allocated; filled by `fill_bands`. `before` and `after` are the resize's, also for its transpose.
-struct Table {
-  Tensor first, weights;
-  Band band;
+// A resize along one side, or its transpose. The host makes its table at the first call for its sizes and device.
+struct Side {
+  Filter filter;
+  int64_t before, after;
+  bool transposed;
 
-  Table(Filter filter, int64_t before, int64_t after, bool transposed, const Tensor& like) {
-    band.before = int(transposed ? after : before), band.after = int(transposed ? before : after);
-    band.taps = resize_taps(filter, int(before), int(after), transposed);
-    first = at::empty({band.after}, like.options().dtype(at::kInt));
-    weights = at::empty({band.taps, band.after}, in_float(like));
-    band.first = pointer<int>(first), band.weights = pointer<float>(weights);
+  Band band(c10::DeviceIndex device) const {
+    static std::mutex making;
+    static std::map<std::tuple<Filter, int64_t, int64_t, bool, c10::DeviceIndex>, Band> made;
+    const std::lock_guard<std::mutex> one_at_a_time(making);
+    const auto key = std::tuple(filter, before, after, transposed, device);
+    if (const auto found = made.find(key); found != made.end()) return found->second;
+    return made[key] = make_band();
+  }
+
+ private:
+  Band make_band() const {
+    const BandWeights weights = resize_weights(filter, before, after);
+    const BandTable<float> table(transposed ? pcmecl::transposed(weights) : weights);
+    return {
+        int(table.before), int(table.after), int(table.taps),
+        static_cast<const int*>(keep_on_device(table.first.data(), table.first.size() * sizeof(int))),
+        static_cast<const float*>(keep_on_device(table.weights.data(), table.weights.size() * sizeof(float)))};
   }
 };
 
 void resize(
     const Tensor& in, const Tensor& out, const Tensor& frames, int64_t size, Filter filter, bool transposed,
     const std::vector<double>& gain, const std::vector<double>& bias) {
-  const Table rows(filter, frames.size(2), size, transposed, frames);
-  const Table columns(filter, frames.size(3), size, transposed, frames);
   if (frames.numel() == 0) return;
-  fill_bands(rows.band, columns.band, filter, transposed);
+  const c10::DeviceIndex device = frames.device().index();
+  const Band rows = Side{filter, frames.size(2), size, transposed}.band(device);
+  const Band columns = Side{filter, frames.size(3), size, transposed}.band(device);
   for_dtype(frames, [&](auto zero) {
     using T = decltype(zero);
-    Frames<T> args = {in.size(0) * 3, pointer<T>(in), pointer<T>(out), rows.band, columns.band};
+    Frames<T> args = {in.size(0) * 3, pointer<T>(in), pointer<T>(out), rows, columns};
     for (int channel = 0; channel < 3; ++channel)
       args.gain[channel] = float(gain[channel]), args.bias[channel] = float(bias[channel]);
     resize_frames(args);
@@ -59,6 +76,6 @@ Gradients clip_frames_backward(
   return {of_frames};
 }
 
-PCMECL_BIND(clip_frames)
+PCMECL_BIND(clip_frames, 0)
 
 }  // namespace pcmecl::cuda

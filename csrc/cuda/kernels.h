@@ -7,8 +7,6 @@
 
 #include <cstdint>
 
-#include "../common/resize.h"
-
 namespace pcmecl::cuda {
 
 struct Scale {
@@ -19,7 +17,7 @@ struct Scale {
 // direction_loss and direction_logits.
 template <typename T>
 struct Direction {
-  int64_t samples, width;
+  int64_t samples, individuals, width;
   int emotions;                   // at most 32
   const T* source;                // (B, D)
   const T* edited;                // (B, D)
@@ -168,8 +166,8 @@ void tree_backward(const Tree<T>& args, const TreeLayout& layout);
 // clip_frames: a linear map of rows and one of columns, both banded.
 struct Band {
   int before, after, taps;
-  int* first;      // (after,): the first old pixel of each new one; first + taps stays inside `before`
-  float* weights;  // (taps, after), 0 where a pixel needs fewer
+  const int* first;      // (after,): the first old pixel of each new one; first + taps stays inside `before`
+  const float* weights;  // (taps, after), 0 where a pixel needs fewer
 };
 
 template <typename T>
@@ -181,9 +179,6 @@ struct Frames {
   float gain[3], bias[3];  // out = gain[plane % 3] · resized + bias[plane % 3]
 };
 
-int resize_taps(Filter filter, int before, int after, bool transposed);
-// Fills the bands of the resize, or of its transpose (which then map the resize's new pixels to its old ones).
-void fill_bands(const Band& rows, const Band& columns, Filter filter, bool transposed);
 template <typename T>
 void resize_frames(const Frames<T>& args);
 

@@ -51,6 +51,6 @@ Gradients tree_attention_backward(
   return {of_qkv};
 }
 
-PCMECL_BIND(tree_attention)
+PCMECL_BIND(tree_attention, 0)
 
 }  // namespace pcmecl::cuda

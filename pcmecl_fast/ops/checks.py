@@ -31,26 +31,30 @@ class Sizes:
     def __init__(self, needed: str = "") -> None:
         """`needed`: letters that must not be 0."""
         self._needed = needed
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str | int, int] = {}
         self._named_by: dict[str, str] = {}
 
     def check(self, name: str, value: Tensor, dims: Sequence[str | int]) -> None:
         """Raise unless `value` has these dimensions: a letter takes any size, the same in every argument."""
-        if value.dim() != len(dims):
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)}")
-        for dim, size in zip(dims, value.shape, strict=True):
-            if isinstance(dim, int):
-                if size != dim:
-                    raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)}")
-            elif dim not in self._sizes:
-                if not size and dim in self._needed:
-                    raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)} with {dim} ≥ 1")
-                self._sizes[dim], self._named_by[dim] = size, name
-            elif size != self._sizes[dim]:
-                raise ValueError(
-                    f"{name}: got shape {tuple(value.shape)}; takes {_text(dims)} with {dim} = {self._sizes[dim]}, "
-                    f"as in {self._named_by[dim]}"
-                )
+        shape = value.shape
+        if len(shape) != len(dims):
+            raise ValueError(f"{name}: got shape {tuple(shape)}; takes {_text(dims)}")
+        for dim, size in zip(dims, shape):  # noqa: B905 - as many; `strict` takes a third longer
+            if self._sizes.get(dim, dim) != size:
+                self._add(dim, size, name, shape, dims)
+
+    def _add(self, dim: str | int, size: int, name: str, shape: torch.Size, dims: Sequence[str | int]) -> None:
+        """A letter's first value; raise if it is not the first, or not a letter."""
+        if isinstance(dim, int):
+            raise ValueError(f"{name}: got shape {tuple(shape)}; takes {_text(dims)}")
+        if dim in self._sizes:
+            raise ValueError(
+                f"{name}: got shape {tuple(shape)}; takes {_text(dims)} with {dim} = {self._sizes[dim]}, "
+                f"as in {self._named_by[dim]}"
+            )
+        if not size and dim in self._needed:
+            raise ValueError(f"{name}: got shape {tuple(shape)}; takes {_text(dims)} with {dim} ≥ 1")
+        self._sizes[dim], self._named_by[dim] = size, name
 
     def __getitem__(self, letter: str) -> int:
         return self._sizes[letter]
@@ -73,20 +77,25 @@ def check_bool(name: str, value: Any) -> None:
 def check_integer(name: str, value: Any) -> None:
     """Raise unless `value` is a tensor of an integer dtype (bool is not one)."""
     _check_tensor(name, value)
-    if value.dtype == torch.bool or value.dtype.is_floating_point or value.dtype.is_complex:
+    dtype = value.dtype
+    if dtype is not torch.int64 and (dtype is torch.bool or dtype.is_floating_point or dtype.is_complex):
         raise TypeError(f"{name}: got {value.dtype}; takes an integer dtype such as torch.int64")
 
 
 def alike(**tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in one dtype; raises unless all share the first one's, or autocast is on and widens them."""
-    (first_name, first), *others = tensors.items()
-    if any(value.dtype != first.dtype for _, value in others) and autocast_is_on(first.device.type):
-        dtype = reduce(torch.promote_types, (value.dtype for value in tensors.values()))
-        return tuple(value.to(dtype) for value in tensors.values())
-    for name, value in others:
-        if value.dtype != first.dtype:
-            raise TypeError(f"{name}: got {value.dtype}; takes {first.dtype}, as {first_name} (convert one of them)")
-    return tuple(tensors.values())
+    values = tuple(tensors.values())
+    first = values[0]
+    for name, value in tensors.items():
+        if value.dtype is first.dtype:
+            continue
+        if autocast_is_on(first.device.type):
+            dtype = reduce(torch.promote_types, (value.dtype for value in values))
+            return tuple(value.to(dtype) for value in values)
+        raise TypeError(
+            f"{name}: got {value.dtype}; takes {first.dtype}, as {next(iter(tensors))} (convert one of them)"
+        )
+    return values
 
 
 def autocast_is_on(kind: str) -> bool:
@@ -102,11 +111,13 @@ def autocast_off(x: Tensor) -> AbstractContextManager[object]:
 
 def check_one_device(**tensors: Tensor | None) -> None:
     """Raise unless the tensors lie on one device, that of the first."""
-    (first_name, first), *others = tensors.items()
-    assert first is not None
-    for name, value in others:
-        if value is not None and value.device != first.device:
-            raise ValueError(f"{name}: got a tensor on {value.device}; takes {first.device}, as {first_name}")
+    device = None
+    for name, value in tensors.items():
+        if device is None:
+            assert value is not None
+            first, device = name, value.device
+        elif value is not None and value.device != device:
+            raise ValueError(f"{name}: got a tensor on {value.device}; takes {device}, as {first}")
 
 
 def check_scale(scale: Any) -> None:

@@ -14,6 +14,7 @@ A direction has no length, so its gradient is about 1/|δ|: 1e4 for an edit that
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pcmecl_fast.ops import checks, reference
@@ -63,8 +64,8 @@ def direction_logits(
     """
     sizes = checks.Sizes(needed="D")
     source, edited, bank = _checked_features(sizes, source, edited, bank, normalize, min_change)
-    individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
-    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
+    individual = _checked_index(sizes, "individual", individual, source)
+    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source)
     return DIRECTION_LOGITS(
         source, edited, bank, individual, source_emotion, normalize, float(min_change), backend=backend
     )
@@ -127,9 +128,9 @@ def direction_loss(
         checks.check_one_device(source=source, scale=scale)
     checks.check_at_least_0("contrast", contrast)
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    individual = _checked_index(sizes, "individual", individual, source, bank.shape[0], "individuals in bank")
-    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source, bank.shape[1], "emotions in bank")
-    target_emotion = _checked_index(sizes, "target_emotion", target_emotion, source, bank.shape[1], "emotions in bank")
+    individual = _checked_index(sizes, "individual", individual, source)
+    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source)
+    target_emotion = _checked_index(sizes, "target_emotion", target_emotion, source)
     return DIRECTION_LOSS(
         source,
         edited,
@@ -152,21 +153,31 @@ def _checked_features(
     for name, value, dims in (("source", source, "BD"), ("edited", edited, "BD"), ("bank", bank, "NED")):
         checks.check_float(name, value)
         sizes.check(name, value, dims)
-    features = checks.alike(source=source, edited=edited, bank=bank)
     checks.check_one_device(source=source, edited=edited, bank=bank)
     checks.check_flag("normalize", normalize)
     checks.check_at_least_0("min_change", min_change)
-    return features
+    return checks.alike(source=source, edited=edited, bank=bank)
 
 
-def _checked_index(sizes: checks.Sizes, name: str, index: Tensor, source: Tensor, size: int, of: str) -> Tensor:
-    """The index as int64, in range, one for each row of `source`."""
+def _checked_index(sizes: checks.Sizes, name: str, index: Tensor, source: Tensor) -> Tensor:
+    """The index as int64, one for each row of `source`."""
+    if isinstance(index, Tensor) and index.dtype is torch.int64 and index.shape == source.shape[:1]:
+        checks.check_one_device(source=source, **{name: index})
+        return index
     checks.check_integer(name, index)
     sizes.check(name, index, "B")
     checks.check_one_device(source=source, **{name: index})
-    index = index.long()
-    checks.check_index_range(name, index, size, of)
-    return index
+    return index.long()
+
+
+def _check_ranges(
+    source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor, *rest: object
+) -> None:
+    """Raise IndexError unless every index is in range; the kernels word it the same."""
+    checks.check_index_range("individual", individual, bank.shape[0], "individuals in bank")
+    checks.check_index_range("source_emotion", source_emotion, bank.shape[1], "emotions in bank")
+    if isinstance(rest[0], Tensor):
+        checks.check_index_range("target_emotion", rest[0], bank.shape[1], "emotions in bank")
 
 
 def _logits_outputs(source: Tensor, edited: Tensor, bank: Tensor, *rest: object) -> tuple[Tensor]:
@@ -192,6 +203,7 @@ DIRECTION_LOGITS = Operator(
     gradients=("source", "edited", "bank"),
     outputs=_logits_outputs,
     sizes=_SIZES,
+    check_values=_check_ranges,
 )
 DIRECTION_LOSS = Operator(
     reference.direction_loss,
@@ -201,4 +213,5 @@ DIRECTION_LOSS = Operator(
     outputs=_loss_outputs,
     saved=("divisor",),
     sizes=_SIZES,
+    check_values=_check_ranges,
 )

@@ -9,7 +9,9 @@ else "auto", the fastest that supports the arguments. Kernels run inside a pair 
 kernels, autocast, contiguity and the error of a second derivative live here, once for every operator and backend.
 
 Autograd is two `torch.autograd.Function`s registered under the Autograd key: `torch.library.register_autograd` would
-cost 25 µs more per call, as long as some of these operators take in total.
+cost 25 µs more per call, as long as some of these operators take in total. A call that nobody observes (`_unobserved`)
+goes past the dispatcher altogether: the four Python functions that it calls take 50 µs more. Through a third
+`autograd.Function`, or through one in C++ where a backend has it (csrc/common/differentiable.h).
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from pcmecl_fast.ops.checks import autocast_off
+from pcmecl_fast.ops import autograd
+from pcmecl_fast.ops.checks import autocast_is_on
+from pcmecl_fast.ops.choice import FASTEST_FIRST, chosen
 
 NAMESPACE = "pcmecl_fast"
-FASTEST_FIRST = ("cuda", "triton", "cpu", "reference")
-"""The order in which "auto" tries the backends. Whether `cuda` beats `triton` has not been measured yet: it comes first
-because it compiles nothing on the first call."""
-NAMES = (*reversed(FASTEST_FIRST), "auto")
+NAMES = (*reversed(FASTEST_FIRST), "xformers", "auto")
 
 logger = logging.getLogger("pcmecl_fast")
 
@@ -94,13 +96,15 @@ class Implementation(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
     limits: Limits | None
+    checks_values_on: tuple[str, ...]
+    differentiable: Callable[..., Tensor] | None
 
 
 class Backend:
     """One way of running operators, and its kernels.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda".
+        name: "reference", "cpu", "triton", "cuda" or "xformers".
         missing: returns why the backend cannot run here at all and how to get it, or None if it can. Called each time.
     """
 
@@ -115,6 +119,8 @@ class Backend:
         forward: Callable[..., Any],
         backward: Callable[..., Any] | None = None,
         limits: Limits | None = None,
+        checks_values_on: tuple[str, ...] = (),
+        differentiable: Callable[..., Tensor] | None = None,
     ) -> None:
         """Add an operator.
 
@@ -126,8 +132,13 @@ class Backend:
                 None where `needs` is False, for each name in the operator's `gradients`. Without it, `forward` takes
                 the operator's arguments as they are and is differentiated by PyTorch.
             limits: what the two support; None for everything the operator accepts.
+            checks_values_on: types of device where `forward` itself refuses what the operator's `check_values` refuses.
+            differentiable: takes what `forward` takes, under autograd, and returns the result: the two where autograd
+                needs no Python. For contiguous tensors; it sees to autocast itself.
         """
-        self.implementations[operator.name] = Implementation(forward, backward, limits)
+        self.implementations[operator.name] = Implementation(
+            forward, backward, limits, checks_values_on, differentiable
+        )
 
     def takes(self, operator: Operator, device: str) -> bool:
         """Whether the operator's kernels, if there are any, work on this type of device."""
@@ -162,7 +173,7 @@ class BackendStatus:
 
 
 def backend_status() -> list[BackendStatus]:
-    """What can run here: a record (name, available, reason) for "reference", "cpu", "triton" and "cuda"."""
+    """What can run here: a record (name, available, reason) for each of the backends."""
     reasons = {name: BACKENDS[name].missing() for name in NAMES if name != "auto"}
     return [BackendStatus(name, reason is None, reason or "") for name, reason in reasons.items()]
 
@@ -174,7 +185,7 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     The backward pass runs where its forward ran.
 
     Args:
-        name: "reference", "cpu", "triton", "cuda" or "auto".
+        name: "reference", "cpu", "triton", "cuda", "xformers" or "auto".
 
     Raises:
         ValueError: an unknown name.
@@ -298,6 +309,8 @@ class Operator:
         saved: names of the tensors that the forward saves for the backward in addition to its arguments.
         keeps_result: whether the backward also gets the result, before the saved ones.
         sizes: the quantities `Limits` may bound: functions of the operator's arguments, by name.
+        check_values: raises if a tensor among the operator's arguments holds a value that it does not take, such as an
+            index out of range; called unless the backend's kernels check that themselves.
     """
 
     def __init__(
@@ -310,9 +323,11 @@ class Operator:
         saved: Sequence[str] = (),
         keeps_result: bool = False,
         sizes: Mapping[str, Callable[..., float]] | None = None,
+        check_values: Callable[..., None] = lambda *arguments: None,
     ) -> None:
         self.name = reference.__name__
         self.reference = reference
+        self._check_values = check_values
         self.sizes = dict(sizes or {})
         self._outputs = outputs
         REFERENCE.add(self, reference)
@@ -327,6 +342,7 @@ class Operator:
         names = [name for _, name in declared]
         self._gradients = [names.index(name) for name in gradients]
         self._tensors = [i for i, (kind, _) in enumerate(declared) if kind in ("Tensor", "Tensor?")]
+        self._gradients_among_tensors = [self._tensors.index(i) for i in self._gradients]
 
         kept = (["result"] if keeps_result else []) + list(saved)
         backward = ", ".join(["Tensor grad", flat, *(f"Tensor {name}" for name in kept), "bool[] needs", "str backend"])
@@ -334,7 +350,8 @@ class Operator:
         _library.define(f"{self.name}_backward({backward}) -> {_tensors(len(gradients))}")
         self._forward = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._backward = getattr(getattr(torch.ops, NAMESPACE), f"{self.name}_backward").default
-        self._function, self._twice = _differentiable_once(self), _not_differentiable_twice(self)
+        self._function, self._twice = autograd.differentiable_once(self), autograd.not_differentiable_twice(self)
+        self._direct_function = autograd.differentiable_directly(self)
         for name, run, differentiate, fake in (
             (self.name, self._run_forward, self._differentiate, self._fake_forward),
             (f"{self.name}_backward", self._run_backward, self._differentiate_backward, self._fake_backward),
@@ -346,18 +363,30 @@ class Operator:
     def __call__(self, *arguments: Any, backend: str | None) -> Any:
         """Run on the chosen backend; a named one that cannot run raises RuntimeError, "auto" tries the next."""
         requested = requested_backend(backend)
-        if not torch.compiler.is_compiling() and _explaining.get():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _explaining.get():
+            self._check_values(*arguments)
             return self._explanation(requested, arguments)
         name = self._fastest(arguments) if requested == "auto" else self._checked(requested, arguments)
-        implementation = BACKENDS[name].implementations[self.name]
+        implementation = self._implementation(name)
+        if not _checked_by_kernels(implementation, arguments[0]):
+            self._check_values(*arguments)
         if implementation.backward is None:
             return implementation.forward(*arguments)
-        results = self._forward(*self._flat(arguments), name)
+        flat = self._flat(arguments)
+        if not compiling and self._unobserved(flat):
+            if implementation.differentiable is not None:
+                self._make_contiguous(flat)
+                return implementation.differentiable(*flat)
+            if torch.is_grad_enabled() and self._differentiated(flat):
+                return self._direct_function.apply(name, flat, *[flat[i] for i in self._tensors])
+            return self._results(implementation, flat)[0]
+        results = self._forward(*flat, name)
         return results[0] if isinstance(results, tuple) else results
 
     def _fastest(self, arguments: Sequence[Any]) -> str:
-        device = arguments[0].device.type
-        for name in FASTEST_FIRST:
+        device, order = arguments[0].device.type, self._order(arguments[0])
+        for name in order:
             # Asking whether there is a GPU takes longer than seeing that the tensors are not on one.
             backend = BACKENDS[name]
             if backend.takes(self, device) and backend.unsupported_reason(self, arguments) is None:
@@ -365,10 +394,16 @@ class Operator:
         if not torch.compiler.is_compiling() and (self.name, name) not in _logged:
             _logged.add((self.name, name))
             explanation = self._explanation("auto", arguments)
-            faster = FASTEST_FIRST[: FASTEST_FIRST.index(name)]
+            faster = order[: order.index(name)]
             reasons = {other: reason for other, reason in explanation.why_not.items() if other in faster}
             logger.info("%s runs on %s%s", self.name, name, _in_short(reasons))
         return name
+
+    def _order(self, first: Tensor) -> tuple[str, ...]:
+        """The backends that "auto" tries, the fastest first."""
+        if not first.is_cuda:
+            return FASTEST_FIRST
+        return chosen(self.name, _gpu_name(first.device), _word(first.dtype)).fastest_first
 
     def _checked(self, name: str, arguments: Sequence[Any]) -> str:
         reason = BACKENDS[name].unsupported_reason(self, arguments)
@@ -377,37 +412,83 @@ class Operator:
         return name
 
     def _explanation(self, requested: str, arguments: Sequence[Any]) -> Explanation:
-        reasons = {name: BACKENDS[name].unsupported_reason(self, arguments) for name in FASTEST_FIRST}
+        order = self._order(arguments[0])
+        reasons = {name: BACKENDS[name].unsupported_reason(self, arguments) for name in order}
         if requested == "auto":
-            chosen = next(name for name, reason in reasons.items() if reason is None)
-            otherwise = f"slower than {chosen}"
+            name = next(name for name, reason in reasons.items() if reason is None)
+            otherwise = f"slower than {name}"
         else:
-            chosen, otherwise = self._checked(requested, arguments), f"{requested} was requested"
+            name, otherwise = self._checked(requested, arguments), f"{requested} was requested"
         return Explanation(
-            self.name, chosen, {name: reason or otherwise for name, reason in reasons.items() if name != chosen}
+            self.name, name, {other: reason or otherwise for other, reason in reasons.items() if other != name}
         )
 
     def _flat(self, arguments: Sequence[Any]) -> list[Any]:
         """The arguments in the form of the schema."""
         flat: list[Any] = []
         for flatten, value in zip(self._composite, arguments, strict=True):
-            flat += [value] if flatten is None else flatten(value)
+            if flatten is None:
+                flat.append(value)
+            else:
+                flat += flatten(value)
         return flat
 
+    def _implementation(self, backend: str) -> Implementation:
+        return BACKENDS[backend].implementations[self.name]
+
+    def _unobserved(self, flat: Sequence[Any]) -> bool:
+        """Whether nothing but the kernels would see the arguments pass the dispatcher."""
+        for i in self._tensors:
+            kind = type(flat[i])
+            if kind is not Tensor and kind is not torch.nn.Parameter and flat[i] is not None:
+                return False
+        return not autograd.watched()
+
+    def _results(self, implementation: Implementation, flat: list[Any]) -> tuple[Tensor, ...]:
+        """What the kernels' forward returns; `flat`'s tensors become contiguous."""
+        self._make_contiguous(flat)
+        results = _outside_autocast(implementation.forward, flat)
+        return (results,) if isinstance(results, Tensor) else results
+
+    def _gradients_of(self, implementation: Implementation, flat: list[Any]) -> Sequence[Tensor | None]:
+        """What the kernels' backward returns; `flat`, which begins with the result's gradient, becomes contiguous."""
+        assert implementation.backward is not None
+        flat[0] = flat[0].contiguous()
+        self._make_contiguous(flat, first=1)
+        return _outside_autocast(implementation.backward, flat)
+
+    def _make_contiguous(self, flat: list[Any], first: int = 0) -> None:
+        """The arguments' tensors; they begin at `first`."""
+        for i in self._tensors:
+            if flat[first + i] is not None and not flat[first + i].is_contiguous():
+                flat[first + i] = flat[first + i].contiguous()
+
+    def _differentiated(self, flat: Sequence[Any]) -> bool:
+        """Whether autograd is to know: of a forward derivative too, which it then refuses."""
+        inputs = (flat[i] for i in self._gradients)
+        return any(x is not None and x.requires_grad for x in inputs) or torch.autograd.forward_ad._current_level >= 0
+
     def _run_forward(self, *arguments: Any) -> Any:
-        *arguments, backend = arguments  # type: ignore[assignment]
-        forward = BACKENDS[backend].implementations[self.name].forward
-        with autocast_off(arguments[0]):
-            results = forward(*map(_contiguous, arguments))
-        return results if isinstance(results, Tensor) else _returned(results)
+        *flat, backend = arguments
+        self._check_devices(flat, backend)
+        return _returned(self._results(self._implementation(backend), flat))
 
     def _run_backward(self, *arguments: Any) -> Any:
-        *arguments, needs, backend = arguments  # type: ignore[assignment]
-        backward = BACKENDS[backend].implementations[self.name].backward
-        assert backward is not None
-        with autocast_off(arguments[0]):
-            gradients = backward(*map(_contiguous, arguments), needs)
-        return _returned([arguments[0].new_empty(0) if gradient is None else gradient for gradient in gradients])
+        *flat, needs, backend = arguments
+        self._check_devices(flat, backend)
+        gradients = self._gradients_of(self._implementation(backend), [*flat, needs])
+        return _returned([flat[0].new_empty(0) if gradient is None else gradient for gradient in gradients])
+
+    def _check_devices(self, flat: Sequence[Any], backend: str) -> None:
+        """Nothing has checked the arguments of a bare `torch.ops` call, and kernels follow their pointers."""
+        device = flat[0].device
+        for x in flat:
+            if isinstance(x, Tensor) and x.device != device:
+                raise RuntimeError(
+                    f"{self.name}: got tensors on {device} and on {x.device}; takes tensors on one device"
+                )
+        if not BACKENDS[backend].takes(self, device.type):
+            raise RuntimeError(f"backend {backend!r} cannot run {self.name}: got a tensor on {device}")
 
     def _fake_forward(self, *arguments: Any) -> Any:
         return _returned(self._outputs(*arguments[:-1]))
@@ -420,8 +501,7 @@ class Operator:
         )
 
     def _differentiate(self, *arguments: Any) -> Any:
-        inputs = (arguments[i] for i in self._gradients)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        if torch.is_grad_enabled() and self._differentiated(arguments):
             return self._function.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return self._forward(*arguments)
@@ -433,53 +513,17 @@ class Operator:
             return self._backward(*arguments)
 
 
-def _differentiable_once(operator: Operator) -> Any:
-    class Forward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                results = operator._forward(*arguments)
-            kept = (results if isinstance(results, tuple) else (results,))[operator._keep_from :]
-            ctx.save_for_backward(*(arguments[i] for i in operator._tensors), *kept)
-            ctx.rest = [None if i in operator._tensors else x for i, x in enumerate(arguments)]
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(results[1:] if isinstance(results, tuple) else ()))
-            return results
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor | None, *saved_grads: None) -> Any:
-            gradients: list[Tensor | None] = [None] * len(ctx.rest)
-            if grad is None:
-                return tuple(gradients)
-            tensors = ctx.saved_tensors
-            count = len(operator._tensors)
-            *arguments, backend = ctx.rest
-            for i, x in zip(operator._tensors, tensors[:count], strict=True):
-                arguments[i] = x
-            needs = [ctx.needs_input_grad[i] for i in operator._gradients]
-            computed = operator._backward(grad, *arguments, *tensors[count:], needs, backend)
-            computed = computed if isinstance(computed, tuple) else (computed,)
-            for i, need, gradient in zip(operator._gradients, needs, computed, strict=True):
-                gradients[i] = gradient if need else None
-            return tuple(gradients)
-
-    return Forward
+@cache
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
-def _not_differentiable_twice(operator: Operator) -> Any:
-    class Backward(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator._backward(*arguments)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            raise NotImplementedError(
-                f"{operator.name}: the compiled backends have no second derivative; use backend='reference'"
-            )
-
-    return Backward
+def _checked_by_kernels(implementation: Implementation, first: Tensor) -> bool:
+    """Whether values out of range are refused by the kernels themselves: without a launch or a pass of its own."""
+    kind = first.device.type
+    if kind not in implementation.checks_values_on:
+        return False
+    return kind == "cpu" or os.environ.get("PCMECL_CHECK") != "1"
 
 
 def _in_short(reasons: Mapping[str, str]) -> str:
@@ -502,8 +546,12 @@ def _returned(tensors: Sequence[Tensor]) -> Any:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
-def _contiguous(x: Any) -> Any:
-    return x.contiguous() if isinstance(x, Tensor) else x
+def _outside_autocast(function: Callable[..., Any], flat: Sequence[Any]) -> Any:
+    kind = flat[0].device.type
+    if not autocast_is_on(kind):
+        return function(*flat)
+    with torch.autocast(kind, enabled=False):
+        return function(*flat)
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -4,6 +4,6 @@ A file creates one `Backend`, which explains why it cannot run here if so, and a
 limits) for each operator it implements. The backend "reference" needs no file: every operator brings its own.
 """
 
-from pcmecl_fast.ops.backends import cpu, cuda, triton
+from pcmecl_fast.ops.backends import cpu, cuda, triton, xformers
 
-__all__ = ["cpu", "cuda", "triton"]
+__all__ = ["cpu", "cuda", "triton", "xformers"]

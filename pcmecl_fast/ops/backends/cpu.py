@@ -23,9 +23,9 @@ CORRELATION = Limits(
 _module = extension.load()
 BACKENDS["cpu"] = CPU = Backend("cpu", missing=lambda: _module if isinstance(_module, str) else None)
 if not isinstance(_module, str):
-    CPU.add(DIRECTION_LOGITS, _module.direction_logits, _module.direction_logits_backward, ANY)
-    CPU.add(DIRECTION_LOSS, _module.direction_loss, _module.direction_loss_backward, ANY)
-    CPU.add(CORRELATION_LOSS, _module.correlation_loss, _module.correlation_loss_backward, CORRELATION)
-    CPU.add(CLIP_FRAMES, _module.clip_frames, _module.clip_frames_backward, ANY)
+    extension.add(CPU, DIRECTION_LOGITS, _module, ANY, checks_values_on=DEVICES)
+    extension.add(CPU, DIRECTION_LOSS, _module, ANY, checks_values_on=DEVICES)
+    extension.add(CPU, CORRELATION_LOSS, _module, CORRELATION)
+    extension.add(CPU, CLIP_FRAMES, _module, ANY)
     # PyTorch's own attention with the mask is the fastest on a CPU; the operator exists for the GPU.
     CPU.add(TREE_ATTENTION, TREE_ATTENTION.reference, limits=ANY)

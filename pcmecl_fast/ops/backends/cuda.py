@@ -25,11 +25,12 @@ def add_kernels(backend: Backend, module: ModuleType, device: str = "cuda") -> N
     direction = Limits((device,), DTYPES, most={"emotions": MAX_EMOTIONS})
     correlation = Limits((device,), DTYPES, most={"emotions": MAX_EMOTIONS, "scale": MAX_SCALE})
     tree = Limits((device,), DTYPES, most=MAX_TREE)
-    backend.add(DIRECTION_LOGITS, module.direction_logits, module.direction_logits_backward, direction)
-    backend.add(DIRECTION_LOSS, module.direction_loss, module.direction_loss_backward, direction)
-    backend.add(CORRELATION_LOSS, module.correlation_loss, module.correlation_loss_backward, correlation)
-    backend.add(TREE_ATTENTION, module.tree_attention, module.tree_attention_backward, tree)
-    backend.add(CLIP_FRAMES, module.clip_frames, module.clip_frames_backward, anything)
+    asserted = ("cuda",)  # inside the kernels
+    extension.add(backend, DIRECTION_LOGITS, module, direction, checks_values_on=asserted)
+    extension.add(backend, DIRECTION_LOSS, module, direction, checks_values_on=asserted)
+    extension.add(backend, CORRELATION_LOSS, module, correlation)
+    extension.add(backend, TREE_ATTENTION, module, tree)
+    extension.add(backend, CLIP_FRAMES, module, anything)
 
 
 def _missing() -> str | None:

@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from pcmecl_fast.ops.operator import Backend, Limits, Operator
+
 NAME, CUDA_NAME = "pcmecl_fast._C", "pcmecl_fast._C_cuda"
 PACKAGE = Path(__file__).parents[2]
 REBUILD = "`make build` in the clone, or pip install --no-build-isolation --no-deps --force-reinstall ."
@@ -46,6 +48,21 @@ def load() -> ModuleType | str:
 def load_cuda() -> ModuleType | str:
     """The GPU extension, or why there is none and how to get it. It loads on a machine without a GPU."""
     return _load(_path(CUDA_NAME), torch.__version__, CUDA_NAME, CUDA_NOT_BUILT)
+
+
+def add(
+    backend: Backend,
+    operator: Operator,
+    module: ModuleType,
+    limits: Limits | None,
+    *,
+    checks_values_on: tuple[str, ...] = (),
+) -> None:
+    """Add an operator's functions, which the module has under its name (csrc/common/binding.h)."""
+    forward, backward, differentiable = (
+        getattr(module, operator.name + way) for way in ("", "_backward", "_differentiable")
+    )
+    backend.add(operator, forward, backward, limits, checks_values_on, differentiable)
 
 
 def _path(name: str = NAME) -> Path | None:

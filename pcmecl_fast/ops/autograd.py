@@ -1,0 +1,112 @@
+"""The autograd functions of an operator: through the dispatcher and past it.
+
+They are made for one operator each, and know of it what `ops/operator.py` says: its kernels, the positions of tensors
+and of arguments with a gradient among its arguments, and what its forward keeps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pcmecl_fast.ops.operator import Operator
+
+
+def watched() -> bool:
+    """Whether a mode, a transform, a trace or the profiler wants to see what passes the dispatcher."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def differentiable_directly(operator: Operator) -> Any:
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, backend: str, flat: list[Any], *tensors: Tensor | None) -> Tensor:
+            result, *saved = operator._results(operator._implementation(backend), flat)
+            ctx.save_for_backward(*tensors, *saved if operator._keep_from else (result, *saved))
+            ctx.backend, ctx.rest = backend, flat
+            for i in operator._tensors:  # they are kept by autograd, which sees to it that nobody changes them
+                flat[i] = None
+            ctx.set_materialize_grads(False)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None) -> Any:
+            own = len(operator._tensors)
+            gradients: list[Tensor | None] = [None] * (2 + own)
+            if grad is None:
+                return tuple(gradients)
+            saved = ctx.saved_tensors
+            needs = [ctx.needs_input_grad[2 + at] for at in operator._gradients_among_tensors]
+            flat = [grad, *ctx.rest, *saved[own:], needs]
+            for i, x in zip(operator._tensors, saved):  # noqa: B905 - what the forward made comes after them
+                flat[1 + i] = x
+            if torch.is_grad_enabled() or type(grad) is not Tensor or watched():
+                computed = operator._backward(*flat, ctx.backend)
+                computed = computed if isinstance(computed, tuple) else (computed,)
+            else:
+                computed = operator._gradients_of(operator._implementation(ctx.backend), flat)
+            for at, need, gradient in zip(operator._gradients_among_tensors, needs, computed, strict=True):
+                if need:
+                    gradients[2 + at] = gradient
+            return tuple(gradients)
+
+    return Direct
+
+
+def differentiable_once(operator: Operator) -> Any:
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                results = operator._forward(*arguments)
+            kept = (results if isinstance(results, tuple) else (results,))[operator._keep_from :]
+            ctx.save_for_backward(*(arguments[i] for i in operator._tensors), *kept)
+            ctx.rest = [None if i in operator._tensors else x for i, x in enumerate(arguments)]
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(results[1:] if isinstance(results, tuple) else ()))
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *saved_grads: None) -> Any:
+            gradients: list[Tensor | None] = [None] * len(ctx.rest)
+            if grad is None:
+                return tuple(gradients)
+            tensors = ctx.saved_tensors
+            count = len(operator._tensors)
+            *arguments, backend = ctx.rest
+            for i, x in zip(operator._tensors, tensors[:count], strict=True):
+                arguments[i] = x
+            needs = [ctx.needs_input_grad[i] for i in operator._gradients]
+            computed = operator._backward(grad, *arguments, *tensors[count:], needs, backend)
+            computed = computed if isinstance(computed, tuple) else (computed,)
+            for i, need, gradient in zip(operator._gradients, needs, computed, strict=True):
+                gradients[i] = gradient if need else None
+            return tuple(gradients)
+
+    return Forward
+
+
+def not_differentiable_twice(operator: Operator) -> Any:
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator._backward(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise NotImplementedError(
+                f"{operator.name}: the compiled backends have no second derivative; use backend='reference'"
+            )
+
+    return Backward
