@@ -36,17 +36,30 @@ class Fault:
     kernels: str = ""
     """The file that is compiled, if it is not the one that is changed."""
 
-    @property
-    def compiled(self) -> str:
-        return self.kernels or self.source
+
+@dataclass(frozen=True)
+class Barrier:
+    source: str
+    line: int  # from 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line + 1}"
 
 
-def planted(fault: Fault, folder: Path) -> Path:
-    """A copy of csrc with the fault, in `folder`: the path of the kernels to compile."""
-    for part in ("common", "cuda"):
-        shutil.copytree(cuda_on_host.CSRC / part, folder / part)
-    changed, kernels = folder / "cuda" / fault.source, folder / "cuda" / fault.compiled
-    text = changed.read_text()
+def barriers() -> list[Barrier]:
+    """Every barrier of the kernels."""
+    sources = [*cuda_on_host.KERNELS, *sorted((cuda_on_host.CSRC / "cuda").glob("*.h"))]
+    return [
+        Barrier(source.name, line)
+        for source in sources
+        for line, text in enumerate(source.read_text().splitlines())
+        if re.match(r"\s*__sync(threads|warp)\(", text)
+    ]
+
+
+def planted(fault: Fault, folder: Path) -> list[Path]:
+    """The kernels with a fault, in a copy of csrc in `folder`."""
+    text = (cuda_on_host.CSRC / "cuda" / fault.source).read_text()
     for old, new in fault.changes.items():
         if text.count(old) != 1:
             raise LookupError(
@@ -54,9 +67,26 @@ def planted(fault: Fault, folder: Path) -> Path:
                 "times, not once: change the fault in tests/cuda_faults.py so that it fits the kernels as they are"
             )
         text = text.replace(old, new)
-    changed.write_text(text)
-    kernels.write_text(HALF_TYPES.sub("", kernels.read_text()))
-    return kernels
+    return _changed(fault.source, text, [fault.kernels or fault.source], folder)
+
+
+def without(barrier: Barrier, folder: Path) -> list[Path]:
+    """The kernels without a barrier, in a copy of csrc in `folder`."""
+    lines = (cuda_on_host.CSRC / "cuda" / barrier.source).read_text().splitlines(keepends=True)
+    del lines[barrier.line]
+    in_kernels = barrier.source.endswith(".cu")
+    kernels = [barrier.source] if in_kernels else [source.name for source in cuda_on_host.KERNELS]
+    return _changed(barrier.source, "".join(lines), kernels, folder)
+
+
+def _changed(source: str, text: str, kernels: list[str], folder: Path) -> list[Path]:
+    for part in ("common", "cuda"):
+        shutil.copytree(cuda_on_host.CSRC / part, folder / part)
+    (folder / "cuda" / source).write_text(text)
+    paths = [folder / "cuda" / name for name in kernels]
+    for path in paths:
+        path.write_text(HALF_TYPES.sub("", path.read_text()))
+    return paths
 
 
 def unaligned_direction_loss() -> Call:
@@ -73,6 +103,16 @@ direction_loss = partial(make, "direction_loss", people=2, width=33)
 # Two tiles high and two chunks of columns wide.
 frames = partial(make, "clip_frames", batch=1, height=40, width=150, size=24, mean=CLIP_MEAN)
 tree = partial(make, "tree_attention", layout=WIDE_TREE, width=16)
+
+# All that a barrier may be for.
+BARRIER_CALLS = [
+    frames,
+    partial(correlation, people=5, width=20),
+    partial(correlation, people=5, width=20, emotions=9),
+    partial(correlation, people=5, width=20, negatives="within"),
+    partial(direction_loss, batch=9),
+    tree,
+]
 
 FAULTS = [
     Fault(
@@ -273,7 +313,7 @@ FAULTS = [
         "exponentials so small that a GPU makes them 0",
         "correlation.cu",
         {"ceilf(scale * kLog2e) - 100": "ceilf(scale * kLog2e)"},
-        partial(correlation, scale=90.0),
+        partial(correlation, scale=100.0),
         "wrong result",
     ),
 ]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import get_ident
 from types import ModuleType
 from typing import Any
 
@@ -63,12 +64,10 @@ def load(*, checked: bool = False) -> Any:
     return Checked(path) if checked else import_from(path)
 
 
-def load_with(kernels: Path) -> "Checked":
-    """The checked module with other kernels in place of the file of the same name; those it lacks stay as they are."""
-    unchanged = [compiled(source, watched=True) for source in KERNELS] + [
-        compiled(source) for source in [*OTHERS, SHADOW]
-    ]
-    return Checked(link([compiled(kernels, watched=True), *unchanged]))
+def load_with(kernels: Sequence[Path]) -> "Checked":
+    """The checked module with other kernels in place of the files of the same names; what they lack stays as it is."""
+    unchanged = [compiled(source, True) for source in KERNELS] + [compiled(source) for source in [*OTHERS, SHADOW]]
+    return Checked(link([*[compiled(source, True) for source in kernels], *unchanged]))
 
 
 class Checked:
@@ -145,7 +144,7 @@ def _made(target: Path, *arguments: object) -> Path:
     """`target`, made by the compiler unless it exists."""
     if not target.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}")
+        unfinished = target.with_suffix(f".{os.getpid()}-{get_ident()}")
         command = [str(word) for word in (compiler(), *arguments, "-o", unfinished)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:

@@ -13,7 +13,7 @@ import cuda_faults
 import cuda_on_host
 import pytest
 import torch
-from cuda_faults import FAULTS, planted, unaligned_direction_loss
+from cuda_faults import BARRIER_CALLS, FAULTS, barriers, planted, unaligned_direction_loss, without
 from operators import CLIP_MEAN, CLIP_STD, Call, make, value_and_gradients
 from test_cuda_kernels import WIDE_TREE, check, correlation
 
@@ -22,6 +22,7 @@ from pcmecl_fast.ops.operator import BACKENDS, Backend
 
 pytestmark = pytest.mark.skipif(not cuda_on_host.checks_accesses(), reason="needs GCC and the sources")
 SEED = 20
+BARRIERS = barriers()
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
@@ -123,12 +124,16 @@ def test_exp2_errs_as_a_seed_draws(checked, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory):
+def faulty(checked, tmp_path_factory):
     """Starts to compile every fault; a fault's module is then ready before its test, or soon."""
+
+    def load(plant, fault):
+        return cuda_on_host.load_with(plant(fault, tmp_path_factory.mktemp("fault") / "csrc"))
+
     with cuda_on_host.compilers() as pool:
         yield {
-            fault.name: pool.submit(cuda_on_host.load_with, planted(fault, tmp_path_factory.mktemp("fault") / "csrc"))
-            for fault in FAULTS
+            **{fault.name: pool.submit(load, planted, fault) for fault in FAULTS},
+            **{barrier: pool.submit(load, without, barrier) for barrier in BARRIERS},
         }
 
 
@@ -150,6 +155,18 @@ def test_a_planted_fault_is_reported(fault, faulty, caught, checked, monkeypatch
         caught.add(fault.name)
         choose(checked, monkeypatch, PCMECL_HOST_ORDER=fault.order)
         assert report_of(fault.call()) == ""
+
+
+@pytest.mark.parametrize("barrier", BARRIERS, ids=str)
+def test_a_barrier_that_is_taken_out_is_reported(barrier, faulty, monkeypatch):
+    def reports():
+        for order in ("up", "down"):
+            choose(faulty[barrier].result(), monkeypatch, PCMECL_HOST_ORDER=order)
+            yield from (report_of(make_call()) for make_call in BARRIER_CALLS)
+
+    assert any(re.match("race|conflict|uninitialised", report) for report in reports()), (
+        "either the kernels do not need this barrier, or no call in BARRIER_CALLS does"
+    )
 
 
 def test_a_syncwarp_lets_lanes_read_what_another_wrote(tmp_path, monkeypatch):

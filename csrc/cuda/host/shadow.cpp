@@ -92,20 +92,20 @@ class Shadow final : public Observer {
   void warp_met() override { ++meetings_[threadIdx.x / kWarp]; }
 
   void atomic(void* address, size_t bytes, const void* site) override {
-    access(uintptr_t(address), bytes, Kind::atomic, site);
+    access(uintptr_t(address), bytes, Kind::atomic, site, bytes);
   }
 
   // Where the place lies in the source, with the places that it is inlined into.
   std::string lines_of(const void* site) override;
 
-  void access(uintptr_t address, size_t bytes, Kind kind, const void* site) {
+  void access(uintptr_t address, size_t bytes, Kind kind, const void* site, size_t alignment) {
     if (!running_stack || address - uintptr_t(running_stack) < kStack) return;
     if (address - uintptr_t(coordinates) < sizeof(coordinates)) return;
     const std::lock_guard<std::mutex> lock(buffers_lock_);
     const Buffer* buffer = shared_.holds(address) ? &shared_ : tensor_at(address);
     if (!buffer || !buffer->holds(address + bytes - 1)) report_outside(address, bytes, kind, site);
     const Place place = {*buffer, address, bytes, kind, site};
-    if (bytes <= 16 && address % bytes != 0) report("misaligned access", place, "");
+    if (address % alignment != 0) report("misaligned access", place, "");
     if (kind != Kind::write) require_initialised(place);
     const Access now = {epoch_, uint32_t(threadIdx.x), meetings_[threadIdx.x / kWarp], site};
     for (Cell *cell = buffer->cell(address), *end = buffer->cell(address + bytes - 1) + 1; cell != end; ++cell)
@@ -317,17 +317,18 @@ PCMECL_EXPORT void pcmecl_end_checks() { c10::SetAllocator(c10::DeviceType::CPU,
 // The next tensor's name in reports, and where it begins: `residue` bytes after a multiple of 64.
 PCMECL_EXPORT void pcmecl_name_next(const char* name, size_t residue) { pcmecl::host::shadow.name_next(name, residue); }
 
-// What the compiler calls. A range is an object of a size that is none of the others.
-#define PCMECL_SITE __builtin_return_address(0)
-#define PCMECL_ACCESS(name, kind, bytes)                                                     \
-  extern "C" void __tsan_##name(void* x) {                                                   \
-    pcmecl::host::shadow.access(uintptr_t(x), bytes, pcmecl::host::Kind::kind, PCMECL_SITE); \
+// What the compiler calls. Of a type that is less aligned than it is large a GPU's compiler loads the parts, too; a
+// range is an object of a size that is none of the others.
+#define PCMECL_ACCESS(name, kind, bytes, alignment)                                                       \
+  extern "C" void __tsan_##name(void* x) {                                                                \
+    using pcmecl::host::Kind;                                                                             \
+    pcmecl::host::shadow.access(uintptr_t(x), bytes, Kind::kind, __builtin_return_address(0), alignment); \
   }
-#define PCMECL_ACCESSES(bytes)                      \
-  PCMECL_ACCESS(read##bytes, read, bytes)           \
-  PCMECL_ACCESS(write##bytes, write, bytes)         \
-  PCMECL_ACCESS(unaligned_read##bytes, read, bytes) \
-  PCMECL_ACCESS(unaligned_write##bytes, write, bytes)
+#define PCMECL_ACCESSES(bytes)                         \
+  PCMECL_ACCESS(read##bytes, read, bytes, bytes)       \
+  PCMECL_ACCESS(write##bytes, write, bytes, bytes)     \
+  PCMECL_ACCESS(unaligned_read##bytes, read, bytes, 1) \
+  PCMECL_ACCESS(unaligned_write##bytes, write, bytes, 1)
 PCMECL_ACCESSES(1)
 PCMECL_ACCESSES(2)
 PCMECL_ACCESSES(4)
@@ -335,10 +336,10 @@ PCMECL_ACCESSES(8)
 PCMECL_ACCESSES(16)
 
 extern "C" void __tsan_read_range(void* x, size_t bytes) {
-  pcmecl::host::shadow.access(uintptr_t(x), bytes, pcmecl::host::Kind::read, PCMECL_SITE);
+  pcmecl::host::shadow.access(uintptr_t(x), bytes, pcmecl::host::Kind::read, __builtin_return_address(0), 1);
 }
 extern "C" void __tsan_write_range(void* x, size_t bytes) {
-  pcmecl::host::shadow.access(uintptr_t(x), bytes, pcmecl::host::Kind::write, PCMECL_SITE);
+  pcmecl::host::shadow.access(uintptr_t(x), bytes, pcmecl::host::Kind::write, __builtin_return_address(0), 1);
 }
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
