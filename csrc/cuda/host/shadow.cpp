@@ -9,8 +9,7 @@
 //   conflict between blocks   of one launch; atomic operations on the same numbers are none
 //   misaligned access         n bytes at an address that n does not divide
 //   access outside            all tensors that the operator was given or made, and the block's shared memory
-//   uninitialised             shared memory that no thread of the block has written, or a tensor's bytes that nothing
-//   has
+//   uninitialised             a read of shared memory or of a tensor where nothing has been written
 //
 // Tensors are known from the functions at the end, which tests/cuda_on_host.py calls: between them every tensor is
 // allocated here, filled with 0xFF, and far from the next one.
@@ -33,6 +32,7 @@ namespace pcmecl::host {
 namespace {
 
 constexpr size_t kUnit = 2;  // bytes that share a cell: nothing narrower is written by a kernel
+constexpr size_t kWord = 4;  // of a tensor: half a float of 0xFF may well have been written, by ATen unseen
 constexpr size_t kMargin = 64 << 10;
 constexpr unsigned char kPoison = 0xFF;
 
@@ -165,18 +165,19 @@ class Shadow final : public Observer {
   }
 
   void require_initialised(const Place& place) {
-    const size_t step = std::min<size_t>(place.bytes, 4);  // ATen may have written two bytes of 0xFF into a float
-    for (size_t at = 0; at < place.bytes; at += step) {
-      bool written = false;
-      const Cell* cell = place.buffer.cell(place.address + at);
-      if (&place.buffer == &shared_) {
-        written = std::max(cell->write.epoch, cell->atomic.epoch) >= block_epoch_;
-      } else {
-        const auto* bytes = reinterpret_cast<const unsigned char*>(place.address + at);
-        written = cell->write.epoch || std::any_of(bytes, bytes + step, [](unsigned char b) { return b != kPoison; });
-      }
-      if (!written) report("uninitialised", place, ", which nothing has written");
+    const bool in_shared = &place.buffer == &shared_;
+    const size_t step = std::min(place.bytes, in_shared ? kUnit : kWord);
+    for (uintptr_t at = place.address; at < place.address + place.bytes; at += step) {
+      const Cell* cell = place.buffer.cell(at);
+      const bool written = in_shared ? std::max(cell->write.epoch, cell->atomic.epoch) >= block_epoch_
+                                     : cell->write.epoch || !is_poison(at, step);
+      if (!written) report("uninitialised", place, ", where nothing has been written");
     }
+  }
+
+  static bool is_poison(uintptr_t begin, size_t bytes) {
+    const auto* at = reinterpret_cast<const unsigned char*>(begin);
+    return std::all_of(at, at + bytes, [](unsigned char byte) { return byte == kPoison; });
   }
 
   // Remembers the access, and reports one before it that it should have waited for.
@@ -317,8 +318,8 @@ PCMECL_EXPORT void pcmecl_end_checks() { c10::SetAllocator(c10::DeviceType::CPU,
 // The next tensor's name in reports, and where it begins: `residue` bytes after a multiple of 64.
 PCMECL_EXPORT void pcmecl_name_next(const char* name, size_t residue) { pcmecl::host::shadow.name_next(name, residue); }
 
-// What the compiler calls. Of a type that is less aligned than it is large a GPU's compiler loads the parts, too; a
-// range is an object of a size that is none of the others.
+// What the compiler calls. A type that is less aligned than its size is loaded in parts on a GPU: any address will do.
+// A range is an object of another size.
 #define PCMECL_ACCESS(name, kind, bytes, alignment)                                                       \
   extern "C" void __tsan_##name(void* x) {                                                                \
     using pcmecl::host::Kind;                                                                             \
