@@ -46,7 +46,7 @@ build/sanitize/%.o: csrc/%.cpp $(wildcard csrc/*/*.h)
 	mkdir -p $(@D)
 	$(CXX) $(SANITIZE) -c $< -o $@
 
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h bench/native/*.cpp)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h csrc/*/*/*.cpp bench/native/*.cpp)
 
 format: $(READY)
 	$(RUN)/ruff format .

@@ -21,15 +21,17 @@ __device__ void mix_rows(const Frames<T>& args, const T* plane, int first_row, i
   constexpr int kPacks = kChunk / V;
   for (int unit = int(threadIdx.x); unit < kRows * kPacks; unit += kThreads) {
     const int r = unit / kPacks, at = unit % kPacks * V, row = first_row + r;
-    if (row >= args.rows.after || start + at >= end) continue;
-    const T* from = plane + int64_t(args.rows.first[row]) * args.columns.before + start + at;
-    float sums[V] = {};
-    for (int tap = 0; tap < args.rows.taps; ++tap, from += args.columns.before) {
-      const float weight = args.rows.weights[tap * args.rows.after + row];
-      float pixels[V];
-      load(from, pixels);
+    if (start + at >= end) continue;
+    float sums[V] = {};  // stays 0 below the picture: the columns' pass reads these rows, too
+    if (row < args.rows.after) {
+      const T* from = plane + int64_t(args.rows.first[row]) * args.columns.before + start + at;
+      for (int tap = 0; tap < args.rows.taps; ++tap, from += args.columns.before) {
+        const float weight = args.rows.weights[tap * args.rows.after + row];
+        float pixels[V];
+        load(from, pixels);
 #pragma unroll
-      for (int v = 0; v < V; ++v) sums[v] += weight * pixels[v];
+        for (int v = 0; v < V; ++v) sums[v] += weight * pixels[v];
+      }
     }
 #pragma unroll
     for (int v = 0; v < V; ++v) mixed[r * kStride + at + v] = sums[v];

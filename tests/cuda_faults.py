@@ -1,0 +1,319 @@
+"""Faults for the CUDA kernels, to be planted one at a time: what the checked harness has to find in each.
+
+A fault is a replacement in the text of a source. When the kernels change and a text is no longer there, `planted` says
+so: plant the same fault in the new code, or another one that the same report finds.
+"""
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import cuda_on_host
+import torch
+from operators import CLIP_MEAN, Call, make
+from test_cuda_kernels import WIDE_TREE, correlation
+from torch import Tensor
+
+# float alone is compiled of a changed source: the linker finds the half types in the object of the unchanged one.
+HALF_TYPES = re.compile(r"^(PCMECL_FOR\(c10::\w+\)|template void \w+<c10::\w+>\(.*\);)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    source: str
+    """The file in csrc/cuda that is changed."""
+    changes: dict[str, str]
+    """What is replaced, each of which the file holds once, and by what."""
+    call: Callable[[], Call]
+    report: str
+    """How the report begins, a regular expression."""
+    order: str = "up"
+    deterministic: bool = False
+    kernels: str = ""
+    """The file that is compiled, if it is not the one that is changed."""
+
+
+@dataclass(frozen=True)
+class Barrier:
+    source: str
+    line: int  # from 0
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line + 1}"
+
+
+def barriers() -> list[Barrier]:
+    """Every barrier of the kernels."""
+    sources = [*cuda_on_host.KERNELS, *sorted((cuda_on_host.CSRC / "cuda").glob("*.h"))]
+    return [
+        Barrier(source.name, line)
+        for source in sources
+        for line, text in enumerate(source.read_text().splitlines())
+        if re.match(r"\s*__sync(threads|warp)\(", text)
+    ]
+
+
+def planted(fault: Fault, folder: Path) -> list[Path]:
+    """The kernels with a fault, in a copy of csrc in `folder`."""
+    text = (cuda_on_host.CSRC / "cuda" / fault.source).read_text()
+    for old, new in fault.changes.items():
+        if text.count(old) != 1:
+            raise LookupError(
+                f"the fault {fault.name!r} replaces {old!r}, which csrc/cuda/{fault.source} holds {text.count(old)} "
+                "times, not once: change the fault in tests/cuda_faults.py so that it fits the kernels as they are"
+            )
+        text = text.replace(old, new)
+    return _changed(fault.source, text, [fault.kernels or fault.source], folder)
+
+
+def without(barrier: Barrier, folder: Path) -> list[Path]:
+    """The kernels without a barrier, in a copy of csrc in `folder`."""
+    lines = (cuda_on_host.CSRC / "cuda" / barrier.source).read_text().splitlines(keepends=True)
+    del lines[barrier.line]
+    in_kernels = barrier.source.endswith(".cu")
+    kernels = [barrier.source] if in_kernels else [source.name for source in cuda_on_host.KERNELS]
+    return _changed(barrier.source, "".join(lines), kernels, folder)
+
+
+def _changed(source: str, text: str, kernels: list[str], folder: Path) -> list[Path]:
+    for part in ("common", "cuda"):
+        shutil.copytree(cuda_on_host.CSRC / part, folder / part)
+    (folder / "cuda" / source).write_text(text)
+    paths = [folder / "cuda" / name for name in kernels]
+    for path in paths:
+        path.write_text(HALF_TYPES.sub("", path.read_text()))
+    return paths
+
+
+def unaligned_direction_loss() -> Call:
+    """Of rows that could be loaded 16 bytes at a time, but begin 4 bytes after a multiple of 16."""
+    call = make("direction_loss", people=2, width=16)
+    return replace(call, function=lambda *arguments, **choice: call.function(*map(moved, arguments), **choice))
+
+
+def moved(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) if x.is_floating_point() and x.dim() else x
+
+
+direction_loss = partial(make, "direction_loss", people=2, width=33)
+# Two tiles high and two chunks of columns wide.
+frames = partial(make, "clip_frames", batch=1, height=40, width=150, size=24, mean=CLIP_MEAN)
+tree = partial(make, "tree_attention", layout=WIDE_TREE, width=16)
+
+# All that a barrier may be for.
+BARRIER_CALLS = [
+    frames,
+    partial(correlation, people=5, width=20),
+    partial(correlation, people=5, width=20, emotions=9),
+    partial(correlation, people=5, width=20, negatives="within"),
+    partial(direction_loss, batch=9),
+    tree,
+]
+
+FAULTS = [
+    Fault(
+        "a number of a sum is overwritten while another warp reads it",
+        "warp.h",
+        {"  __syncthreads();  // whoever still reads `warps` is done\n": ""},
+        correlation,
+        "race within a block: a write .* shared memory",
+        kernels="correlation.cu",
+    ),
+    Fault(
+        "a sum over warps waits for its own warp only",
+        "warp.h",
+        {"= value;\n  __syncthreads();\n": "= value;\n  __syncwarp();\n"},
+        correlation,
+        "race within a block: a read .* shared memory",
+        order="down",
+        kernels="correlation.cu",
+    ),
+    Fault(
+        "lanes read what another lane wrote, after a shuffle but no __syncwarp",
+        "warp.h",
+        {
+            "= value;\n  __syncthreads();\n": "= value;\n  __shfl_sync(kAllLanes, value, 0);\n"
+            "  value = warps[warp_of_thread()];\n  __syncthreads();\n"
+        },
+        correlation,
+        "race within a warp: a read .* shared memory",
+        kernels="correlation.cu",
+    ),
+    Fault(
+        "the next chunk of rows overwrites one that is still read",
+        "frames.cu",
+        {"    }\n    __syncthreads();\n  }\n  if (!inside) return;": "    }\n  }\n  if (!inside) return;"},
+        frames,
+        "race within a warp: a (read|write) .* shared memory",
+    ),
+    Fault(
+        "the bank's gradient is added up without atomics",
+        "direction.cu",
+        {
+            "atomicAdd(grad_rows + int64_t(e) * args.width + k + v, grad_d);": (
+                "grad_rows[int64_t(e) * args.width + k + v] += grad_d;"
+            )
+        },
+        partial(direction_loss, people=1),
+        "race within a block: .* of buffer",
+    ),
+    Fault(
+        "tiles overlap by a row",
+        "frames.cu",
+        {"tile / tiles_across * kRows,": "tile / tiles_across * (kRows - 1),"},
+        frames,
+        "conflict between blocks: a write",
+    ),
+    Fault(
+        "rows are taken for aligned that begin anywhere",
+        "warp.h",
+        {" && reinterpret_cast<uintptr_t>(pointer) % 16 == 0": ""},
+        unaligned_direction_loss,
+        "misaligned access: a read of 16 bytes",
+        kernels="direction.cu",
+    ),
+    Fault(
+        "a row is read to one past its end",
+        "direction.cu",
+        {"k < args.width; k += kWarpSize * V) f(k)": "k <= args.width; k += kWarpSize * V) f(k)"},
+        partial(direction_loss, batch=1),
+        "access outside: a read of 4 bytes 0 bytes behind the end of argument",
+    ),
+    Fault(
+        "features are read from one before their beginning",
+        "correlation.cu",
+        {
+            "const T* from = x + i * args.emotions * args.width + k;": (
+                "const T* from = x + i * args.emotions * args.width + k - 1;"
+            )
+        },
+        correlation,
+        "access outside: a read of 4 bytes 4 bytes before argument",
+    ),
+    Fault(
+        "a launch asks for too little shared memory",
+        "correlation.cu",
+        {
+            "launch(result_kernel, {1}, warps * kWarpSize, warps * sizeof(float)": (
+                "launch(result_kernel, {1}, warps * kWarpSize, (warps - 1) * sizeof(float)"
+            )
+        },
+        correlation,
+        "access outside: a write of 4 bytes 0 bytes behind the end of shared memory",
+    ),
+    Fault(
+        "edits that change nothing get no gradient",
+        "direction.cu",
+        {"      if (args.grad_source) store(args.grad_source + sample * args.width + k, zeros);\n": ""},
+        partial(direction_loss, degenerate=True),
+        r"output not written: \d+ of 165 numbers of result 0",
+    ),
+    Fault(
+        "sums in shared memory do not begin at 0",
+        "direction.cu",
+        {"  for (int e = 0; e < emotions; ++e) sums[e * stride] = 0;\n": ""},
+        direction_loss,
+        "uninitialised: a read .* of shared memory",
+        deterministic=True,
+    ),
+    Fault(
+        "a length is never stored for the kernels that need it",
+        "correlation.cu",
+        {"  args.inv_norm_text[pair * N + i] = valid ? w : -1.0f;\n": ""},
+        correlation,
+        "uninitialised: a read .* of buffer",
+    ),
+    Fault(
+        "a sum's mask names half of the warp",
+        "warp.h",
+        {"value += __shfl_xor_sync(kAllLanes, value, other)": "value += __shfl_xor_sync(0xFFFFu, value, other)"},
+        direction_loss,
+        "shuffle mask: lane 0 reads lane 16",
+        kernels="direction.cu",
+    ),
+    Fault(
+        "a sum's mask does not name a lane that asks",
+        "warp.h",
+        {"value += __shfl_xor_sync(kAllLanes, value, other)": "value += __shfl_xor_sync(0xFFFFu, value, other)"},
+        direction_loss,
+        "shuffle mask: lane 31 at .* is not in its own mask",
+        order="down",
+        kernels="direction.cu",
+    ),
+    Fault(
+        "lanes leave a loop that shuffles when their own features end",
+        "direction.cu",
+        {
+            "for (int64_t start = 0; start < args.width; start += kWarpSize * V) {": (
+                "for (int64_t start = 0; start + lane * V < args.width; start += kWarpSize * V) {"
+            )
+        },
+        direction_loss,
+        "never arrive: lanes 1, 2, .* at warp.h",
+    ),
+    Fault(
+        "lanes that do not count skip a shuffle and meet the others at the next",
+        "direction.cu",
+        {"max_over_warp(counts() ? cosine : -kInfinity)": "counts() ? max_over_warp(cosine) : -kInfinity"},
+        direction_loss,
+        "shuffle sites: lane",
+    ),
+    Fault(
+        "threads beyond the picture leave before a barrier",
+        "frames.cu",
+        {"  float sums[kRowsOfThread] = {};\n": "  if (!inside) return;\n  float sums[kRowsOfThread] = {};\n"},
+        frames,
+        "never arrive: .* threads at __syncthreads",
+    ),
+    Fault(
+        "pixels are counted on the grid's y axis",
+        "frames.cu",
+        {"unsigned(args.planes * down * across)": "1, unsigned(args.planes) * args.rows.after * args.columns.after"},
+        partial(make, "clip_frames", batch=1, size=150),
+        "launch limit: 67500 blocks in y",
+    ),
+    Fault(
+        "a block has 2048 threads",
+        "correlation.cu",
+        {
+            "changes_kernel<T, 1>, {unsigned(args.individuals)}, kThreads": (
+                "changes_kernel<T, 1>, {unsigned(args.individuals)}, 2048"
+            )
+        },
+        correlation,
+        "launch limit: 2048 threads",
+    ),
+    Fault(
+        "shared memory is asked for in bits",
+        "direction.cu",
+        {"args.emotions * threads * sizeof(float)": "args.emotions * threads * 8 * sizeof(float)"},
+        partial(direction_loss, emotions=32),
+        "launch limit: 131072 bytes of shared memory",
+        deterministic=True,
+    ),
+    Fault(
+        "a layout travels with the launch twice",
+        "tree_attention.cu",
+        {
+            "forward_kernel(const Tree<T> args, const TreeLayout layout) {": (
+                "forward_kernel(const Tree<T> args, const TreeLayout layout, const TreeLayout) {"
+            ),
+            "{blocks(items, kWarps)}, kThreads, 0, args, layout)": (
+                "{blocks(items, kWarps)}, kThreads, 0, args, layout, layout)"
+            ),
+        },
+        tree,
+        "launch limit: .* bytes of arguments",
+    ),
+    Fault(
+        "exponentials so small that a GPU makes them 0",
+        "correlation.cu",
+        {"ceilf(scale * kLog2e) - 100": "ceilf(scale * kLog2e)"},
+        partial(correlation, scale=100.0),
+        "wrong result",
+    ),
+]
