@@ -6,13 +6,10 @@ and of arguments with a gradient among its arguments, and what its forward keeps
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pcmecl_fast.ops.operator import Operator
 
 
 def watched() -> bool:
@@ -27,7 +24,7 @@ def watched() -> bool:
     )
 
 
-def differentiable_directly(operator: Operator) -> Any:
+def differentiable_directly(operator: Any) -> Any:
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, backend: str, flat: list[Any], *tensors: Tensor | None) -> Tensor:
@@ -63,7 +60,7 @@ def differentiable_directly(operator: Operator) -> Any:
     return Direct
 
 
-def differentiable_once(operator: Operator) -> Any:
+def differentiable_once(operator: Any) -> Any:
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
@@ -96,7 +93,7 @@ def differentiable_once(operator: Operator) -> Any:
     return Forward
 
 
-def not_differentiable_twice(operator: Operator) -> Any:
+def not_differentiable_twice(operator: Any) -> Any:
     class Backward(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
