@@ -71,13 +71,15 @@ def load_with(kernels: Sequence[Path]) -> "Checked":
 
 
 class Checked:
-    """The operators of a watched module. A report is a RuntimeError."""
+    """The operators of a watched module, without its autograd, which would run outside. A report is a RuntimeError."""
 
     def __init__(self, path: Path) -> None:
         self._module = import_from(path)
         self._checks = ctypes.CDLL(str(path))
 
     def __getattr__(self, operator: str) -> Callable[..., Any]:
+        if operator.endswith("_differentiable"):
+            raise AttributeError(operator)
         return partial(self._call, getattr(self._module, operator))
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:

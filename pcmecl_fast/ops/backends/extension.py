@@ -59,9 +59,8 @@ def add(
     checks_values_on: tuple[str, ...] = (),
 ) -> None:
     """Add an operator's functions, which the module has under its name (csrc/common/binding.h)."""
-    forward, backward, differentiable = (
-        getattr(module, operator.name + way) for way in ("", "_backward", "_differentiable")
-    )
+    forward, backward = (getattr(module, operator.name + way) for way in ("", "_backward"))
+    differentiable = getattr(module, f"{operator.name}_differentiable", None)
     backend.add(operator, forward, backward, limits, checks_values_on, differentiable)
 
 
