@@ -7,15 +7,13 @@ so: plant the same fault in the new code, or another one that the same report fi
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import cuda_on_host
-import torch
+from device_cases import WIDE_TREE, correlation, unaligned
 from operators import CLIP_MEAN, Call, make
-from test_cuda_kernels import WIDE_TREE, correlation
-from torch import Tensor
 
 # float alone is compiled of a changed source: the linker finds the half types in the object of the unchanged one.
 HALF_TYPES = re.compile(r"^(PCMECL_FOR\(c10::\w+\)|template void \w+<c10::\w+>\(.*\);)$", re.MULTILINE)
@@ -89,16 +87,7 @@ def _changed(source: str, text: str, kernels: list[str], folder: Path) -> list[P
     return paths
 
 
-def unaligned_direction_loss() -> Call:
-    """Of rows that could be loaded 16 bytes at a time, but begin 4 bytes after a multiple of 16."""
-    call = make("direction_loss", people=2, width=16)
-    return replace(call, function=lambda *arguments, **choice: call.function(*map(moved, arguments), **choice))
-
-
-def moved(x: Tensor) -> Tensor:
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) if x.is_floating_point() and x.dim() else x
-
-
+unaligned_direction_loss = partial(unaligned, "direction_loss", people=2, width=16)
 direction_loss = partial(make, "direction_loss", people=2, width=33)
 # Two tiles high and two chunks of columns wide.
 frames = partial(make, "clip_frames", batch=1, height=40, width=150, size=24, mean=CLIP_MEAN)

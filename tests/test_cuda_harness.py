@@ -14,8 +14,8 @@ import cuda_on_host
 import pytest
 import torch
 from cuda_faults import BARRIER_CALLS, FAULTS, barriers, planted, unaligned_direction_loss, without
+from device_cases import WIDE_TREE, check, correlation
 from operators import CLIP_MEAN, CLIP_STD, Call, make, value_and_gradients
-from test_cuda_kernels import WIDE_TREE, check, correlation
 
 from pcmecl_fast.ops.backends import cuda
 from pcmecl_fast.ops.operator import BACKENDS, Backend
