@@ -77,18 +77,20 @@ def direction(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    people: int = PEOPLE,
+    width: int = D,
     contrast: float = 0.0,
     logits: bool = False,
     edited_alone: bool = False,
 ) -> Case:
     """Edits against a bank; `edited_alone`: differentiated only with respect to the edited features, as in stage 2."""
     random = torch.Generator().manual_seed(0)
-    source = torch.randn(samples, D, generator=random)
-    edited = source + 0.3 * torch.randn(samples, D, generator=random)
-    bank = F.normalize(torch.randn(PEOPLE, E, D, generator=random), dim=-1)
+    source = torch.randn(samples, width, generator=random)
+    edited = source + 0.3 * torch.randn(samples, width, generator=random)
+    bank = F.normalize(torch.randn(people, E, width, generator=random), dim=-1)
     shown = torch.randint(E, (samples,), generator=random)
     asked = (shown + torch.randint(1, E, (samples,), generator=random)) % E
-    individual = torch.randint(PEOPLE, (samples,), generator=random)
+    individual = torch.randint(people, (samples,), generator=random)
     weight = torch.randn(samples, E, generator=random).to(device, dtype) if logits else None
     individual, shown, asked = (x.to(device) for x in (individual, shown, asked))
     source, edited, bank = (x.to(device, dtype) for x in (source, edited, bank))
@@ -111,18 +113,19 @@ def correlation(
     dtype: torch.dtype,
     *,
     emotions: int = E,
+    width: int = D,
     scale: float = 100.0,
     negatives: str = "all",
     missing: float = 0.0,
 ) -> Case:
     """Changes of the face against changes of the text; `missing`: the fraction of missing emotions."""
     random = torch.Generator().manual_seed(0)
-    features = torch.randn(2, individuals, emotions, D, generator=random)
+    features = torch.randn(2, individuals, emotions, width, generator=random)
     visual, text = F.normalize(features, dim=-1).to(device, dtype)
     mask = torch.rand(individuals, emotions, generator=random).to(device) >= missing if missing else None
     call = partial(ops.correlation_loss, scale=scale, mask=mask, negatives=negatives)
     # Forward: one product of V and T; backward: the same again and one for each gradient.
-    return Case(call, (visual, text), operations=4 * 2.0 * (individuals * emotions) ** 2 * D)
+    return Case(call, (visual, text), operations=4 * 2.0 * (individuals * emotions) ** 2 * width)
 
 
 def attention(

@@ -2,6 +2,7 @@
 
     python -m bench.compare text_tower stage1_step [--device cuda] [--dtype bfloat16] [--json FILE]
     python -m bench.compare --all
+    python -m bench.compare --host
 
 Both sides get the same inputs. Before anything is timed their results and gradients must agree; only a disagreement
 makes the exit status 1. Then the sides run in turns, and the table shows medians, quartiles, the ratio to ours, peak
@@ -23,7 +24,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -85,13 +87,19 @@ class Entry:
     what: str
     sources: Sequence[str]
     targets: dict[str, dict[str, float]]
+    host: bool
 
 
 COMPARISONS: dict[str, Entry] = {}
 
 
 def comparison(
-    name: str, what: str, *, sources: Sequence[str], targets: dict[str, dict[str, float]] | None = None
+    name: str,
+    what: str,
+    *,
+    sources: Sequence[str],
+    targets: dict[str, dict[str, float]] | None = None,
+    host: bool = False,
 ) -> Callable[[Build], Build]:
     """Register a comparison.
 
@@ -100,10 +108,11 @@ def comparison(
         what: the work, in a few words.
         sources: globs of the files whose changes make a measured result stale.
         targets: by device type and side, how many times as long as ours the side should take.
+        host: whether it measures what a call costs besides arithmetic, see `bench.host_cost`.
     """
 
     def register(build: Build) -> Build:
-        COMPARISONS[name] = Entry(build, what, sources, targets or {})
+        COMPARISONS[name] = Entry(build, what, sources, targets or {}, host)
         return build
 
     return register
@@ -140,6 +149,8 @@ class Options:
     """Names of comparisons."""
     all: bool = False
     """Every comparison."""
+    host: bool = False
+    """Those of what a call costs besides arithmetic, all named host_…"""
     device: str = "auto"
     """cpu or cuda; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -154,9 +165,13 @@ def main() -> int:
     options = tyro.cli(Options)
     load_all()
     names = list(COMPARISONS) if options.all else list(options.names)
+    names += [name for name, entry in COMPARISONS.items() if options.host and entry.host and name not in names]
     unknown = [name for name in names if name not in COMPARISONS]
     if unknown or not names:
-        print(f"names: takes {', '.join(COMPARISONS)}, or --all; got {', '.join(unknown) or 'none'}", file=sys.stderr)
+        print(
+            f"names: takes {', '.join(COMPARISONS)}, --host or --all; got {', '.join(unknown) or 'none'}",
+            file=sys.stderr,
+        )
         return 2
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device, dtype = torch.device(kind), DTYPES[options.dtype]
@@ -192,7 +207,8 @@ def compare(
             return [], f"{side.name} and {work.sides[0].name} disagree: relative error {errors[side.name]:.1e}"
     del expected
     peaks = {side.name: peak_memory(side.run, device) for side in work.sides}
-    times = alternate([side.run for side in work.sides], device, seconds)
+    with one_core() if entry.host else nullcontext():
+        times = alternate([side.run for side in work.sides], device, seconds)
     ours = statistics.median(times[-1])
     limit = machine_limit(work, device, dtype)
     targets = entry.targets.get(device.type, {})
@@ -224,6 +240,20 @@ def alternate(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: 
         for run, count, measured in zip(runs, turns, times, strict=True):
             measured += [timed(run, device) for _ in range(count)]
     return [sorted(measured) for measured in times]
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """One thread, and no garbage collection, which would hit some calls and not others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        torch.set_num_threads(threads)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
@@ -323,6 +353,7 @@ def show(console: Console, name: str, rows: Sequence[Row], failure: str | None) 
         console.print(f"[bold red]{title}: {failure}[/]")
         return
     table = Table(title=title, title_justify="left")
+    unit, scale = ("µs", 1e3) if COMPARISONS[name].host else ("ms", 1.0)
     for column in ("side", "median", "quartiles", "runs", "÷ ours", "target", "error", "peak", "limit"):
         table.add_column(column, justify="left" if column == "side" else "right")
     for row in rows:
@@ -334,8 +365,8 @@ def show(console: Console, name: str, rows: Sequence[Row], failure: str | None) 
         limit = row.limit_ms and f"{row.limit_ms:.3g} ms, {100 * row.limit_ms / row.median_ms:.0f} %"
         table.add_row(
             row.side,
-            f"{row.median_ms:.4g} ms",
-            f"{row.low_ms:.4g}–{row.high_ms:.4g}",
+            f"{scale * row.median_ms:.4g} {unit}",
+            f"{scale * row.low_ms:.4g}–{scale * row.high_ms:.4g}",
             str(row.runs),
             ratio if met else f"[red]{ratio}[/]",
             "" if row.target is None else f"{row.target:g}×",
@@ -398,8 +429,9 @@ def load_all() -> None:
     """Import the files that register comparisons."""
     # Run with -m, this file is __main__, but they register with the module bench.compare.
     sys.modules.setdefault("bench.compare", sys.modules[__name__])
-    for module in sorted(Path(__file__).parent.glob("compare_*.py")):
-        importlib.import_module(f"bench.{module.stem}")
+    for module in sorted(path.stem for path in Path(__file__).parent.glob("compare_*.py")):
+        importlib.import_module(f"bench.{module}")
+    importlib.import_module("bench.host_cost")
 
 
 def _is_source(path: Path) -> bool:
