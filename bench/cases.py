@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import rehearsal
 from pcmecl_fast import ops
 from pcmecl_fast.ops import PromptTree
 
@@ -44,13 +45,19 @@ class Case:
     operations: float = 0.0
     """Multiplications and additions of the matrix products, forward and backward."""
 
+    @property
+    def operator(self) -> str:
+        """The name of the operator that it calls."""
+        return ops.explain(self.call, *self.inputs).operator
+
     def run(self, backend: str) -> list[Tensor]:
         """The result and the gradients."""
         return differentiated(partial(self.call, backend=backend), self.inputs, self.weight)
 
     def compiled(self) -> Case:
         """The same through `torch.compile`."""
-        return replace(self, call=torch.compile(self.call, fullgraph=True, dynamic=False))
+        compiler = "eager" if rehearsal.is_on() else "inductor"
+        return replace(self, call=torch.compile(self.call, fullgraph=True, dynamic=False, backend=compiler))
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Sized:
     cuda: int
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
-        return self.build(self.cpu if device.type == "cpu" else self.cuda, device, dtype)
+        return self.build(rehearsal.size(self.cpu if device.type == "cpu" else self.cuda), device, dtype)
 
 
 def differentiated(call: Callable[..., Tensor], inputs: Sequence[Tensor], weight: Tensor | None) -> list[Tensor]:

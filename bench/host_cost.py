@@ -19,8 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bench import rehearsal
 from bench.cases import SHARED, SOURCES, Case, attention, correlation, direction, frames
-from bench.compare import Comparison, Side, comparison
+from bench.compare import Comparison, Side, backend_sides, comparison, those_that_run
 from pcmecl_fast.ops.backends.cuda import add_kernels
 from pcmecl_fast.ops.operator import BACKENDS, Backend
 
@@ -29,27 +30,27 @@ HARNESS = "csrc/cuda, no launches"
 
 @comparison("host_direction_logits", "a call with 4 edits of 16 features, every gradient", sources=SOURCES, host=True)
 def host_direction_logits(device: torch.device, dtype: torch.dtype) -> Comparison:
-    return _compared(direction(4, device, dtype, people=2, width=16, logits=True))
+    return _compared(direction(4, device, dtype, people=2, width=16, logits=True), device)
 
 
 @comparison("host_direction_loss", "a call with 4 edits of 16 features, every gradient", sources=SOURCES, host=True)
 def host_direction_loss(device: torch.device, dtype: torch.dtype) -> Comparison:
-    return _compared(direction(4, device, dtype, people=2, width=16))
+    return _compared(direction(4, device, dtype, people=2, width=16), device)
 
 
 @comparison(
     "host_correlation_loss", "a call with 2 individuals of 2 emotions × 16 features", sources=SOURCES, host=True
 )
 def host_correlation_loss(device: torch.device, dtype: torch.dtype) -> Comparison:
-    return _compared(correlation(2, device, dtype, emotions=2, width=16))
+    return _compared(correlation(2, device, dtype, emotions=2, width=16), device)
 
 
 @comparison("host_tree_attention", "a call with one tree (a CPU: none) of 1 head of 8", sources=SOURCES, host=True)
 def host_tree_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
-    people = 1 if device.type == "cuda" else 0
-    case = attention(people, device, dtype, tree=SHARED, heads=1, width=8)
-    if device.type == "cuda":
-        return _compared(case)
+    on_gpu = rehearsal.as_on_gpu(device)
+    case = attention(1 if on_gpu else 0, device, dtype, tree=SHARED, heads=1, width=8)
+    if on_gpu:
+        return _compared(case, device)
     harness = importlib.import_module("tests.cuda_on_host")
     eager = Side("eager", partial(case.run, "reference"))
     if harness.compiler() is None:
@@ -61,11 +62,13 @@ def host_tree_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
 
 @comparison("host_clip_frames", "a call with 1 frame of 8 × 8 to 4 × 4", sources=SOURCES, host=True)
 def host_clip_frames(device: torch.device, dtype: torch.dtype) -> Comparison:
-    return _compared(frames(1, device, dtype, side=8, size=4))
+    return _compared(frames(1, device, dtype, side=8, size=4), device)
 
 
-def _compared(case: Case) -> Comparison:
-    return Comparison([Side("eager", partial(case.run, "reference")), Side("fused", partial(case.run, "auto"))])
+def _compared(case: Case, device: torch.device) -> Comparison:
+    backends, skipped = those_that_run(backend_sides(case.run, device, case.operator))
+    eager, fused = Side("eager", partial(case.run, "reference")), Side("fused", partial(case.run, "auto"))
+    return Comparison([eager, *backends, fused], skipped=skipped)
 
 
 def _as_cuda(backend: Backend, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:

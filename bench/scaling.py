@@ -25,8 +25,9 @@ import tyro
 from rich.console import Console
 
 from bench.cases import Case, correlation, direction
-from bench.compare import alternate, environment, files_digest, peak_memory
+from bench.compare import environment, files_digest
 from bench.steps import SOURCES
+from bench.timing import alternate, peak_memory, timer
 from pcmecl_fast import PersonalizedPrompts, load_clip
 from pcmecl_fast.files import write_atomically
 
@@ -71,7 +72,7 @@ def main() -> None:
         for size in series.sizes:
             run = series.work(size)
             peak = peak_memory(run, device)
-            (times,) = alternate([run], device, options.seconds)
+            (times,) = alternate([timer(run, device)], options.seconds)
             point = {"name": series.name, "grows": series.grows, "side": series.side, "size": size}
             points.append(point | {"median_ms": 1e3 * median(times), "peak_mb": peak})
             console.print(f"{series.name}, {series.side}, {size}: {points[-1]['median_ms']:.4g} ms, {peak:.0f} MB")

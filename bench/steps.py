@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.compare import environment, files_digest, peak_memory
+from bench.compare import environment, files_digest
+from bench.timing import peak_memory
 from pcmecl_fast import PersonalizedPrompts, PromptBank, load_clip, ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import EMOTIONS
