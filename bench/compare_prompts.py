@@ -72,7 +72,7 @@ def text_tower_classes(device: torch.device, dtype: torch.dtype) -> Comparison:
 )
 def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
     clip = _tower(device, dtype)
-    frames = _frames(16 * len(EMOTIONS), clip.image_size, device, dtype)
+    frames = _frames(_people() * len(EMOTIONS), clip.image_size, device, dtype)
 
     def encode() -> Tensor:
         with torch.no_grad():
@@ -89,7 +89,7 @@ def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
 )
 def stage1_step_features(device: torch.device, dtype: torch.dtype) -> Comparison:
     clip = _tower(device, dtype)
-    features = F.normalize(_normal(16 * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
+    features = F.normalize(_normal(_people() * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
     return _stage1(clip, features, lambda: features, device)
 
 
@@ -159,8 +159,8 @@ def _stage1(clip: Clip, features: Tensor, encode: Callable[[], Tensor], device: 
 def _stage1_step(
     prompts: PersonalizedPrompts, optimizer: torch.optim.Optimizer, visual: Tensor, backend: str
 ) -> list[Tensor]:
-    visual = visual.view(16, len(EMOTIONS), -1)
-    mask = torch.ones(16, len(EMOTIONS), dtype=torch.bool, device=visual.device)
+    visual = visual.view(-1, len(EMOTIONS), visual.shape[-1])
+    mask = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
     text = prompts(visual.mean(1), backend=backend)
     match = matching_loss(visual, text, mask, 20.0)
     loss = match + ops.correlation_loss(visual, text, scale=20.0, mask=mask, backend=backend)
@@ -183,14 +183,15 @@ def _captured(clip: Clip, features: Tensor, device: torch.device) -> Run:
 def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) -> Comparison:
     clip = _tower(device, dtype)
     prompts = _prompts(clip, EMOTIONS, "shared", 8)
-    source = _frames(16, 256, device, dtype)
+    people = _people()
+    source = _frames(people, 256, device, dtype)
     edited = (source + 0.1 * _normal(*source.shape, device=device, seed=1).to(dtype)).clamp(-1, 1).requires_grad_()
-    individual = torch.arange(16, device=device)
+    individual = torch.arange(people, device=device)
     shown = individual % len(EMOTIONS)
     asked = (shown + 1 + individual % (len(EMOTIONS) - 1)) % len(EMOTIONS)
     with torch.no_grad():
         known = F.normalize(clip.encode_image(source, backend="reference").float(), dim=-1)
-    names = [str(i) for i in range(16)]
+    names = [str(i) for i in range(people)]
     bank = PromptBank.build(prompts, known, names, EMOTIONS, clip=clip, condition="frame", backend="reference")
     on_disk = _on_disk(bank, clip)
     criterion = PCMECLCriterion(clip, on_disk if device.type == "cpu" else bank)
@@ -217,6 +218,11 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
         skipped=skipped,
         as_it_runs=True,
     )
+
+
+def _people() -> int:
+    """Individuals in a step of stage 1, and edited frames in one of stage 2."""
+    return rehearsal.size(16)
 
 
 @cache

@@ -78,9 +78,9 @@ before one of the files that it depends on changed.
   have to agree; *error* is the largest relative difference, |a − b| / |b|.
 - The plain side is what a good user would write: batched, no gradients where none are needed.
 - All are warm. They run in turns; times are medians, with quartiles (or the extremes of fewer than four runs).
-- On a GPU a time is the device's own: CUDA graphs of the call are replayed while the device is kept busy. Training steps
-  and text towers are timed as they run, the host's work included. *host* is how long a call keeps the host until it
-  has enqueued everything. Each backend is a side of its own; the last side is the backend that `auto` chooses.
+- On a GPU a time is the device's own: CUDA graphs of the call are replayed while the device is kept busy. Training
+  steps and text towers are timed as they run, the host's work included. *host* is how long a call keeps the host until
+  it has enqueued everything. Each backend is a side of its own; the last side is the backend that `auto` chooses.
 - *÷ ours* is a side's median over that of pcmecl_fast: above 1 we are faster, below 1 the other side is.
 - *peak* is memory beyond the inputs: resident memory on a CPU, allocated memory on a GPU.
 - *limit* is the time that the machine needs for the bytes alone, at its measured copy bandwidth, or for the matrix
