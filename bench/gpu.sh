@@ -40,12 +40,17 @@ towers=(
 halves=(direction_loss correlation_loss tree_attention clip_frames direction_logits)
 tests=(tests/test_ops_cuda.py tests/test_kernels.py tests/test_cuda_kernels.py tests/test_graphs.py)
 
+# Without a GPU, Triton's interpreter makes the tests of the Triton kernels visible.
+collect=(env TRITON_INTERPRET=1 "$python" -m pytest --collect-only -q)
+
 rehearsing=0
 case ${1:-} in
     --wheels)
-        # Of the machine with the GPU: Python 3.12 on Linux.
-        exec "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
-            --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --requirement bench/wheels.txt --dest "$2"
+        # For the machine with the GPU: Python 3.12 on Linux.
+        platforms=()
+        for tag in manylinux_2_{28,27,25,17}_x86_64 manylinux2014_x86_64; do platforms+=(--platform $tag); done
+        exec "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 "${platforms[@]}" \
+            --requirement bench/wheels.txt --dest "${2:?names a folder}"
         ;;
     --dry-run) rehearsing=1 && shift ;;
 esac
@@ -71,15 +76,19 @@ aside=()
 # ---- One function for each part --------------------------------------------------------------------------------------
 
 do_build() {
+    # The CUDA kernels' tests on the CPU need a library, too, and are run by many processes at once.
+    aside on_gpu harness.txt "$python" -c \
+        'import sys; sys.path.append("tests"); import cuda_on_host; cuda_on_host.load()'
     on_gpu build.txt "$python" setup.py build_ext --inplace
     # The extension's build fails softly, for users without a compiler.
     on_gpu backends.txt "$python" -c \
         'import sys; from pcmecl_fast.ops.operator import BACKENDS; sys.exit(BACKENDS["cuda"].missing())'
+    wait_for_those_aside
 }
 
 do_tests() {
     local command=("$python" -m pytest) file
-    [ $rehearsing = 0 ] || command+=(--collect-only -q)
+    [ $rehearsing = 0 ] || command=("${collect[@]}")
     if "$python" -c 'import xdist' 2>/dev/null; then
         anywhere tests.txt "${command[@]}" -n "$(($(nproc) > 2 ? $(nproc) - 2 : 1))" "${tests[@]}"
         return
@@ -115,7 +124,7 @@ do_sanitizers() {
             compute-sanitizer --tool $tool --error-exitcode 9 "${only[@]}" "$python" -m pytest "${selection[@]}"
     done
     wait_for_those_aside
-    [ $rehearsing = 0 ] || anywhere selection.txt "$python" -m pytest --collect-only -q "${selection[@]}"
+    [ $rehearsing = 0 ] || anywhere selection.txt "${collect[@]}" "${selection[@]}"
 }
 
 do_steps() { anywhere steps.txt "$python" -m bench.steps "${measured[@]}" --json "$out/steps.json"; }
@@ -160,7 +169,7 @@ wait_for_those_aside() {
 # ---- All of it -------------------------------------------------------------------------------------------------------
 
 {
-    nvidia-smi
+    [ $rehearsing = 1 ] || nvidia-smi
     "$python" -c 'import torch, triton, platform; print("python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)'
     git rev-parse HEAD
 } >"$out/machine.txt" 2>&1

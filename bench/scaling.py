@@ -77,7 +77,8 @@ def main() -> None:
         for size in series.sizes[:1] if rehearsal.is_on() else series.sizes:
             run = series.work(size)
             peak = peak_memory(run, device)
-            (times,) = alternate([timer(run, device)], options.seconds)
+            measure = timer(run, device)
+            (times,) = [[measure()]] if rehearsal.is_on() else alternate([measure], options.seconds)
             point = {"name": series.name, "grows": series.grows, "side": series.side, "size": size}
             points.append(point | {"median_ms": 1e3 * median(times), "peak_mb": peak})
             console.print(f"{series.name}, {series.side}, {size}: {points[-1]['median_ms']:.4g} ms, {peak:.0f} MB")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import rehearsal
 from pcmecl_fast.train.graphs import capture, rehearse
 
 Run = Callable[[], Sequence[Tensor]]
@@ -139,6 +140,9 @@ def finished(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
     """Peak megabytes of one call beyond what was allocated before; NaN if the system does not report it."""
+    if rehearsal.is_on():
+        run()
+        return 0.0
     release_unused(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
