@@ -256,12 +256,13 @@ def compare(
                 targets.get(side.name), errors[side.name], peak, limit and 1e3 * limit, host,
             )
         )  # fmt: skip
-    nan = float("nan")
-    rows[-1:-1] = [
-        Row(name, side, nan, nan, nan, 0, nan, targets.get(side), nan, nan, None, note=f"not run: {why}")
-        for side, why in work.skipped.items()
-    ]
+    rows[-1:-1] = [_not_run(name, side, targets.get(side), why) for side, why in work.skipped.items()]
     return rows, failure or None
+
+
+def _not_run(name: str, side: str, target: float | None, why: str) -> Row:
+    nan = float("nan")
+    return Row(name, side, nan, nan, nan, 0, nan, target, nan, nan, None, note=f"not run: {why}")
 
 
 def errors_against_the_first(sides: Sequence[Side]) -> dict[str, float]:

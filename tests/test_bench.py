@@ -7,7 +7,7 @@ import cuda_on_host
 import pytest
 import torch
 
-from bench import choose, compare, host_cost, rehearsal, report, timing
+from bench import choose, compare, host_cost, rehearsal, report, scaling, steps, timing
 from pcmecl_fast.ops.operator import BACKENDS, Backend
 from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
@@ -227,3 +227,22 @@ def test_the_page_shows_the_hosts_time_where_it_was_measured():
     assert not any("host" in line for line in plain)
     with_host = report.compare_section({"added float32": about | {"rows": [row | {"host_us": 80.2}, row]}})
     assert [line.split(" | ")[-1] for line in with_host[2:6]] == ["host |", with_host[3], "80 µs |", " |"]
+
+
+@pytest.mark.parametrize(("module", "measuring", "kept"), [(steps, "measure", "rows"), (scaling, "timer", "points")])
+def test_a_run_that_is_cut_off_keeps_what_it_has(module, measuring, kept, monkeypatch, tmp_path):
+    whole, calls = getattr(module, measuring), []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    path = tmp_path / "results.json"
+    monkeypatch.setattr(rehearsal, "_on", False)
+    monkeypatch.setattr(module, measuring, once)
+    monkeypatch.setattr("sys.argv", ["bench", "--rehearse", "--device", "cpu", "--json", str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    assert len(json.loads(path.read_text())[kept]) == 1
