@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from bench.cases import CASES, NOT_BY_THE_REFERENCE, Case
-from bench.compare import finished, relative_error
+from bench.compare import relative_error
+from bench.timing import finished
 from pcmecl_fast.ops import backend_status
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

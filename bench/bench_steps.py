@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.compare import COMPARISONS, DTYPES, TOLERANCES, Comparison, finished, load_all, relative_error
+from bench.compare import COMPARISONS, DTYPES, TOLERANCES, Comparison, load_all, relative_error
+from bench.timing import finished
 
 load_all()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

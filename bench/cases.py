@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import rehearsal
 from pcmecl_fast import ops
 from pcmecl_fast.ops import PromptTree
 
@@ -44,13 +45,19 @@ class Case:
     operations: float = 0.0
     """Multiplications and additions of the matrix products, forward and backward."""
 
+    @property
+    def operator(self) -> str:
+        """The name of the operator that it calls."""
+        return ops.explain(self.call, *self.inputs).operator
+
     def run(self, backend: str) -> list[Tensor]:
         """The result and the gradients."""
         return differentiated(partial(self.call, backend=backend), self.inputs, self.weight)
 
     def compiled(self) -> Case:
         """The same through `torch.compile`."""
-        return replace(self, call=torch.compile(self.call, fullgraph=True, dynamic=False))
+        compiler = "eager" if rehearsal.is_on() else "inductor"
+        return replace(self, call=torch.compile(self.call, fullgraph=True, dynamic=False, backend=compiler))
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Sized:
     cuda: int
 
     def on(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Case:
-        return self.build(self.cpu if device.type == "cpu" else self.cuda, device, dtype)
+        return self.build(rehearsal.size(self.cpu if device.type == "cpu" else self.cuda), device, dtype)
 
 
 def differentiated(call: Callable[..., Tensor], inputs: Sequence[Tensor], weight: Tensor | None) -> list[Tensor]:
@@ -77,18 +84,20 @@ def direction(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    people: int = PEOPLE,
+    width: int = D,
     contrast: float = 0.0,
     logits: bool = False,
     edited_alone: bool = False,
 ) -> Case:
     """Edits against a bank; `edited_alone`: differentiated only with respect to the edited features, as in stage 2."""
     random = torch.Generator().manual_seed(0)
-    source = torch.randn(samples, D, generator=random)
-    edited = source + 0.3 * torch.randn(samples, D, generator=random)
-    bank = F.normalize(torch.randn(PEOPLE, E, D, generator=random), dim=-1)
+    source = torch.randn(samples, width, generator=random)
+    edited = source + 0.3 * torch.randn(samples, width, generator=random)
+    bank = F.normalize(torch.randn(people, E, width, generator=random), dim=-1)
     shown = torch.randint(E, (samples,), generator=random)
     asked = (shown + torch.randint(1, E, (samples,), generator=random)) % E
-    individual = torch.randint(PEOPLE, (samples,), generator=random)
+    individual = torch.randint(people, (samples,), generator=random)
     weight = torch.randn(samples, E, generator=random).to(device, dtype) if logits else None
     individual, shown, asked = (x.to(device) for x in (individual, shown, asked))
     source, edited, bank = (x.to(device, dtype) for x in (source, edited, bank))
@@ -111,18 +120,19 @@ def correlation(
     dtype: torch.dtype,
     *,
     emotions: int = E,
+    width: int = D,
     scale: float = 100.0,
     negatives: str = "all",
     missing: float = 0.0,
 ) -> Case:
     """Changes of the face against changes of the text; `missing`: the fraction of missing emotions."""
     random = torch.Generator().manual_seed(0)
-    features = torch.randn(2, individuals, emotions, D, generator=random)
+    features = torch.randn(2, individuals, emotions, width, generator=random)
     visual, text = F.normalize(features, dim=-1).to(device, dtype)
     mask = torch.rand(individuals, emotions, generator=random).to(device) >= missing if missing else None
     call = partial(ops.correlation_loss, scale=scale, mask=mask, negatives=negatives)
     # Forward: one product of V and T; backward: the same again and one for each gradient.
-    return Case(call, (visual, text), operations=4 * 2.0 * (individuals * emotions) ** 2 * D)
+    return Case(call, (visual, text), operations=4 * 2.0 * (individuals * emotions) ** 2 * width)
 
 
 def attention(

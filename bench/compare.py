@@ -2,17 +2,19 @@
 
     python -m bench.compare text_tower stage1_step [--device cuda] [--dtype bfloat16] [--json FILE]
     python -m bench.compare --all
+    python -m bench.compare --host
 
-Both sides get the same inputs. Before anything is timed their results and gradients must agree; only a disagreement
-makes the exit status 1. Then the sides run in turns, and the table shows medians, quartiles, the ratio to ours, peak
-extra memory, and the machine's limit: the bytes that must be moved divided by its measured copy bandwidth, or the
-operations divided by its measured matrix-product rate, whichever is longer.
+All sides get the same inputs. Before anything is timed their results and gradients must agree; only a disagreement, or
+a side that breaks off, makes the exit status 1. Then the sides run in turns, and the table shows medians, quartiles,
+the ratio to ours, peak extra memory, and the machine's limit: the bytes that must be moved divided by its measured copy
+bandwidth, or the operations divided by its measured matrix-product rate, whichever is longer.
+
+On a GPU every backend is a side of its own, and a call has two times: the device's, of a CUDA graph's replays, and the
+host's, until the call has enqueued everything. What takes the device less than the host hides behind other work.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import hashlib
 import importlib
 import json
@@ -21,12 +23,13 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,8 +40,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import rehearsal
+from bench.timing import Run, alternate, host_seconds, one_core, peak_memory, release_unused, timed, timer
 from pcmecl_fast.files import write_atomically
-from pcmecl_fast.ops.operator import BACKENDS
+from pcmecl_fast.ops.operator import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +56,7 @@ class Side:
     """One way to do the work."""
 
     name: str
-    run: Callable[[], Sequence[Tensor]]
+    run: Run
     """Runs it once, forward and backward; returns the result and the gradients."""
 
 
@@ -66,6 +71,8 @@ class Comparison:
     """Multiplications and additions that must be done."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Sides that do not run here, and why."""
+    as_it_runs: bool = False
+    """Whether a call's time on a GPU is what it takes as it runs, the host's work included, as for a training step."""
 
 
 CPU_ONLY = ("csrc/cpu", "csrc/tests", "csrc/bindings.cpp", "pcmecl_fast/ops/backends/cpu.py")
@@ -73,6 +80,9 @@ GPU_ONLY = (
     "csrc/cuda", "csrc/tests", "kernels/", "pcmecl_fast/ops/backends/cuda.py",
     "pcmecl_fast/ops/backends/triton.py",
 )  # fmt: skip
+
+Candidates = dict[str, Callable[[], Run]]
+"""Sides by name, each to be built: building one may raise."""
 
 Build = Callable[[torch.device, torch.dtype], Comparison]
 
@@ -85,13 +95,19 @@ class Entry:
     what: str
     sources: Sequence[str]
     targets: dict[str, dict[str, float]]
+    host: bool
 
 
 COMPARISONS: dict[str, Entry] = {}
 
 
 def comparison(
-    name: str, what: str, *, sources: Sequence[str], targets: dict[str, dict[str, float]] | None = None
+    name: str,
+    what: str,
+    *,
+    sources: Sequence[str],
+    targets: dict[str, dict[str, float]] | None = None,
+    host: bool = False,
 ) -> Callable[[Build], Build]:
     """Register a comparison.
 
@@ -100,10 +116,11 @@ def comparison(
         what: the work, in a few words.
         sources: globs of the files whose changes make a measured result stale.
         targets: by device type and side, how many times as long as ours the side should take.
+        host: whether it measures what a call costs besides arithmetic, see `bench.host_cost`.
     """
 
     def register(build: Build) -> Build:
-        COMPARISONS[name] = Entry(build, what, sources, targets or {})
+        COMPARISONS[name] = Entry(build, what, sources, targets or {}, host)
         return build
 
     return register
@@ -129,6 +146,8 @@ class Row:
     """Peak memory in addition to the inputs."""
     limit_ms: float | None
     """The time the machine needs for the bytes or the operations alone."""
+    host_us: float | None = None
+    """On a GPU, how long a call keeps the host, the device being idle."""
     note: str = ""
 
 
@@ -140,12 +159,18 @@ class Options:
     """Names of comparisons."""
     all: bool = False
     """Every comparison."""
+    host: bool = False
+    """Those of what a call costs besides arithmetic, all named host_…"""
     device: str = "auto"
     """cpu or cuda; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the inputs and the towers."""
     seconds: float = 20.0
     """Minimum time per comparison; slow sides run three times however long that takes."""
+    without: tuple[str, ...] = ()
+    """Sides to leave out."""
+    rehearse: bool = False
+    """Go through what a GPU would do on a machine without one, at tiny sizes; see bench/rehearsal.py."""
     json: Path | None = None
     """A file for the results; those of other comparisons already in it are kept."""
 
@@ -154,10 +179,16 @@ def main() -> int:
     options = tyro.cli(Options)
     load_all()
     names = list(COMPARISONS) if options.all else list(options.names)
+    names += [name for name, entry in COMPARISONS.items() if options.host and entry.host and name not in names]
     unknown = [name for name in names if name not in COMPARISONS]
     if unknown or not names:
-        print(f"names: takes {', '.join(COMPARISONS)}, or --all; got {', '.join(unknown) or 'none'}", file=sys.stderr)
+        print(
+            f"names: takes {', '.join(COMPARISONS)}, --host or --all; got {', '.join(unknown) or 'none'}",
+            file=sys.stderr,
+        )
         return 2
+    if options.rehearse:
+        rehearsal.begin()
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device, dtype = torch.device(kind), DTYPES[options.dtype]
     lacking = BACKENDS["cpu"].missing() if kind == "cpu" else None
@@ -169,106 +200,120 @@ def main() -> int:
         console = Console(width=150)
     for name in names:
         with console.status(f"{name}: {COMPARISONS[name].what}"):
-            rows, failure = compare(name, device, dtype, seconds=options.seconds)
-        show(console, name, rows, failure)
+            rows, failure = _attempt(name, device, dtype, options)
+        if rehearsal.is_on() and failure is None:
+            print(rehearsed(name, rows, options.seconds))
+        else:
+            show(console, name, rows, failure)
         agreed &= failure is None
         if options.json is not None:
             keep(options.json, name, rows, failure, device, dtype)
-        _forget(device)
+        release_unused(device)
     return 0 if agreed else 1
 
 
+def _attempt(name: str, device: torch.device, dtype: torch.dtype, options: Options) -> tuple[list[Row], str | None]:
+    """`compare`; what it raises is a failure of this comparison and leaves the others their turn."""
+    try:
+        return compare(name, device, dtype, seconds=options.seconds, without=options.without)
+    except Exception as error:
+        traceback.print_exc()
+        return [], f"broke off: {first_line(error)}"
+
+
 def compare(
-    name: str, device: torch.device, dtype: torch.dtype, *, seconds: float = 20.0
+    name: str, device: torch.device, dtype: torch.dtype, *, seconds: float = 20.0, without: Sequence[str] = ()
 ) -> tuple[list[Row], str | None]:
-    """Run one comparison: its rows, and what is wrong if the sides disagree (then nothing is timed)."""
+    """Run one comparison, `without` some sides.
+
+    Returns:
+        Its rows, and which sides disagree with the first: those are not timed, and none is if ours is among them.
+    """
     entry = COMPARISONS[name]
     work = entry.build(device, dtype)
-    errors = {side.name: 0.0 for side in work.sides}
-    expected = [x.detach().clone() for x in work.sides[0].run()]
-    for side in work.sides[1:]:
-        errors[side.name] = max(map(relative_error, side.run(), expected), default=0.0)
-        if not errors[side.name] <= TOLERANCES[dtype]:
-            return [], f"{side.name} and {work.sides[0].name} disagree: relative error {errors[side.name]:.1e}"
-    del expected
-    peaks = {side.name: peak_memory(side.run, device) for side in work.sides}
-    times = alternate([side.run for side in work.sides], device, seconds)
+    sides = [side for side in work.sides if side.name not in without]
+    errors = errors_against_the_first(sides)
+    wrong = {side: error for side, error in errors.items() if not error <= TOLERANCES[dtype]}
+    failure = "; ".join(f"{side} and {sides[0].name} disagree: relative error {wrong[side]:.1e}" for side in wrong)
+    sides = [side for side in sides if side.name not in wrong]
+    if work.sides[-1] not in sides:
+        return [], failure
+    peaks = [peak_memory(side.run, device) for side in sides]
+    with one_core() if entry.host else nullcontext():
+        hosts = [1e6 * host_seconds(side.run) if device.type == "cuda" else None for side in sides]
+        timers = [timer(side.run, device, as_it_runs=work.as_it_runs) for side in sides]
+        times = [[measure()] for measure in timers] if rehearsal.is_on() else alternate(timers, seconds)
     ours = statistics.median(times[-1])
     limit = machine_limit(work, device, dtype)
     targets = entry.targets.get(device.type, {})
     rows = []
-    for side, measured in zip(work.sides, times, strict=True):
+    for side, measured, peak, host in zip(sides, times, peaks, hosts, strict=True):
         middle = statistics.median(measured)
         low, high = (measured[0], measured[-1]) if len(measured) < 4 else _quartiles(measured)
         rows.append(
             Row(
                 name, side.name, 1e3 * middle, 1e3 * low, 1e3 * high, len(measured), middle / ours,
-                targets.get(side.name), errors[side.name], peaks[side.name], limit and 1e3 * limit,
+                targets.get(side.name), errors[side.name], peak, limit and 1e3 * limit, host,
             )
         )  # fmt: skip
+    rows[-1:-1] = [_not_run(name, side, targets.get(side), why) for side, why in work.skipped.items()]
+    return rows, failure or None
+
+
+def _not_run(name: str, side: str, target: float | None, why: str) -> Row:
     nan = float("nan")
-    rows[-1:-1] = [
-        Row(name, side, nan, nan, nan, 0, nan, targets.get(side), nan, nan, None, f"not run: {why}")
-        for side, why in work.skipped.items()
-    ]
-    return rows, None
+    return Row(name, side, nan, nan, nan, 0, nan, target, nan, nan, None, note=f"not run: {why}")
 
 
-def alternate(runs: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> list[list[float]]:
-    """Sorted times of each, run in turns; a fast one runs several times per turn. All must be warm already."""
-    once = [timed(run, device) for run in runs]
-    turns = [max(1, min(50, round(0.2 / max(t, 1e-6)))) for t in once]
-    times: list[list[float]] = [[] for _ in runs]
-    begin = time.perf_counter()
-    while len(times[0]) < 3 or (time.perf_counter() - begin < seconds and len(times[0]) < 2000):
-        for run, count, measured in zip(runs, turns, times, strict=True):
-            measured += [timed(run, device) for _ in range(count)]
-    return [sorted(measured) for measured in times]
+def errors_against_the_first(sides: Sequence[Side]) -> dict[str, float]:
+    """Every side's largest relative error of its results and gradients against the first side's."""
+    errors = {side.name: 0.0 for side in sides}
+    expected = [x.detach().clone() for x in sides[0].run()]
+    for side in sides[1:]:
+        errors[side.name] = max(map(relative_error, side.run(), expected), default=0.0)
+    return errors
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds taken by one call; on a GPU, between two events on its stream."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+def backend_sides(run: Callable[[str], Sequence[Tensor]], device: torch.device, *operators: str) -> Candidates:
+    """On a GPU a side for each backend that has kernels for these operators; `run` takes the backend's name."""
+    if not rehearsal.as_on_gpu(device):
+        return {}
+    names = [name for name, backend in BACKENDS.items() if name not in ("reference", "cpu")]
+    if rehearsal.is_on():
+        return {f"backend={name}": lambda: partial(run, "reference") for name in names}
+    able = [name for name in names if _may_run(BACKENDS[name], operators)]
+    return {f"backend={name}": partial(partial, run, name) for name in able}
 
 
-def finished(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, returning only when its work is done, for timers unaware of GPUs."""
-    if not torch.cuda.is_available():
-        return run
+def those_that_run(candidates: Candidates) -> tuple[list[Side], dict[str, str]]:
+    """The sides that can be built and run here, tried once, and why the others cannot."""
+    sides, skipped = [], {}
+    for name, build in candidates.items():
+        try:
+            run = build()
+            run()
+        except Missing as error:
+            skipped[name] = str(error)
+        except Exception as error:
+            skipped[name] = first_line(error)
+        else:
+            sides.append(Side(name, run))
+    return sides, skipped
 
-    def wait(*args: Any) -> Any:
-        result = run(*args)
-        torch.cuda.synchronize()
-        return result
 
-    return wait
+class Missing(Exception):
+    """Something a side needs that this machine lacks."""
 
 
-def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
-    """Peak megabytes of one call beyond what was allocated before; NaN if the system does not report it."""
-    _forget(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
-        before = _resident("VmRSS")
-        run()
-        return (_resident("VmHWM") - before) / 1e6
-    except OSError:
-        return float("nan")
+def first_line(error: Exception) -> str:
+    """An exception in one line of a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:110]}"
+
+
+def _may_run(backend: Backend, operators: Sequence[str]) -> bool:
+    """Whether it has kernels for all of these operators; a backend that was not built has none and says so itself."""
+    return not backend.implementations or set(operators) <= backend.implementations.keys()
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -280,7 +325,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def machine_limit(work: Comparison, device: torch.device, dtype: torch.dtype) -> float | None:
     """Seconds that the machine needs for the bytes or for the operations alone, whichever are more; None if unknown."""
-    if not work.moved and not work.operations:
+    if rehearsal.is_on() or not (work.moved or work.operations):
         return None
     return max(work.moved / copy_bandwidth(device), work.operations / product_rate(device, dtype))
 
@@ -321,9 +366,13 @@ def show(console: Console, name: str, rows: Sequence[Row], failure: str | None) 
     title = f"{name}: {COMPARISONS[name].what}"
     if failure is not None:
         console.print(f"[bold red]{title}: {failure}[/]")
+    if not rows:
         return
     table = Table(title=title, title_justify="left")
-    for column in ("side", "median", "quartiles", "runs", "÷ ours", "target", "error", "peak", "limit"):
+    with_host = any(row.host_us is not None for row in rows)
+    unit, scale = ("µs", 1e3) if COMPARISONS[name].host else ("ms", 1.0)
+    columns = ["side", "median", "quartiles", "runs", "÷ ours", "target", "error", "peak", "limit"]
+    for column in columns + ["host"] * with_host:
         table.add_column(column, justify="left" if column == "side" else "right")
     for row in rows:
         if row.note:
@@ -332,18 +381,29 @@ def show(console: Console, name: str, rows: Sequence[Row], failure: str | None) 
         met = row.target is None or row.ratio >= row.target
         ratio = f"{row.ratio:.2f}×" if row.ratio < 10 else f"{row.ratio:.1f}×"
         limit = row.limit_ms and f"{row.limit_ms:.3g} ms, {100 * row.limit_ms / row.median_ms:.0f} %"
-        table.add_row(
+        cells = [
             row.side,
-            f"{row.median_ms:.4g} ms",
-            f"{row.low_ms:.4g}–{row.high_ms:.4g}",
+            f"{scale * row.median_ms:.4g} {unit}",
+            f"{scale * row.low_ms:.4g}–{scale * row.high_ms:.4g}",
             str(row.runs),
             ratio if met else f"[red]{ratio}[/]",
             "" if row.target is None else f"{row.target:g}×",
             f"{row.error:.1e}",
             f"{row.peak_mb:.0f} MB",
             limit or "",
-        )
+        ]
+        table.add_row(*cells, *([f"{row.host_us:.0f} µs"] if row.host_us is not None else []))
     console.print(table)
+
+
+def rehearsed(name: str, rows: Sequence[Row], seconds: float) -> str:
+    """What a comparison would do on a GPU: its sides, the seconds of each, and what ran here in its place."""
+    share = seconds / sum(not row.note for row in rows)
+    lines = [f"{name}: {seconds:g} s, besides building, compiling and checking"]
+    for row in rows:
+        stands_in = ", here the reference" if row.side.startswith("backend=") else ""
+        lines.append(f"  {row.side}: {row.note or f'{share:.1f} s{stands_in}'}")
+    return "\n".join(lines)
 
 
 def keep(
@@ -355,7 +415,7 @@ def keep(
         "what": COMPARISONS[name].what,
         "rows": [{k: v for k, v in asdict(row).items() if v == v} for row in rows],  # JSON has no NaN
         "disagreement": failure,
-        "sources": sources_digest(name, device.type),
+        "sources": sources_digest(name, "cuda" if rehearsal.as_on_gpu(device) else device.type),
         **environment(device),
     }
     write_atomically(path, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
@@ -385,8 +445,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "command": "python -m bench.compare " + shlex.join(sys.argv[1:]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "kind": device.type,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "kind": "cuda" if rehearsal.as_on_gpu(device) else device.type,
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -398,8 +458,9 @@ def load_all() -> None:
     """Import the files that register comparisons."""
     # Run with -m, this file is __main__, but they register with the module bench.compare.
     sys.modules.setdefault("bench.compare", sys.modules[__name__])
-    for module in sorted(Path(__file__).parent.glob("compare_*.py")):
-        importlib.import_module(f"bench.{module.stem}")
+    for module in sorted(path.stem for path in Path(__file__).parent.glob("compare_*.py")):
+        importlib.import_module(f"bench.{module}")
+    importlib.import_module("bench.host_cost")
 
 
 def _is_source(path: Path) -> bool:
@@ -411,21 +472,10 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _forget(device: torch.device) -> None:
-    """Release unused memory, so that a peak is one run's own."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(field_name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field_name):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field_name} in /proc/self/status")
+def _device_name(device: torch.device) -> str:
+    if rehearsal.is_on():
+        return "a rehearsal without a GPU"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:

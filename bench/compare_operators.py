@@ -1,4 +1,7 @@
-"""Comparisons of the fused operators: the reference, eager and through torch.compile, against the fastest backend."""
+"""Comparisons of the fused operators: the reference, eager and through torch.compile, against the fastest backend.
+
+On a GPU every backend that has kernels for the operator is a side, too.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from functools import partial
 import torch
 
 from bench.cases import CASES, NOT_BY_THE_REFERENCE, SOURCES
-from bench.compare import Comparison, Side, comparison
+from bench.compare import Comparison, Side, backend_sides, comparison, those_that_run
 
 
 @comparison(
@@ -18,6 +21,15 @@ from bench.compare import Comparison, Side, comparison
 )
 def direction_loss(device: torch.device, dtype: torch.dtype) -> Comparison:
     return _compared("direction_loss", device, dtype)
+
+
+@comparison(
+    "direction_logits",
+    "the cosines of 256 edits (65,536 on a GPU) with every change of emotion, every gradient",
+    sources=SOURCES,
+)
+def direction_logits(device: torch.device, dtype: torch.dtype) -> Comparison:
+    return _compared("direction_logits", device, dtype)
 
 
 @comparison(
@@ -70,11 +82,13 @@ def _compared(name: str, device: torch.device, dtype: torch.dtype) -> Comparison
     """The reference, the compiled reference, and what `auto` chooses; only the last if the others do not fit."""
     case = CASES[name].on(device, dtype)
     fused = Side("fused", partial(case.run, "auto"))
+    backends, skipped = those_that_run(backend_sides(case.run, device, case.operator))
     if name in NOT_BY_THE_REFERENCE[device.type]:
         why = "its copies of the logits exceed the machine's memory"
-        return Comparison([fused], skipped=dict.fromkeys(("eager", "torch.compile"), why))
+        return Comparison([*backends, fused], skipped=dict.fromkeys(("eager", "torch.compile"), why) | skipped)
     plain = [
         Side("eager", partial(case.run, "reference")),
         Side("torch.compile", partial(case.compiled().run, "reference")),
     ]
-    return Comparison([*plain, fused], moved=case.moved, operations=case.operations)
+    sides = [*plain, *backends, fused]
+    return Comparison(sides, moved=case.moved, operations=case.operations, skipped=skipped)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import rehearsal
 from bench.cases import CASES, PEERS_SCALE, SHARED, SOURCES, D, E, differentiated
-from bench.compare import Comparison, Side, comparison
+from bench.compare import Candidates, Comparison, Missing, Side, backend_sides, comparison, those_that_run
 from pcmecl_fast.ops import PromptTree, reference
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -42,15 +43,16 @@ def peers_contrastive(device: torch.device, dtype: torch.dtype) -> Comparison:
             lambda visual, text: loss(differences(visual), differences(text)), case.inputs, None
         )
 
-    candidates: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {
+    candidates: Candidates = {
         "F.cross_entropy, both ways": lambda: plain(_cross_entropy),
         "open_clip ClipLoss": lambda: plain(_open_clip()),
         "torch.compile of the reference": lambda: partial(case.compiled().run, "reference"),
         "inf-cl": lambda: plain(_inf_cl(device)),
         "memeff": lambda: plain(_memeff(device)),
         "liger-kernel": lambda: plain(_liger(device)),
+        **backend_sides(case.run, device, case.operator),
     }
-    sides, skipped = _those_that_run(candidates)
+    sides, skipped = those_that_run(candidates)
     individuals = len(case.inputs[0])
     # S = V Tᵀ once forward and twice backward; features and gradients once.
     return Comparison(
@@ -73,35 +75,17 @@ def tree_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
     def side(attend: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
         return lambda: differentiated(attend, case.inputs, case.weight)
 
-    candidates = {
+    candidates: Candidates = {
         "SDPA with the mask": lambda: side(lambda x: _sdpa(x, SHARED.mask(device))),
         "FlexAttention": lambda: side(_flex(SHARED, device)),
         "xformers": lambda: side(_xformers(SHARED, device, dtype)),
+        **backend_sides(case.run, device, case.operator),
     }
-    sides, skipped = _those_that_run(candidates)
+    if rehearsal.as_on_gpu(device):
+        candidates["backend=reference"] = lambda: partial(case.run, "reference")
+    sides, skipped = those_that_run(candidates)
     ours = Side("pcmecl_fast", partial(case.run, "auto"))
     return Comparison([*sides, ours], operations=case.operations, moved=case.moved, skipped=skipped)
-
-
-def _those_that_run(
-    candidates: dict[str, Callable[[], Callable[[], list[Tensor]]]],
-) -> tuple[list[Side], dict[str, str]]:
-    """The sides that can be built and run here, tried once, and why the others cannot."""
-    sides, skipped = [], {}
-    for name, build in candidates.items():
-        try:
-            run = build()
-            run()
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            skipped[name] = f"{type(error).__name__}: {lines[0][:110]}" if not isinstance(error, _Missing) else lines[0]
-        else:
-            sides.append(Side(name, run))
-    return sides, skipped
-
-
-class _Missing(Exception):
-    """Something a peer needs that this machine lacks."""
 
 
 def _cross_entropy(a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +131,7 @@ def _flex(tree: PromptTree, device: torch.device) -> Callable[[Tensor], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if device.type == "cpu":
-        raise _Missing("needs a GPU: on a CPU it has no backward")
+        raise Missing("needs a GPU: on a CPU it has no backward")
     allowed = tree.mask(device)
     mask = create_block_mask(lambda b, h, q, k: allowed[q, k], None, None, tree.length, tree.length, device=str(device))
     compiled: Any = torch.compile(flex_attention, dynamic=False)
@@ -178,8 +162,8 @@ def _xformers(tree: PromptTree, device: torch.device, dtype: torch.dtype) -> Cal
 
 def _import(name: str, device: torch.device) -> Any:
     if device.type != "cuda":
-        raise _Missing("needs a CUDA GPU")
+        raise Missing("needs a CUDA GPU")
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise _Missing(f"not installed ({error})") from error
+        raise Missing(f"not installed ({error})") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import open_clip
@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.compare import Comparison, Side, comparison, count_operations
+from bench import rehearsal
+from bench.compare import Comparison, Side, backend_sides, comparison, count_operations, those_that_run
+from bench.timing import Run
 from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank, load_clip, ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.criterion import MIN_CHANGE
+from pcmecl_fast.train.graphs import WARM_UP, adamw, make_step
 from pcmecl_fast.train.prompts import matching_loss
 
 EMOTIONS = ["neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised"]
@@ -35,7 +38,7 @@ CRITERION = (*PROMPTS, "pcmecl_fast/criterion.py", "pcmecl_fast/ops/**/*.py", "p
     targets={"cpu": {"padded batch": 25}, "cuda": {"padded batch": 15}},
 )
 def text_tower(device: torch.device, dtype: torch.dtype) -> Comparison:
-    individuals = 16 if device.type == "cpu" else 64
+    individuals = rehearsal.size(16 if device.type == "cpu" else 64)
     return _padded_and_tree(EMOTIONS, individuals, "shared", 8, device, dtype)
 
 
@@ -57,7 +60,8 @@ def text_tower_per_emotion(device: torch.device, dtype: torch.dtype) -> Comparis
 )
 def text_tower_classes(device: torch.device, dtype: torch.dtype) -> Comparison:
     names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))
-    return _padded_and_tree(names[:200] if device.type == "cpu" else names, 1, "shared", 4, device, dtype)
+    count = rehearsal.size(200 if device.type == "cpu" else len(names))
+    return _padded_and_tree(names[:count], 1, "shared", 4, device, dtype)
 
 
 @comparison(
@@ -68,7 +72,7 @@ def text_tower_classes(device: torch.device, dtype: torch.dtype) -> Comparison:
 )
 def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
     clip = _tower(device, dtype)
-    frames = _frames(16 * len(EMOTIONS), clip.image_size, device, dtype)
+    frames = _frames(_people() * len(EMOTIONS), clip.image_size, device, dtype)
 
     def encode() -> Tensor:
         with torch.no_grad():
@@ -85,7 +89,7 @@ def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
 )
 def stage1_step_features(device: torch.device, dtype: torch.dtype) -> Comparison:
     clip = _tower(device, dtype)
-    features = F.normalize(_normal(16 * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
+    features = F.normalize(_normal(_people() * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
     return _stage1(clip, features, lambda: features, device)
 
 
@@ -126,48 +130,68 @@ def _padded_and_tree(
 
         return run
 
+    backends, skipped = those_that_run(backend_sides(lambda name: side(name)(), device, "tree_attention"))
     return Comparison(
-        [Side("padded batch", side("reference")), Side("prompt tree", side("auto"))],
+        [Side("padded batch", side("reference")), *backends, Side("prompt tree", side("auto"))],
         operations=count_operations(side("auto")),
+        skipped=skipped,
+        as_it_runs=True,
     )
 
 
 def _stage1(clip: Clip, features: Tensor, encode: Callable[[], Tensor], device: torch.device) -> Comparison:
     """A step: forward, backward and AdamW (with a learning rate of 0, so that every step is the same)."""
     prompts = _prompts(clip, EMOTIONS, "shared", 8)
-    optimizer = torch.optim.AdamW(prompts.parameters(), lr=0.0)
-    mask = torch.ones(16, len(EMOTIONS), dtype=torch.bool, device=device)
-
-    def step(visual: Tensor, backend: str) -> list[Tensor]:
-        visual = visual.view(16, len(EMOTIONS), -1)
-        text = prompts(visual.mean(1), backend=backend)
-        match = matching_loss(visual, text, mask, 20.0)
-        loss = match + ops.correlation_loss(visual, text, scale=20.0, mask=mask, backend=backend)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return [loss, *_gradients(prompts)]
-
+    step = partial(_stage1_step, prompts, torch.optim.AdamW(prompts.parameters(), lr=0.0))
+    candidates = backend_sides(lambda name: step(features, name), device, "tree_attention", "correlation_loss")
+    if rehearsal.as_on_gpu(device):
+        candidates["captured step"] = lambda: _captured(clip, features, device)
+    on_gpu, skipped = those_that_run(candidates)
+    ours = partial(step, features, "auto")
     return Comparison(
-        [
-            Side("plain trainer", lambda: step(encode(), "reference")),
-            Side("store and trees", lambda: step(features, "auto")),
-        ],
-        operations=count_operations(lambda: step(features, "auto")),
+        [Side("plain trainer", lambda: step(encode(), "reference")), *on_gpu, Side("store and trees", ours)],
+        operations=count_operations(ours),
+        skipped=skipped,
+        as_it_runs=True,
     )
+
+
+def _stage1_step(
+    prompts: PersonalizedPrompts, optimizer: torch.optim.Optimizer, visual: Tensor, backend: str
+) -> list[Tensor]:
+    visual = visual.view(-1, len(EMOTIONS), visual.shape[-1])
+    mask = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
+    text = prompts(visual.mean(1), backend=backend)
+    match = matching_loss(visual, text, mask, 20.0)
+    loss = match + ops.correlation_loss(visual, text, scale=20.0, mask=mask, backend=backend)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return [loss.detach(), *_gradients(prompts)]
+
+
+def _captured(clip: Clip, features: Tensor, device: torch.device) -> Run:
+    """The step as the trainer captures and replays it, past its capture; without a GPU, the step itself."""
+    prompts, mode = _prompts(clip, EMOTIONS, "shared", 8), "off" if rehearsal.is_on() else "on"
+    optimizer = adamw(prompts.parameters(), 0.0, mode, device)
+    step = make_step(lambda x: tuple(_stage1_step(prompts, optimizer, x, "auto")), optimizer, mode, device)
+    for _ in range(WARM_UP + 1):
+        step(features)
+    return partial(step, features)
 
 
 def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) -> Comparison:
     clip = _tower(device, dtype)
     prompts = _prompts(clip, EMOTIONS, "shared", 8)
-    source = _frames(16, 256, device, dtype)
+    people = _people()
+    source = _frames(people, 256, device, dtype)
     edited = (source + 0.1 * _normal(*source.shape, device=device, seed=1).to(dtype)).clamp(-1, 1).requires_grad_()
-    individual = torch.arange(16, device=device)
+    individual = torch.arange(people, device=device)
     shown = individual % len(EMOTIONS)
     asked = (shown + 1 + individual % (len(EMOTIONS) - 1)) % len(EMOTIONS)
     with torch.no_grad():
         known = F.normalize(clip.encode_image(source, backend="reference").float(), dim=-1)
-    names = [str(i) for i in range(16)]
+    names = [str(i) for i in range(people)]
     bank = PromptBank.build(prompts, known, names, EMOTIONS, clip=clip, condition="frame", backend="reference")
     on_disk = _on_disk(bank, clip)
     criterion = PCMECLCriterion(clip, on_disk if device.type == "cpu" else bank)
@@ -182,17 +206,29 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
         )
         return [loss, _backward_to(edited, loss)]
 
-    def ours() -> list[Tensor]:
-        loss = criterion(source, edited, individual, shown, asked, source_features=known)
+    def ours(backend: str) -> list[Tensor]:
+        with ops.use_backend(backend):
+            loss = criterion(source, edited, individual, shown, asked, source_features=known)
         return [loss, _backward_to(edited, loss)]
 
-    return Comparison([Side("plain trainer", plain), Side("store and bank", ours)], operations=count_operations(ours))
+    backends, skipped = those_that_run(backend_sides(ours, device, "direction_loss", "clip_frames"))
+    return Comparison(
+        [Side("plain trainer", plain), *backends, Side("store and bank", partial(ours, "auto"))],
+        operations=count_operations(partial(ours, "auto")),
+        skipped=skipped,
+        as_it_runs=True,
+    )
+
+
+def _people() -> int:
+    """Individuals in a step of stage 1, and edited frames in one of stage 2."""
+    return rehearsal.size(16)
 
 
 @cache
 def _tower(device: torch.device, dtype: torch.dtype) -> Clip:
     logging.getLogger("pcmecl_fast").setLevel(logging.ERROR)  # random weights are intended here
-    return load_clip(TOWER, device=device, dtype=dtype)
+    return load_clip(device=device, dtype=dtype) if rehearsal.is_on() else load_clip(TOWER, device=device, dtype=dtype)
 
 
 def _prompts(clip: Clip, descriptions: list[str], context: str, n_ctx: int) -> PersonalizedPrompts:

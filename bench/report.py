@@ -74,16 +74,21 @@ METHOD = """# What is measured, and how
 This page is written by `python -m bench.report` from the files under `bench/results/`. What is marked ⚠ was measured
 before one of the files that it depends on changed.
 
-- Both sides get the same inputs, random and never zero, in one process. Before anything is timed, results and gradients
+- All sides get the same inputs, random and never zero, in one process. Before anything is timed, results and gradients
   have to agree; *error* is the largest relative difference, |a − b| / |b|.
 - The plain side is what a good user would write: batched, no gradients where none are needed.
-- Both are warm. They run in turns; times are medians, with quartiles (or the extremes of fewer than four runs).
+- All are warm. They run in turns; times are medians, with quartiles (or the extremes of fewer than four runs).
+- On a GPU a time is the device's own: CUDA graphs of the call are replayed while the device is kept busy. Training
+  steps and text towers are timed as they run, the host's work included. *host* is how long a call keeps the host until
+  it has enqueued everything. Each backend is a side of its own; the last side is the backend that `auto` chooses.
 - *÷ ours* is a side's median over that of pcmecl_fast: above 1 we are faster, below 1 the other side is.
 - *peak* is memory beyond the inputs: resident memory on a CPU, allocated memory on a GPU.
 - *limit* is the time that the machine needs for the bytes alone, at its measured copy bandwidth, or for the matrix
   products alone, at the rate it was measured to multiply large matrices with PyTorch, whichever is longer; the
   percentage is how near a side comes to it. Exponentials and other arithmetic are not in it.
-- CPU times are for ratios. Other work on a machine moves both sides.
+- CPU times are for ratios. Other work on a machine moves all sides.
+- `bench/gpu.sh` measures a GPU in ten minutes and writes its files here as it goes; `bench/gpu.sh --dry-run` shows on
+  any machine what it would do, and for how long. It has not been run on a GPU yet.
 """
 
 
@@ -152,11 +157,12 @@ def compare_section(results: dict[str, Any]) -> list[str]:
         if result["disagreement"]:
             lines.append(f"**The sides do not agree**: {result['disagreement']}.\n")
             continue
+        with_host = any(row.get("host_us") is not None for row in result["rows"])
         lines += [
-            "| side | median | quartiles | ÷ ours | target | error | peak | limit |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|",
+            "| side | median | quartiles | ÷ ours | target | error | peak | limit |" + " host |" * with_host,
+            "|---|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * with_host,
         ]
-        lines += [_compare_row(row) for row in result["rows"]]
+        lines += [_compare_row(row) + f" {_host(row)} |" * with_host for row in result["rows"]]
         lines += ["", f"`{result['command']}`: {_machine(result)}\n"]
     return lines
 
@@ -333,6 +339,11 @@ def _compare_row(row: dict[str, Any]) -> str:
         f"{_ratio(row['ratio'])}{short}", target, f"{row['error']:.0e}", peak, limit,
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def _host(row: dict[str, Any]) -> str:
+    """How long the call keeps the host; files from before this was measured have no such figure."""
+    return "" if row.get("host_us") is None else f"{row['host_us']:.0f} µs"
 
 
 def _headline(machine: str, key: str, baseline: str, work: str) -> str:

@@ -24,9 +24,11 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 
+from bench import rehearsal
 from bench.cases import Case, correlation, direction
-from bench.compare import alternate, environment, files_digest, peak_memory
+from bench.compare import environment, files_digest
 from bench.steps import SOURCES
+from bench.timing import alternate, peak_memory, timer
 from pcmecl_fast import PersonalizedPrompts, load_clip
 from pcmecl_fast.files import write_atomically
 
@@ -45,8 +47,10 @@ class Options:
     """cpu or cuda; auto takes a GPU where there is one."""
     only: str = ""
     """Series whose names contain this."""
+    rehearse: bool = False
+    """Go through what a GPU would do on a machine without one, the least size alone; see bench/rehearsal.py."""
     json: Path | None = None
-    """A file for the results."""
+    """A file for the results, written after each point."""
 
 
 @dataclass(frozen=True)
@@ -64,27 +68,34 @@ def main() -> None:
     options = tyro.cli(Options)
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device, console = torch.device(kind), Console(width=140)
-    points = []
+    if options.rehearse:
+        rehearsal.begin()
+    points: list[dict[str, Any]] = []
     for series in all_series(device):
         if options.only not in series.name:
             continue
-        for size in series.sizes:
+        for size in series.sizes[:1] if rehearsal.is_on() else series.sizes:
             run = series.work(size)
             peak = peak_memory(run, device)
-            (times,) = alternate([run], device, options.seconds)
+            measure = timer(run, device)
+            (times,) = [[measure()]] if rehearsal.is_on() else alternate([measure], options.seconds)
             point = {"name": series.name, "grows": series.grows, "side": series.side, "size": size}
             points.append(point | {"median_ms": 1e3 * median(times), "peak_mb": peak})
             console.print(f"{series.name}, {series.side}, {size}: {points[-1]['median_ms']:.4g} ms, {peak:.0f} MB")
-    torch.set_num_threads(_THREADS)
-    if options.json is not None:
-        result = {"points": points, "sources": files_digest(SOURCES, device.type)} | environment(device)
-        result["command"] = "python -m bench.scaling " + " ".join(sys.argv[1:])
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
+            if options.json is not None:
+                keep(options.json, points, device)
+
+
+def keep(path: Path, points: list[dict[str, Any]], device: torch.device) -> None:
+    """Write all points so far."""
+    result = {"points": points, "sources": files_digest(SOURCES, device.type)} | environment(device)
+    result |= {"command": "python -m bench.scaling " + " ".join(sys.argv[1:]), "threads": _THREADS}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def all_series(device: torch.device) -> Iterator[Series]:
-    cpu = device.type == "cpu"
+    cpu = not rehearsal.as_on_gpu(device)
     fixed: dict[str, Any] = {"device": device, "dtype": torch.float32}
     for side, backend in SIDES.items():
         people = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if cpu else (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -119,7 +130,7 @@ def _runs(build: Callable[[int], Case], backend: str) -> Callable[[int], Callabl
 
 
 def _classes(count: int, backend: str, device: torch.device) -> Callable[[], Any]:
-    clip = load_clip("ViT-B-32", device=device)
+    clip = load_clip("tiny-face" if rehearsal.is_on() else "ViT-B-32", device=device)
     names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))[:count]
     prompts = PersonalizedPrompts(clip, names, n_ctx=4).to(device)
     drawn = torch.randn(1, clip.embed_dim, generator=torch.Generator().manual_seed(0))

@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.compare import environment, files_digest, peak_memory
+from bench import rehearsal
+from bench.compare import environment, files_digest
+from bench.timing import peak_memory
 from pcmecl_fast import PersonalizedPrompts, PromptBank, load_clip, ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import EMOTIONS
@@ -49,8 +51,10 @@ class Options:
     """Steps timed after one warm-up step; medians are reported."""
     device: str = "auto"
     """cpu or cuda; auto takes a GPU where there is one."""
+    rehearse: bool = False
+    """Go through what a GPU would do on a machine without one, with a tiny tower; see bench/rehearsal.py."""
     json: Path | None = None
-    """A file for the results."""
+    """A file for the results, written after each measurement."""
 
 
 class Clock:
@@ -76,16 +80,24 @@ def main() -> None:
     kind = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind)
     rows: list[dict[str, Any]] = []
+    if options.rehearse:
+        rehearsal.begin()
+        options.towers, options.individuals, options.rounds = ["tiny-face"], 1, 1
     for tower in options.towers:
         clip = load_clip(tower, device=device)
         for stage, steps in (("stage 1", stage_one(clip, options)), ("stage 2", stage_two(clip, options))):
             for side, step in steps.items():
                 rows.append({"tower": tower, "stage": stage, "side": side, **measure(step, options.rounds, device)})
+                if options.json is not None:
+                    keep(options.json, rows, options.individuals, device)
     show(rows)
-    if options.json is not None:
-        result = {"rows": rows, "individuals": options.individuals, "sources": files_digest(SOURCES, device.type)}
-        result |= environment(device) | {"command": "python -m bench.steps " + " ".join(sys.argv[1:])}
-        write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def keep(path: Path, rows: list[dict[str, Any]], individuals: int, device: torch.device) -> None:
+    """Write all rows so far."""
+    result = {"rows": rows, "individuals": individuals, "sources": files_digest(SOURCES, device.type)}
+    result |= environment(device) | {"command": "python -m bench.steps " + " ".join(sys.argv[1:])}
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def measure(step: Callable[[Clock], None], rounds: int, device: torch.device) -> dict[str, float]:

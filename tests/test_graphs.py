@@ -119,7 +119,7 @@ def test_a_step_that_waits_is_never_captured(monkeypatch, caplog):
             raise RuntimeError("called a synchronizing CUDA operation")
         return (x,)
 
-    run = graphed(waits, lambda step, inputs: pytest.fail("captured"), rehearse=graphs._rehearse)
+    run = graphed(waits, lambda step, inputs: pytest.fail("captured"), rehearse=graphs.rehearse)
     with caplog.at_level(logging.INFO, logger="pcmecl_fast"):
         for i in range(WARM_UP + 3):
             assert run(torch.tensor(float(i)))[0] == i
@@ -147,7 +147,7 @@ def test_after_a_capture_that_broke_off_the_stream_and_the_allocator_are_as_befo
     monkeypatch.setattr(torch.cuda, "set_stream", current.append)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: pools.remove(pool), raising=False)
     with pytest.raises(RuntimeError, match="not permitted"):
-        graphs._capture(lambda x: failing(None, None), (torch.ones(1),))
+        graphs.capture(lambda x: failing(None, None), (torch.ones(1),))
     assert current[-1] is here
     assert not pools
 

@@ -61,7 +61,7 @@ def make_step(step: Step, optimizer: torch.optim.Optimizer, mode: str, device: t
     _settle(optimizer, wanted, device)
     if not wanted:
         return step
-    return GraphedStep(step, optimizer, must=mode == "on", capture=_capture, run_aside=_run_aside, rehearse=_rehearse)
+    return GraphedStep(step, optimizer, must=mode == "on", capture=capture, run_aside=_run_aside, rehearse=rehearse)
 
 
 class GraphedStep:
@@ -159,7 +159,7 @@ def _run_aside(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _rehearse(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def rehearse(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """As `_run_aside`; RuntimeError where the step waits for the device."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -169,7 +169,7 @@ def _rehearse(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _capture(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+def capture(step: Step, inputs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
     graph, pool, here = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream()):
