@@ -21,7 +21,6 @@ EPSILON_SQUARED = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py
 logger = logging.getLogger("pcmecl_fast")
 
 _chosen: dict[Hashable, Config] = {}
-_counters: dict[tuple[torch.device, int], Tensor] = {}
 _announced: set[torch.device] = set()
 
 
@@ -53,7 +52,7 @@ def run_tuned(
         _announce(x.device)
         key = (name, shape_class, torch.cuda.get_device_name(x.device))
         if key not in _chosen and len(configs) > 1 and not torch.cuda.is_current_stream_capturing():
-            _chosen[key] = min(configs, key=lambda config: _milliseconds(launch, config))
+            _chosen[key] = _fastest(launch, configs)
         launch(_chosen.get(key, configs[0]))
 
 
@@ -69,22 +68,21 @@ def programs_for(x: Tensor, work: int, per_processor: int) -> int:
 
 
 def counter_for(x: Tensor) -> Tensor:
-    """A zeroed integer for `sum_over_grid`, which leaves it zeroed: one per stream, one per call in a CUDA graph.
+    """A zeroed integer on x's device for `sum_over_grid`, which leaves it zeroed.
 
-    Two graphs captured on one stream may replay side by side, so a graph has its own, zeroed by each replay.
+    Each call makes its own. One that outlives the call is wrong in a CUDA graph: made inside, it lies in that graph's
+    memory, which torch.compile's graphs take back, and two graphs that replay side by side would share it.
     """
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
-    if key not in _counters:
-        with torch.inference_mode(False):
-            _counters[key] = torch.zeros((), dtype=torch.int32, device=x.device)
-    return _counters[key]
+    return torch.zeros((), dtype=torch.int32, device=x.device)
 
 
 def power_of_2(number: int, least: int = 1) -> int:
     """The smallest power of two that is neither below `number` nor below `least`."""
     return max(triton.next_power_of_2(max(number, 1)), least)
+
+
+def _fastest(launch: Callable[[Config], Any], configs: Sequence[Config]) -> Config:
+    return min(configs, key=lambda config: _milliseconds(launch, config))
 
 
 def _milliseconds(launch: Callable[[Config], Any], config: Config) -> float:
