@@ -139,7 +139,7 @@ def on(capability: int, *, every_config: bool = False, compiles: bool = True) ->
 
 
 def run(operator: Operator, arguments: Sequence[Any], needs: Sequence[bool] | None = None) -> None:
-    """An operator's forward and backward, with arguments as in its schema; every gradient, unless `needs` says which."""
+    """An operator's forward and backward, with its schema's arguments; every gradient unless `needs` says which."""
     implementation = BACKENDS["triton"].implementations[operator.name]
     assert implementation.backward is not None
     results = implementation.forward(*arguments)
@@ -166,4 +166,4 @@ class _Driver:
 
 
 def _address(x: Tensor) -> int:
-    return ALIGNED + x.storage_offset() * x.element_size()
+    return ALIGNED + int(x.storage_offset()) * x.element_size()

@@ -76,7 +76,7 @@ def prepare_kernel(
 
 @triton.jit
 def sums_kernel(
-    products,  # S of the chunk, float32 (chunk_groups·G·E, columns), read
+    products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart, read
     inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
     inv_norm_text,  # (groups, SLOTS) float32: the same of the text
     scale,  # () of any float type, or None: then scale_number counts
@@ -86,7 +86,7 @@ def sums_kernel(
     positives,  # (groups, SLOTS) float32: logits of the matching changes, times log2(e), written
     chunk_start,  # the chunk's first group
     chunk_groups,  # groups in the chunk
-    columns,  # columns of S: of all groups, or of one in WITHIN
+    row_stride,  # of S, whose columns are those of all groups, or of one in WITHIN
     groups,  # groups of individuals, the last one filled up
     rows_per_strip,  # groups that a program walks along rows
     columns_per_strip,  # groups that it walks along columns
@@ -115,7 +115,7 @@ def sums_kernel(
     for row in range(begin, tl.minimum(begin + rows_per_strip, chunk_groups)):
         group = chunk_start + row
         inv_norm_row = tl.load(inv_norm_visual + group * SLOTS + slot)
-        at_a, at_b = (row * G * E + a) * columns, (row * G * E + b) * columns
+        at_a, at_b = (row * G * E + a) * row_stride, (row * G * E + b) * row_stride
         total = tl.zeros([SLOTS], tl.float32)
         if KIND == WITHIN:
             first_column, end_column = group, group + 1
@@ -259,7 +259,7 @@ def _sum_of_strips(sums, strips, strip_stride, offset):
 
 @triton.jit
 def fold_kernel(
-    products,  # S of the chunk, float32 (chunk_groups·G·E, columns): read, and overwritten with its gradient
+    products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart: replaced by its gradient
     inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
     inv_norm_text,  # (groups, SLOTS) float32: the same of the text
     scale,  # () of any float type, or None: then scale_number counts
@@ -273,7 +273,7 @@ def fold_kernel(
     chunk_start,  # the chunk's first group
     chunk_groups,  # groups in the chunk
     people,  # N
-    columns,  # columns of S: of all groups, or of one in WITHIN
+    row_stride,  # of S, whose columns are those of all groups, or of one in WITHIN
     groups,  # groups of individuals, the last one filled up
     rows_per_strip,  # groups that a program walks along rows
     columns_per_strip,  # groups that it walks along columns
@@ -307,7 +307,7 @@ def fold_kernel(
         group = chunk_start + row
         inv_norm_row = tl.load(inv_norm_visual + group * SLOTS + slot)
         inv_sum_row = _inverse_sum(row_lse, group, slot, shift, people, Q, G)
-        at_a, at_b = (row * G * E + a) * columns, (row * G * E + b) * columns
+        at_a, at_b = (row * G * E + a) * row_stride, (row * G * E + b) * row_stride
         grad_dot = tl.zeros([SLOTS], tl.float32)
         if KIND == WITHIN:
             first_column, end_column = group, group + 1
@@ -349,7 +349,7 @@ def fold_kernel(
                 folded = tl.dot(high, signs, acc=folded, input_precision="tf32")
                 folded = tl.dot(low, signs, acc=folded, input_precision="tf32")
             tl.debug_barrier()  # all threads have read their products, whose place the gradient takes
-            target = products + (row * G * E + x[:, None]) * columns + base + x[None, :]
+            target = products + (row * G * E + x[:, None]) * row_stride + base + x[None, :]
             tl.store(target, folded, (x[:, None] < G * E) & (x[None, :] < G * E))
         tl.store(row_grad_dots + column_strip * strip_stride + group * SLOTS + slot, grad_dot)
         tl.debug_barrier()  # the next row of groups adds to what other threads have stored

@@ -108,8 +108,7 @@ def direction_loss_forward(
     divisor = source.new_empty((), dtype=torch.float32)
     shape = _shape(bank, everything=contrast > 0)
     programs = programs_for(source, batch, per_processor=16)
-    partial = source.new_empty(2, programs, dtype=torch.float32)
-    counter = counter_for(source)
+    over_grid = _sums_over_grid(source, programs) if reduction != "none" else (None, None)
 
     def launch(config: Config) -> None:
         loss_kernel[(programs,)](
@@ -119,8 +118,7 @@ def direction_loss_forward(
             contrast,
             loss,
             divisor,
-            partial,
-            counter,
+            *over_grid,
             min_change,
             batch,
             NORMALIZE=normalize,
@@ -173,13 +171,12 @@ def _backward(
     in_order = need_bank and torch.are_deterministic_algorithms_enabled()
     grad_source = torch.empty_like(source) if need_source else None
     grad_edited = torch.empty_like(edited) if need_edited else None
-    grad_bank = torch.zeros_like(bank, dtype=torch.float32) if need_bank and not in_order else None
+    grad_bank = torch.empty_like(bank, dtype=torch.float32) if need_bank and not in_order else None
     grad_scale = torch.empty_like(scale) if need_scale and scale is not None else None
     batch = source.shape[0]
     coefficients = source.new_empty(batch, 2 * shape["BLOCK_E"] + 2, dtype=torch.float32) if in_order else None
     programs = programs_for(source, batch, per_processor=16)
-    partial = source.new_empty(2, programs, dtype=torch.float32)
-    counter = counter_for(source)
+    over_grid = _sums_over_grid(source, programs) if grad_scale is not None else (None, None)
 
     def launch(config: Config) -> None:
         if grad_bank is not None:
@@ -196,8 +193,7 @@ def _backward(
             grad_bank,
             coefficients,
             grad_scale,
-            partial,
-            counter,
+            *over_grid,
             min_change,
             batch,
             NORMALIZE=normalize,
@@ -210,6 +206,11 @@ def _backward(
     run_tuned("direction_backward", (*shape.values(), need_bank), CONFIGS, source, launch)
     bank_sum = grad_bank if coefficients is None else _add_in_order(coefficients, samples, shape)
     return grad_source, grad_edited, None if bank_sum is None else bank_sum.to(bank.dtype), grad_scale
+
+
+def _sums_over_grid(x: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+    """The workspace and the counter of `sum_over_grid`."""
+    return x.new_empty(2, programs, dtype=torch.float32), counter_for(x)
 
 
 def _add_in_order(

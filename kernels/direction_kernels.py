@@ -49,8 +49,8 @@ def loss_kernel(
     contrast,  # float32: weight of the contrast
     loss,  # () float32, or (B,) where REDUCTION is "none"; written
     divisor,  # () float32: what the sum is divided by, written
-    partial,  # (2, programs) float32: workspace of sum_over_grid
-    counter,  # () int32: 0 before and after, for sum_over_grid
+    partial,  # (2, programs) float32: workspace of sum_over_grid, or None where nothing is summed
+    counter,  # () int32: 0 before and after, for sum_over_grid; or None
     min_change,  # float32: the least length that δ is divided by
     batch,  # B
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
@@ -112,8 +112,8 @@ def backward_kernel(
     grad_bank,  # (N, E, D) float32 or None: zeros, added to by atomics
     coefficients,  # (B, 2·BLOCK_E + 2) float32 or None: for bank_kernel, written
     grad_scale,  # () or None: the scale's gradient, written
-    partial,  # (2, programs) float32: workspace of sum_over_grid
-    counter,  # () int32: 0 before and after, for sum_over_grid
+    partial,  # (2, programs) float32: workspace of sum_over_grid, or None where nothing is summed
+    counter,  # () int32: 0 before and after, for sum_over_grid; or None
     min_change,  # float32: the least length that δ is divided by
     batch,  # B
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first

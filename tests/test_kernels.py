@@ -44,6 +44,25 @@ def _leave_deterministic_algorithms_as_they_were():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(autouse=True)
+def _float32_is_multiplied_as_on_tensor_cores(monkeypatch):
+    """TF32 there is float32 without its last 13 bits; the interpreter by itself multiplies every bit."""
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def without_last_bits(x):
+        return TensorHandle((x.data.view("int32") & -8192).view("float32"), x.dtype)
+
+    def create_dot(builder, x, y, total, precision, *rest):
+        if precision.name == "TF32" and x.data.dtype == "float32":
+            x, y = without_last_bits(x), without_last_bits(y)
+        return exactly(builder, x, y, total, precision, *rest)
+
+    exactly = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
 @pytest.fixture
 def whole_tiles(monkeypatch):
     """The interpreter's time depends on the number of operations, so it uses few large ones; a GPU keeps its own."""
@@ -190,6 +209,13 @@ def test_clip_frames(dtype, size, interpolation):
     batch, height, width, side = size
     sizes = {"batch": batch, "height": height, "width": width, "size": side, "interpolation": interpolation}
     assert_twins(make("clip_frames", **sizes, dtype=dtype, device=DEVICE))
+
+
+@dtypes
+def test_a_frame_of_one_brightness_keeps_it(dtype):
+    frames = torch.full((1, 3, 45, 31), 0.75, dtype=dtype, device=DEVICE)
+    resized = clip_frames(frames, 48, [0.5] * 3, [0.5] * 3, backend="triton")  # half types hold 0.75, too
+    assert_close_for(torch.float32)(resized.float().mean(), torch.tensor(0.75))
 
 
 @pytest.mark.parametrize(("old", "new"), [(256, 224), (64, 224), (7, 4), (300, 20), (31, 31)])
