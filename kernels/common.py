@@ -17,6 +17,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROUNDING_SQUARED = tl.constexpr(1e-12)  # the same between unit vectors, computed in float32
 EPSILON_SQUARED = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py`
+ROUNDS, LAUNCHES = 5, 10  # of tuning: each configuration is timed so many times, over so many launches
+BUSY_CYCLES = 2_000_000  # of the device's clock: about a millisecond, longer than LAUNCHES take the host
+CLEARLY = 0.95  # of the first configuration's time: what takes more is no better
 
 logger = logging.getLogger("pcmecl_fast")
 
@@ -43,14 +46,15 @@ def run_tuned(
     """Launch on x's device and current stream with the fastest configuration for this kernel, shape class and GPU.
 
     The first call times them all, so `launch` must be repeatable; it waits for the device. Inside a CUDA graph's
-    capture, where nothing can be timed, and in the interpreter the first configuration is taken and none is kept.
+    capture, where nothing can be timed, and in the interpreter the first configuration is taken and none is kept. So
+    it is under `torch.use_deterministic_algorithms`: a configuration may set the order of a sum, and times differ.
     """
     with torch.cuda.device_of(x):
-        if INTERPRETED or not x.is_cuda:
+        if INTERPRETED or not x.is_cuda or torch.are_deterministic_algorithms_enabled():
             launch(configs[0])
             return
         _announce(x.device)
-        key = (name, shape_class, torch.cuda.get_device_name(x.device))
+        key = (name, shape_class, x.device)
         if key not in _chosen and len(configs) > 1 and not torch.cuda.is_current_stream_capturing():
             _chosen[key] = _fastest(launch, configs)
         launch(_chosen.get(key, configs[0]))
@@ -82,14 +86,28 @@ def power_of_2(number: int, least: int = 1) -> int:
 
 
 def _fastest(launch: Callable[[Config], Any], configs: Sequence[Config]) -> Config:
-    return min(configs, key=lambda config: _milliseconds(launch, config))
+    for config in configs:
+        launch(config)  # compiles
+    return clearly_fastest(configs, lambda config: _milliseconds(launch, config))
+
+
+def clearly_fastest(configs: Sequence[Config], milliseconds: Callable[[Config], float]) -> Config:
+    """The first configuration, unless another takes clearly less time.
+
+    Each one's time is its shortest of several rounds, in which they take turns: a GPU's clock changes meanwhile.
+    """
+    rounds = [[milliseconds(config) for config in configs] for _ in range(ROUNDS)]
+    shortest = [min(times) for times in zip(*rounds, strict=True)]
+    best = shortest.index(min(shortest))
+    return configs[best if shortest[best] < CLEARLY * shortest[0] else 0]
 
 
 def _milliseconds(launch: Callable[[Config], Any], config: Config) -> float:
-    launch(config)  # compiles
+    """The device's time of LAUNCHES launches. It is kept busy until all are queued: else the host's time is taken."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(BUSY_CYCLES)
     start.record()
-    for _ in range(5):
+    for _ in range(LAUNCHES):
         launch(config)
     end.record()
     end.synchronize()

@@ -16,6 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 
 from bench import as_launched, triton_resources
+from pcmecl_fast.kernels import common
+from pcmecl_fast.kernels.common import Config, clearly_fastest, run_tuned
 from pcmecl_fast.ops.backends.triton import TRITON
 from pcmecl_fast.ops.correlation import CORRELATION_LOSS
 from pcmecl_fast.ops.direction import DIRECTION_LOSS
@@ -145,3 +147,31 @@ def test_a_grid_that_does_not_fit_is_found():
 
     with as_launched.on(90, compiles=False), pytest.raises(ValueError, match="takes 1 to"):
         weights_kernel[(1, 65_536)](torch.empty(4, 4, device="cuda"), 4, 4, RADIUS=2, BLOCK=16)
+
+
+CONFIGS = [Config(warps=4), Config(warps=8)]
+
+
+@pytest.mark.parametrize(("first", "second", "fastest"), [(1.0, 0.9, 1), (1.0, 0.97, 0), (1.0, 1.0, 0), (1.0, 1.2, 0)])
+def test_the_first_configuration_is_kept_unless_another_is_clearly_faster(first, second, fastest):
+    assert clearly_fastest(CONFIGS, lambda config: first if config is CONFIGS[0] else second) is CONFIGS[fastest]
+
+
+def test_a_clock_that_rises_or_falls_while_tuning_changes_no_choice():
+    for clock in (0.8, 1.0, 1.2, 1.4, *[1.5] * 20), (1.5, 1.4, 1.3, 1.2, *[1.1] * 20):
+        speeds = iter(clock)
+        assert clearly_fastest(CONFIGS, lambda config, speeds=speeds: 1.0 / next(speeds)) is CONFIGS[0]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_algorithms_take_the_first_configuration(deterministic, monkeypatch):
+    launched = []
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with as_launched.on(90, compiles=False):
+            monkeypatch.setattr(common, "_fastest", lambda launch, configs: configs[1])
+            run_tuned("name", (), CONFIGS, torch.empty(1, device="cuda"), launched.append)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert launched == [CONFIGS[0 if deterministic else 1]]
