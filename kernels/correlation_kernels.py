@@ -5,10 +5,12 @@ import triton.language as tl
 
 from pcmecl_fast.kernels.common import LN2, LOG2E, inverse_norm, load_scale, sum_over_grid
 
+# Sizes whose divisibility no load depends on: without them a kernel is compiled once for a whole data set's chunks.
+COUNTS = ["chunk_start", "chunk_groups", "people", "groups", "rows_per_strip", "columns_per_strip"]
 ALL, WITHIN, DISTINCT = (tl.constexpr(i) for i in range(3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["people"])
 def prepare_kernel(
     visual,  # (N, E, D), read
     text,  # (N, E, D), read
@@ -74,7 +76,7 @@ def prepare_kernel(
         tl.store(count, pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[x for x in COUNTS if x != "people"])
 def sums_kernel(
     products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart, read
     inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
@@ -205,7 +207,7 @@ def _accumulate(target, column_sum, add, ADD: tl.constexpr):
     tl.store(target, column_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["people", "column_strips", "row_strips"])
 def loss_kernel(
     row_sums,  # (column strips, groups, SLOTS) float32, read
     column_sums,  # (row strips, groups, SLOTS) float32, read
@@ -257,7 +259,7 @@ def _sum_of_strips(sums, strips, strip_stride, offset):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def fold_kernel(
     products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart: replaced by its gradient
     inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
@@ -370,7 +372,7 @@ def _two_parts(x):
     return high, x - high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "column_strips", "row_strips"])
 def gradient_kernel(
     visual_sum,  # (groups·G·E, D) float32 or None: dS T, read
     text_sum,  # (groups·G·E, D) float32 or None: dSᵀ V, read

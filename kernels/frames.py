@@ -108,9 +108,9 @@ def _resample(
             *out.shape[2:],
             *weights.rows.stride(),
             *weights.columns.stride(),
+            radius,
             *gain,
             *offset,
-            RADIUS=radius,
             TILE=TILE,
             BLOCK=block,
             **config.options(),
@@ -123,7 +123,7 @@ def widest_band(old: int, new: int, radius: int) -> int:
     return min(triton.cdiv((TILE - 1) * old + 2 * radius * max(old, new), new) + 1, old)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["old", "new"])
 def weights_kernel(
     weights,  # (new, old) float32, written
     old,  # pixels of the line before
@@ -159,7 +159,7 @@ def _filter(pixel, column, old, new, RADIUS: tl.constexpr):
     return tl.where(column < old, weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["old_height", "new_height", "radius"])
 def resample_kernel(
     x,  # (planes, old_height, old_width), read
     out,  # (planes, new_height, new_width), written
@@ -173,13 +173,13 @@ def resample_kernel(
     row_weights_old,  # along old rows
     column_weights_new,  # stride of column_weights along new columns
     column_weights_old,  # along old columns
+    radius,  # of the filter, in new or old pixels, whichever are larger
     gain_red,  # float32: factor of the resized red
     gain_green,  # float32: the same of green
     gain_blue,  # float32: the same of blue
     offset_red,  # float32: what is added to red after that
     offset_green,  # float32: the same of green
     offset_blue,  # float32: the same of blue
-    RADIUS: tl.constexpr,  # of the filter: 2 is bicubic, 1 bilinear
     TILE: tl.constexpr,  # new pixels on a side of a program's tile
     BLOCK: tl.constexpr,  # old pixels on a side of what is multiplied at a time
 ):
@@ -190,8 +190,8 @@ def resample_kernel(
     first_new_row, first_new_column = tile // across * TILE, tile % across * TILE
     new_row = first_new_row + tl.arange(0, TILE)
     new_column = first_new_column + tl.arange(0, TILE)
-    first_row, end_row = _band(first_new_row, old_height, new_height, RADIUS, TILE)
-    first_column, end_column = _band(first_new_column, old_width, new_width, RADIUS, TILE)
+    first_row, end_row = _band(first_new_row, old_height, new_height, radius, TILE)
+    first_column, end_column = _band(first_new_column, old_width, new_width, radius, TILE)
     first_column = first_column // 8 * 8  # where rows are aligned, 16 bytes are loaded at a time
     x += tl.cast(picture, tl.int64) * old_height * old_width
     total = tl.zeros([TILE, TILE], tl.float32)
@@ -217,12 +217,12 @@ def resample_kernel(
 
 
 @triton.jit
-def _band(first, old, new, RADIUS: tl.constexpr, TILE: tl.constexpr):
+def _band(first, old, new, radius, TILE: tl.constexpr):
     """The first old pixel that a tile of new ones has weights for, and the end of these.
 
-    They are those with |(2·pixel + 1)·new − (2·own + 1)·old| < 2·RADIUS·max(old, new): the same both ways round.
+    They are those with |(2·pixel + 1)·new − (2·own + 1)·old| < 2·radius·max(old, new): the same both ways round.
     """
-    reach = 2 * RADIUS * tl.cast(tl.maximum(old, new), tl.int64)
+    reach = 2 * radius * tl.cast(tl.maximum(old, new), tl.int64)
     last = tl.minimum(first + TILE, new) - 1
     before = tl.maximum((2 * first + 1) * tl.cast(old, tl.int64) - reach + new, 0)
     after = (2 * last + 1) * tl.cast(old, tl.int64) + reach + new - 1

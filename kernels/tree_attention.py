@@ -26,9 +26,10 @@ from torch import Tensor
 
 from pcmecl_fast.kernels.common import INTERPRETED, LN2, LOG2E, Config, power_of_2, run_tuned
 
-BEGINS = [f"begins_{word}" for word in range(4)]  # of which kernels need not be compiled anew for each layout
+# Arguments that kernels are not compiled anew for: a layout's segments, and sizes that no load's alignment depends on.
+ANY = [*(f"begins_{word}" for word in range(4)), "prefix", "tokens", "heads"]
 HALF_CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
-WIDE_CONFIGS = HALF_CONFIGS[::-1]  # float32 tiles fill the registers of four warps
+WIDE_CONFIGS = HALF_CONFIGS[::-1]  # tiles of float32 or of wide heads fill the registers of four warps
 
 
 def tree_attention_forward(
@@ -105,7 +106,7 @@ def block_of(tokens: int, *, half: bool) -> int:
 
 
 def _configs(qkv: Tensor) -> list[Config]:
-    return WIDE_CONFIGS if qkv.dtype == torch.float32 else HALF_CONFIGS
+    return WIDE_CONFIGS if qkv.dtype == torch.float32 or qkv.shape[-1] > 64 else HALF_CONFIGS
 
 
 def _tile_sizes(qkv: Tensor) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def segment_begins(prefix: int, segment_lengths: Sequence[int]) -> list[int]:
     return [word - (1 << 64) if word >> 63 else word for word in words]
 
 
-@triton.jit(do_not_specialize=BEGINS)
+@triton.jit(do_not_specialize=ANY)
 def forward_kernel(
     qkv,  # (N, S, 3, H, d), read
     begins_0: tl.int64,  # which tokens begin a segment, a bit each: of tokens 0 to 63
@@ -224,7 +225,8 @@ def _segment_start(token, begins, tokens, WORDS: tl.constexpr):
         # float32's exponent is the highest bit's number, if the bit below is 0: else rounding might carry.
         bits = (up_to_own ^ (up_to_own & (up_to_own >> 1))).to(tl.float32).to(tl.int32, bitcast=True)
         highest = (bits >> 23) - 127
-        start = tl.where((own >= 0) & (up_to_own != 0), 64 * word + own - 63 + highest, start)
+        begin = 64 * word + own - 63 + highest
+        start = tl.maximum(start, tl.where((own >= 0) & (up_to_own != 0), begin, 0))
     return tl.where(token < tokens, start, 0)
 
 
@@ -245,7 +247,7 @@ def _dot(x, y):
         return tl.dot((x - high.to(tl.float32)).to(y.dtype), y, acc=tl.dot(high, y))
 
 
-@triton.jit(do_not_specialize=BEGINS)
+@triton.jit(do_not_specialize=ANY)
 def backward_kernel(
     grad,  # (N, S, H, d), read
     qkv,  # (N, S, 3, H, d), read
@@ -296,7 +298,7 @@ def _weights(q, k, lse, query, key, segment_start, prefix, tokens, softmax_scale
     return tl.where(visible, tl.exp2(logits - lse[:, None] * LOG2E), 0.0)
 
 
-@triton.jit(do_not_specialize=BEGINS)
+@triton.jit(do_not_specialize=ANY)
 def queries_kernel(
     grad,  # (N, S, H, d), read
     qkv,  # (N, S, 3, H, d), read
@@ -355,7 +357,7 @@ def queries_kernel(
     _store(grad_qkv + at, query, stride, tokens, grad_q, WIDTH, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=BEGINS)
+@triton.jit(do_not_specialize=ANY)
 def keys_kernel(
     grad,  # (N, S, H, d), read
     qkv,  # (N, S, 3, H, d), read
