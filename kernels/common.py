@@ -17,11 +17,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 ROUNDING_SQUARED = tl.constexpr(1e-12)  # the same between unit vectors, computed in float32
 EPSILON_SQUARED = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py`
+ROUNDS, LAUNCHES = 5, 10  # of tuning: each configuration is timed so many times, over so many launches
+BUSY_CYCLES = 2_000_000  # of the device's clock: about a millisecond, longer than LAUNCHES take the host
+CLEARLY = 0.95  # of the first configuration's time: what takes more is no better
 
 logger = logging.getLogger("pcmecl_fast")
 
 _chosen: dict[Hashable, Config] = {}
-_counters: dict[tuple[torch.device, int], Tensor] = {}
 _announced: set[torch.device] = set()
 
 
@@ -44,16 +46,17 @@ def run_tuned(
     """Launch on x's device and current stream with the fastest configuration for this kernel, shape class and GPU.
 
     The first call times them all, so `launch` must be repeatable; it waits for the device. Inside a CUDA graph's
-    capture, where nothing can be timed, and in the interpreter the first configuration is taken and none is kept.
+    capture, where nothing can be timed, and in the interpreter the first configuration is taken and none is kept. So
+    it is under `torch.use_deterministic_algorithms`: a configuration may set the order of a sum, and times differ.
     """
     with torch.cuda.device_of(x):
-        if INTERPRETED or not x.is_cuda:
+        if INTERPRETED or not x.is_cuda or torch.are_deterministic_algorithms_enabled():
             launch(configs[0])
             return
         _announce(x.device)
-        key = (name, shape_class, torch.cuda.get_device_name(x.device))
+        key = (name, shape_class, x.device)
         if key not in _chosen and len(configs) > 1 and not torch.cuda.is_current_stream_capturing():
-            _chosen[key] = min(configs, key=lambda config: _milliseconds(launch, config))
+            _chosen[key] = _fastest(launch, configs)
         launch(_chosen.get(key, configs[0]))
 
 
@@ -69,17 +72,12 @@ def programs_for(x: Tensor, work: int, per_processor: int) -> int:
 
 
 def counter_for(x: Tensor) -> Tensor:
-    """A zeroed integer for `sum_over_grid`, which leaves it zeroed: one per stream, one per call in a CUDA graph.
+    """A zeroed integer on x's device for `sum_over_grid`, which leaves it zeroed.
 
-    Two graphs captured on one stream may replay side by side, so a graph has its own, zeroed by each replay.
+    Each call makes its own. One that outlives the call is wrong in a CUDA graph: made inside, it lies in that graph's
+    memory, which torch.compile's graphs take back, and two graphs that replay side by side would share it.
     """
-    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=x.device)
-    key = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
-    if key not in _counters:
-        with torch.inference_mode(False):
-            _counters[key] = torch.zeros((), dtype=torch.int32, device=x.device)
-    return _counters[key]
+    return torch.zeros((), dtype=torch.int32, device=x.device)
 
 
 def power_of_2(number: int, least: int = 1) -> int:
@@ -87,11 +85,29 @@ def power_of_2(number: int, least: int = 1) -> int:
     return max(triton.next_power_of_2(max(number, 1)), least)
 
 
+def _fastest(launch: Callable[[Config], Any], configs: Sequence[Config]) -> Config:
+    for config in configs:
+        launch(config)  # compiles
+    return clearly_fastest(configs, lambda config: _milliseconds(launch, config))
+
+
+def clearly_fastest(configs: Sequence[Config], milliseconds: Callable[[Config], float]) -> Config:
+    """The first configuration, unless another takes clearly less time.
+
+    Each one's time is its shortest of several rounds, in which they take turns: a GPU's clock changes meanwhile.
+    """
+    rounds = [[milliseconds(config) for config in configs] for _ in range(ROUNDS)]
+    shortest = [min(times) for times in zip(*rounds, strict=True)]
+    best = shortest.index(min(shortest))
+    return configs[best if shortest[best] < CLEARLY * shortest[0] else 0]
+
+
 def _milliseconds(launch: Callable[[Config], Any], config: Config) -> float:
-    launch(config)  # compiles
+    """The device's time of LAUNCHES launches. It is kept busy until all are queued: else the host's time is taken."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(BUSY_CYCLES)
     start.record()
-    for _ in range(5):
+    for _ in range(LAUNCHES):
         launch(config)
     end.record()
     end.synchronize()

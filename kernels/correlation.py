@@ -91,8 +91,12 @@ class Plan:
         return self.rows if self.negatives == "within" else self.groups * self.rows
 
     @property
+    def row_stride(self) -> int:  # of S: columns filled up, so that its rows begin at 16 bytes for whatever reads them
+        return triton.cdiv(self.columns, 16) * 16
+
+    @property
     def chunk(self) -> int:  # groups
-        return max(1, min(self.groups, CHUNK // (4 * self.rows * self.columns)))
+        return max(1, min(self.groups, CHUNK // (4 * self.rows * self.row_stride)))
 
     @property
     def row_strips(self) -> int:
@@ -130,7 +134,7 @@ class Plan:
         return {
             "chunk_start": chunk_start,
             "chunk_groups": self.chunk_groups(chunk_start),
-            "columns": self.columns,
+            "row_stride": self.row_stride,
             "groups": self.groups,
             "rows_per_strip": self.groups_per_row_strip,
             "columns_per_strip": self.groups_per_column_strip,
@@ -149,6 +153,7 @@ class _Prepared:
     inv_norm_visual: Tensor  # (groups, slots): 1/|Δ|, 0 for a short one, −1 where there is no pair
     inv_norm_text: Tensor  # (groups, slots)
     count: Tensor  # (): pairs
+    counter: Tensor  # (): 0, for the sums over the grid of this launch and later ones
 
 
 def correlation_loss_forward(
@@ -239,7 +244,7 @@ def _prepare(plan: Plan, visual: Tensor, text: Tensor, mask: Tensor | None) -> _
             num_warps=PREPARE_WARPS,
         ),
     )
-    return _Prepared(visual_centred, text_centred, inv_norm_visual, inv_norm_text, count)
+    return _Prepared(visual_centred, text_centred, inv_norm_visual, inv_norm_text, count, counter)
 
 
 def _strip_sums(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,11 +261,11 @@ def _products(plan: Plan, prepared: _Prepared, chunk_start: int) -> Tensor:
     visual, text = _chunk_of(plan, prepared.visual, chunk_start), prepared.text
     if plan.negatives == "within":
         text = _chunk_of(plan, text, chunk_start)
-        products = visual.new_empty(len(visual) // plan.rows, plan.rows, plan.rows)
+        products = visual.new_empty(len(visual) // plan.rows, plan.rows, plan.row_stride)[..., : plan.columns]
         grouped = (-1, plan.rows, plan.width)
         multiply(visual.view(grouped), text.view(grouped).mT, products)
     else:
-        products = visual.new_empty(len(visual), plan.columns)
+        products = visual.new_empty(len(visual), plan.row_stride)[:, : plan.columns]
         multiply(visual[None], text.mT[None], products[None])
     return products
 
@@ -338,7 +343,6 @@ def _loss(
     loss = positives.new_empty(())
     row_lse, column_lse = (positives.new_empty(plan.people, plan.pairs) for _ in range(2))
     partial = positives.new_empty(2, plan.groups)
-    counter = counter_for(positives)
     run(
         positives,
         lambda: loss_kernel[(plan.groups,)](
@@ -353,7 +357,7 @@ def _loss(
             row_lse,
             column_lse,
             partial,
-            counter,
+            prepared.counter,
             plan.people,
             len(row_sums),
             len(column_sums),
@@ -419,7 +423,6 @@ def _gradients(
         else:
             results.append(total.new_empty(shape, dtype=dtype))
     partial = grad_dots[0].new_empty(2, 2 * plan.people)
-    counter = counter_for(partial)
     run(
         partial,
         lambda: gradient_kernel[(2 * plan.people,)](
@@ -433,7 +436,7 @@ def _gradients(
             scale,
             grad_scale,
             partial,
-            counter,
+            prepared.counter,
             plan.groups,
             len(grad_dots[0]),
             len(grad_dots[1]),

@@ -5,10 +5,12 @@ import triton.language as tl
 
 from pcmecl_fast.kernels.common import LN2, LOG2E, inverse_norm, load_scale, sum_over_grid
 
+# Sizes whose divisibility no load depends on: without them a kernel is compiled once for a whole data set's chunks.
+COUNTS = ["chunk_start", "chunk_groups", "people", "groups", "rows_per_strip", "columns_per_strip"]
 ALL, WITHIN, DISTINCT = (tl.constexpr(i) for i in range(3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["people"])
 def prepare_kernel(
     visual,  # (N, E, D), read
     text,  # (N, E, D), read
@@ -74,9 +76,9 @@ def prepare_kernel(
         tl.store(count, pairs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[x for x in COUNTS if x != "people"])
 def sums_kernel(
-    products,  # S of the chunk, float32 (chunk_groups·G·E, columns), read
+    products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart, read
     inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
     inv_norm_text,  # (groups, SLOTS) float32: the same of the text
     scale,  # () of any float type, or None: then scale_number counts
@@ -86,7 +88,7 @@ def sums_kernel(
     positives,  # (groups, SLOTS) float32: logits of the matching changes, times log2(e), written
     chunk_start,  # the chunk's first group
     chunk_groups,  # groups in the chunk
-    columns,  # columns of S: of all groups, or of one in WITHIN
+    row_stride,  # of S, whose columns are those of all groups, or of one in WITHIN
     groups,  # groups of individuals, the last one filled up
     rows_per_strip,  # groups that a program walks along rows
     columns_per_strip,  # groups that it walks along columns
@@ -115,7 +117,7 @@ def sums_kernel(
     for row in range(begin, tl.minimum(begin + rows_per_strip, chunk_groups)):
         group = chunk_start + row
         inv_norm_row = tl.load(inv_norm_visual + group * SLOTS + slot)
-        at_a, at_b = (row * G * E + a) * columns, (row * G * E + b) * columns
+        at_a, at_b = (row * G * E + a) * row_stride, (row * G * E + b) * row_stride
         total = tl.zeros([SLOTS], tl.float32)
         if KIND == WITHIN:
             first_column, end_column = group, group + 1
@@ -205,7 +207,7 @@ def _accumulate(target, column_sum, add, ADD: tl.constexpr):
     tl.store(target, column_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["people", "column_strips", "row_strips"])
 def loss_kernel(
     row_sums,  # (column strips, groups, SLOTS) float32, read
     column_sums,  # (row strips, groups, SLOTS) float32, read
@@ -257,9 +259,9 @@ def _sum_of_strips(sums, strips, strip_stride, offset):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def fold_kernel(
-    products,  # S of the chunk, float32 (chunk_groups·G·E, columns): read, and overwritten with its gradient
+    products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart: replaced by its gradient
     inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
     inv_norm_text,  # (groups, SLOTS) float32: the same of the text
     scale,  # () of any float type, or None: then scale_number counts
@@ -273,7 +275,7 @@ def fold_kernel(
     chunk_start,  # the chunk's first group
     chunk_groups,  # groups in the chunk
     people,  # N
-    columns,  # columns of S: of all groups, or of one in WITHIN
+    row_stride,  # of S, whose columns are those of all groups, or of one in WITHIN
     groups,  # groups of individuals, the last one filled up
     rows_per_strip,  # groups that a program walks along rows
     columns_per_strip,  # groups that it walks along columns
@@ -307,7 +309,7 @@ def fold_kernel(
         group = chunk_start + row
         inv_norm_row = tl.load(inv_norm_visual + group * SLOTS + slot)
         inv_sum_row = _inverse_sum(row_lse, group, slot, shift, people, Q, G)
-        at_a, at_b = (row * G * E + a) * columns, (row * G * E + b) * columns
+        at_a, at_b = (row * G * E + a) * row_stride, (row * G * E + b) * row_stride
         grad_dot = tl.zeros([SLOTS], tl.float32)
         if KIND == WITHIN:
             first_column, end_column = group, group + 1
@@ -349,7 +351,7 @@ def fold_kernel(
                 folded = tl.dot(high, signs, acc=folded, input_precision="tf32")
                 folded = tl.dot(low, signs, acc=folded, input_precision="tf32")
             tl.debug_barrier()  # all threads have read their products, whose place the gradient takes
-            target = products + (row * G * E + x[:, None]) * columns + base + x[None, :]
+            target = products + (row * G * E + x[:, None]) * row_stride + base + x[None, :]
             tl.store(target, folded, (x[:, None] < G * E) & (x[None, :] < G * E))
         tl.store(row_grad_dots + column_strip * strip_stride + group * SLOTS + slot, grad_dot)
         tl.debug_barrier()  # the next row of groups adds to what other threads have stored
@@ -370,7 +372,7 @@ def _two_parts(x):
     return high, x - high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "column_strips", "row_strips"])
 def gradient_kernel(
     visual_sum,  # (groups·G·E, D) float32 or None: dS T, read
     text_sum,  # (groups·G·E, D) float32 or None: dSᵀ V, read

@@ -4,7 +4,8 @@ A program walks over some of the samples. For each it reads the two image featur
 D does not fit one tile), and the bank rows it needs, which stay in L2: all E of the individual for logits and for a
 contrast, else only the source's and the target's. Per sample, with E rows in use and w bytes a number, the forward
 reads (2 + E)·D·w bytes, and the backward reads them again and writes 2·D·w; about 6·E·D and 12·E·D operations. The
-bytes bound it. All sums are float32.
+bytes bound it. All sums are float32. The forward checks each sample's indices before it uses them, and stops the device
+with an assertion where one is out of range.
 
 The bank's gradient is a scatter, samples of one individual adding to the same rows. It goes by float32 atomics, or,
 under `torch.use_deterministic_algorithms`, in the samples' order: the backward leaves the two coefficients that each
@@ -23,6 +24,7 @@ from torch import Tensor
 from pcmecl_fast.kernels.common import Config, counter_for, power_of_2, programs_for, run, run_tuned
 from pcmecl_fast.kernels.direction_kernels import (
     ATOMICS,
+    CHECKED,
     COEFFICIENTS,
     NO_BANK,
     backward_kernel,
@@ -56,7 +58,7 @@ def direction_logits_forward(
     min_change: float,
 ) -> tuple[Tensor]:
     """(cosines,), (B, E)."""
-    batch, emotions = source.shape[0], bank.shape[1]
+    batch, (people, emotions, _) = source.shape[0], bank.shape
     cosines = source.new_empty(batch, emotions)
     if batch == 0:
         return (cosines,)
@@ -64,8 +66,8 @@ def direction_logits_forward(
     programs = programs_for(source, batch, per_processor=16)
 
     def launch(config: Config) -> None:
-        arguments = (source, edited, bank, individual, source_emotion, cosines, min_change, batch)
-        logits_kernel[(programs,)](*arguments, NORMALIZE=normalize, **shape, **config.options())
+        arguments = (source, edited, bank, individual, source_emotion, cosines, min_change, batch, people)
+        logits_kernel[(programs,)](*arguments, NORMALIZE=normalize, **shape, **CHECKED, **config.options())
 
     run_tuned("direction_logits", tuple(shape.values()), CONFIGS, source, launch)
     return (cosines,)
@@ -108,8 +110,7 @@ def direction_loss_forward(
     divisor = source.new_empty((), dtype=torch.float32)
     shape = _shape(bank, everything=contrast > 0)
     programs = programs_for(source, batch, per_processor=16)
-    partial = source.new_empty(2, programs, dtype=torch.float32)
-    counter = counter_for(source)
+    over_grid = _sums_over_grid(source, programs) if reduction != "none" else (None, None)
 
     def launch(config: Config) -> None:
         loss_kernel[(programs,)](
@@ -119,13 +120,14 @@ def direction_loss_forward(
             contrast,
             loss,
             divisor,
-            partial,
-            counter,
+            *over_grid,
             min_change,
             batch,
+            bank.shape[0],
             NORMALIZE=normalize,
             REDUCTION=reduction,
             **shape,
+            **CHECKED,
             **config.options(),
         )
 
@@ -173,13 +175,12 @@ def _backward(
     in_order = need_bank and torch.are_deterministic_algorithms_enabled()
     grad_source = torch.empty_like(source) if need_source else None
     grad_edited = torch.empty_like(edited) if need_edited else None
-    grad_bank = torch.zeros_like(bank, dtype=torch.float32) if need_bank and not in_order else None
+    grad_bank = torch.empty_like(bank, dtype=torch.float32) if need_bank and not in_order else None
     grad_scale = torch.empty_like(scale) if need_scale and scale is not None else None
     batch = source.shape[0]
     coefficients = source.new_empty(batch, 2 * shape["BLOCK_E"] + 2, dtype=torch.float32) if in_order else None
     programs = programs_for(source, batch, per_processor=16)
-    partial = source.new_empty(2, programs, dtype=torch.float32)
-    counter = counter_for(source)
+    over_grid = _sums_over_grid(source, programs) if grad_scale is not None else (None, None)
 
     def launch(config: Config) -> None:
         if grad_bank is not None:
@@ -196,8 +197,7 @@ def _backward(
             grad_bank,
             coefficients,
             grad_scale,
-            partial,
-            counter,
+            *over_grid,
             min_change,
             batch,
             NORMALIZE=normalize,
@@ -210,6 +210,11 @@ def _backward(
     run_tuned("direction_backward", (*shape.values(), need_bank), CONFIGS, source, launch)
     bank_sum = grad_bank if coefficients is None else _add_in_order(coefficients, samples, shape)
     return grad_source, grad_edited, None if bank_sum is None else bank_sum.to(bank.dtype), grad_scale
+
+
+def _sums_over_grid(x: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+    """The workspace and the counter of `sum_over_grid`."""
+    return x.new_empty(2, programs, dtype=torch.float32), counter_for(x)
 
 
 def _add_in_order(

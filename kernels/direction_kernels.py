@@ -5,10 +5,12 @@ import triton.language as tl
 
 from pcmecl_fast.kernels.common import inverse_change, inverse_norm, load_scale, sum_over_grid
 
+# Launch options with which assertions are compiled in, but not those of Triton's own about overflows.
+CHECKED = {"debug": True, "sanitize_overflow": False}
 NO_BANK, ATOMICS, COEFFICIENTS = (tl.constexpr(i) for i in range(3))  # what the backward does for the bank's gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "people"])
 def logits_kernel(
     source,  # (B, D), read
     edited,  # (B, D), read
@@ -18,6 +20,7 @@ def logits_kernel(
     cosines,  # (B, E) of the features' type, written
     min_change,  # float32: the least length that δ is divided by
     batch,  # B
+    people,  # N
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
     E: tl.constexpr,  # emotions
     D: tl.constexpr,  # features
@@ -30,13 +33,15 @@ def logits_kernel(
     for sample in range(tl.program_id(0), batch, tl.num_programs(0)):
         row = tl.cast(sample, tl.int64) * D
         person, a = tl.load(individual + sample), tl.load(source_emotion + sample)
+        _check_index(person, people, "individual: an index is out of range")
+        _check_index(a, E, "source_emotion: an index is out of range")
         inv_norm_source, inv_norm_edited = _inverse_norms(source, edited, row, D, BLOCK_D, NORMALIZE)
         samples = (source, edited, bank, row, person, e, a, inv_norm_source, inv_norm_edited)
         c, _, _, _ = _cosines(*samples, min_change, NORMALIZE, E, D, BLOCK_E, BLOCK_D)
         tl.store(cosines + sample * E + e, c, e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "people"])
 def loss_kernel(
     source,  # (B, D), read
     edited,  # (B, D), read
@@ -49,10 +54,11 @@ def loss_kernel(
     contrast,  # float32: weight of the contrast
     loss,  # () float32, or (B,) where REDUCTION is "none"; written
     divisor,  # () float32: what the sum is divided by, written
-    partial,  # (2, programs) float32: workspace of sum_over_grid
-    counter,  # () int32: 0 before and after, for sum_over_grid
+    partial,  # (2, programs) float32: workspace of sum_over_grid, or None where nothing is summed
+    counter,  # () int32: 0 before and after, for sum_over_grid; or None
     min_change,  # float32: the least length that δ is divided by
     batch,  # B
+    people,  # N
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first
     REDUCTION: tl.constexpr,  # "mean", "sum" or "none"
     E: tl.constexpr,  # emotions
@@ -68,6 +74,9 @@ def loss_kernel(
     for sample in range(tl.program_id(0), batch, tl.num_programs(0)):
         row = tl.cast(sample, tl.int64) * D
         person, a, b = tl.load(individual + sample), tl.load(source_emotion + sample), tl.load(target_emotion + sample)
+        _check_index(person, people, "individual: an index is out of range")
+        _check_index(a, E, "source_emotion: an index is out of range")
+        _check_index(b, E, "target_emotion: an index is out of range")
         e = tl.arange(0, BLOCK_E)
         if not ALL:
             e += tl.cast(b, tl.int32)
@@ -95,6 +104,12 @@ def loss_kernel(
 
 
 @triton.jit
+def _check_index(index, size, MESSAGE: tl.constexpr):
+    """Stop the device if an index is out of range. Not compiled into launches without CHECKED."""
+    tl.device_assert((index >= 0) & (index < size), MESSAGE)
+
+
+@triton.jit(do_not_specialize=["batch"])
 def backward_kernel(
     grad,  # () or (B,) float32, or (B, E) for the logits; read
     divisor,  # () float32, or None for the logits; read
@@ -112,8 +127,8 @@ def backward_kernel(
     grad_bank,  # (N, E, D) float32 or None: zeros, added to by atomics
     coefficients,  # (B, 2·BLOCK_E + 2) float32 or None: for bank_kernel, written
     grad_scale,  # () or None: the scale's gradient, written
-    partial,  # (2, programs) float32: workspace of sum_over_grid
-    counter,  # () int32: 0 before and after, for sum_over_grid
+    partial,  # (2, programs) float32: workspace of sum_over_grid, or None where nothing is summed
+    counter,  # () int32: 0 before and after, for sum_over_grid; or None
     min_change,  # float32: the least length that δ is divided by
     batch,  # B
     NORMALIZE: tl.constexpr,  # whether features are made unit vectors first

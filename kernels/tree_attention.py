@@ -2,6 +2,8 @@
 
 A program owns one individual, one head and a block of tokens: the whole tree up to 64 tokens (32 in float32). The mask
 is one number for each token, where its segment starts: token q sees key k if k ≤ q and (k < prefix or k ≥ start[q]).
+The starts come as arguments of the launch, a bit for each token that begins a segment: a table on the device would have
+to be copied there, which waits, and kept, which a CUDA graph's memory does not allow.
 Blocks of keys that no query of the block sees are skipped. A streaming softmax goes over the rest.
 
 The backward recomputes the logits from qkv and the saved log-sum-exp: one launch for one block, else one for the
@@ -15,7 +17,6 @@ inputs as they are, weights as two halves, and accumulate in float32; float32 in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from pcmecl_fast.kernels.common import INTERPRETED, LN2, LOG2E, Config, power_of_2, run_tuned
 
+# Arguments that kernels are not compiled anew for: a layout's segments, and sizes that no load's alignment depends on.
+ANY = [*(f"begins_{word}" for word in range(4)), "prefix", "tokens", "heads"]
 HALF_CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
-WIDE_CONFIGS = HALF_CONFIGS[::-1]  # float32 tiles fill the registers of four warps
+WIDE_CONFIGS = HALF_CONFIGS[::-1]  # tiles of float32 or of wide heads fill the registers of four warps
 
 
 def tree_attention_forward(
@@ -39,7 +42,7 @@ def tree_attention_forward(
     lse = qkv.new_empty(people, heads, tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse.zero_()
-    segment_starts = _segment_starts(prefix, tuple(segment_lengths), qkv.device)
+    begins = segment_begins(prefix, segment_lengths)
     sizes = _tile_sizes(qkv)
     run_tuned(
         "tree_attention",
@@ -47,7 +50,7 @@ def tree_attention_forward(
         _configs(qkv),
         qkv,
         lambda config: forward_kernel[(people * heads, triton.cdiv(tokens, sizes["BLOCK"]))](
-            qkv, segment_starts, out, lse, prefix, tokens, heads, width**-0.5, **sizes, **config.options()
+            qkv, *begins, out, lse, prefix, tokens, heads, width**-0.5, **sizes, **config.options()
         ),
     )
     return out, lse
@@ -68,7 +71,7 @@ def tree_attention_backward(
     grad_qkv = torch.empty_like(qkv)
     if grad_qkv.numel() == 0:
         return (grad_qkv,)
-    segment_starts = _segment_starts(prefix, tuple(segment_lengths), qkv.device)
+    begins = segment_begins(prefix, segment_lengths)
     sizes = _tile_sizes(qkv)
     blocks = triton.cdiv(tokens, sizes["BLOCK"])
     deltas = torch.empty_like(lse)
@@ -81,7 +84,7 @@ def tree_attention_backward(
             lambda config, kernel=kernel: kernel[(people * heads, blocks)](  # type: ignore[misc]
                 grad,
                 qkv,
-                segment_starts,
+                *begins,
                 lse,
                 deltas,
                 grad_qkv,
@@ -103,7 +106,7 @@ def block_of(tokens: int, *, half: bool) -> int:
 
 
 def _configs(qkv: Tensor) -> list[Config]:
-    return WIDE_CONFIGS if qkv.dtype == torch.float32 else HALF_CONFIGS
+    return WIDE_CONFIGS if qkv.dtype == torch.float32 or qkv.shape[-1] > 64 else HALF_CONFIGS
 
 
 def _tile_sizes(qkv: Tensor) -> dict[str, Any]:
@@ -111,6 +114,7 @@ def _tile_sizes(qkv: Tensor) -> dict[str, Any]:
     # The interpreter multiplies bfloat16 wrongly, so there the factors are widened.
     wide = qkv.dtype == torch.float32 or INTERPRETED
     return {
+        "WORDS": triton.cdiv(tokens, 64),
         "WIDTH": width,
         "BLOCK": block_of(tokens, half=qkv.dtype != torch.float32),
         "BLOCK_D": power_of_2(width, least=16),
@@ -118,45 +122,50 @@ def _tile_sizes(qkv: Tensor) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=64)
-def _segment_starts(prefix: int, segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each token's segment begins, 0 for the prefix."""
-    segment_starts = [0] * prefix
+def segment_begins(prefix: int, segment_lengths: Sequence[int]) -> list[int]:
+    """Four words of 64 bits, as signed numbers: bit t % 64 of word t // 64 tells that token t begins a segment."""
+    bits, begin = 0, prefix
     for length in segment_lengths:
-        segment_starts += [len(segment_starts)] * length
-    with torch.inference_mode(False):  # a tensor made in inference mode could not serve a later backward
-        return torch.tensor(segment_starts, dtype=torch.int32).to(device)
+        bits |= 1 << begin
+        begin += length
+    words = (bits >> shift & (1 << 64) - 1 for shift in range(0, 256, 64))
+    return [word - (1 << 64) if word >> 63 else word for word in words]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def forward_kernel(
     qkv,  # (N, S, 3, H, d), read
-    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    begins_0: tl.int64,  # which tokens begin a segment, a bit each: of tokens 0 to 63
+    begins_1: tl.int64,  # 64 to 127
+    begins_2: tl.int64,  # 128 to 191
+    begins_3: tl.int64,  # 192 to 255
     out,  # (N, S, H, d), written
     lse,  # (N, H, S) float32: log-sum-exp of each query, written
     prefix,  # tokens that all others see
     tokens,  # S
     heads,  # H
     softmax_scale,  # float32: d^−½
+    WORDS: tl.constexpr,  # words of begins that hold tokens of the tree
     WIDTH: tl.constexpr,  # d
     BLOCK: tl.constexpr,  # tokens that a program owns, or visits at a time
     BLOCK_D: tl.constexpr,  # d rounded up to a power of two
     WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
     """A program owns a block of queries of one individual and head, and visits the blocks of keys that they see."""
+    begins = (begins_0, begins_1, begins_2, begins_3)
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
     q_at = qkv + _head_offset(tokens, heads, stride, WIDTH)
     k_at, v_at = q_at + out_stride, q_at + 2 * out_stride
     first_query = tl.program_id(1) * BLOCK
     query = first_query + tl.arange(0, BLOCK)
-    segment_start = tl.load(segment_starts + query, query < tokens, other=0)
+    segment_start = _segment_start(query, begins, tokens, WORDS)
     q = _load(q_at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)
 
     row_max = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     result = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first_key in range(0, first_query + BLOCK, BLOCK):
-        if _any_visible(first_query, first_key + BLOCK - 1, first_key, segment_starts, prefix, BLOCK):
+        if _any_visible(first_query, first_key + BLOCK - 1, first_key, begins, tokens, prefix, WORDS):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
@@ -199,9 +208,26 @@ def _store(x, token, stride, tokens, block, WIDTH: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def _any_visible(first_query, last_key, first_key, segment_starts, prefix, BLOCK: tl.constexpr):
+def _any_visible(first_query, last_key, first_key, begins, tokens, prefix, WORDS: tl.constexpr):
     """Whether a block of keys up to the diagonal holds any that the block of queries may see."""
-    return (first_key < prefix) | (last_key >= tl.load(segment_starts + first_query)) | (first_key == first_query)
+    segment_start = _segment_start(first_query, begins, tokens, WORDS)
+    return (first_key < prefix) | (last_key >= segment_start) | (first_key == first_query)
+
+
+@triton.jit
+def _segment_start(token, begins, tokens, WORDS: tl.constexpr):
+    """Where a token's segment begins: the highest begin up to it. 0 for the prefix and beyond the last token."""
+    start = token * 0
+    for word in tl.static_range(WORDS):
+        # The word shifted so that the token's own bit is the highest, and later ones are gone; whole for later tokens.
+        own = tl.minimum(token - 64 * word, 63)
+        up_to_own = begins[word].to(tl.int64).to(tl.uint64, bitcast=True) << (63 - tl.maximum(own, 0)).to(tl.uint64)
+        # float32's exponent is the highest bit's number, if the bit below is 0: else rounding might carry.
+        bits = (up_to_own ^ (up_to_own & (up_to_own >> 1))).to(tl.float32).to(tl.int32, bitcast=True)
+        highest = (bits >> 23) - 127
+        begin = 64 * word + own - 63 + highest
+        start = tl.maximum(start, tl.where((own >= 0) & (up_to_own != 0), begin, 0))
+    return tl.where(token < tokens, start, 0)
 
 
 @triton.jit
@@ -221,11 +247,14 @@ def _dot(x, y):
         return tl.dot((x - high.to(tl.float32)).to(y.dtype), y, acc=tl.dot(high, y))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def backward_kernel(
     grad,  # (N, S, H, d), read
     qkv,  # (N, S, 3, H, d), read
-    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    begins_0: tl.int64,  # which tokens begin a segment, a bit each: of tokens 0 to 63
+    begins_1: tl.int64,  # 64 to 127
+    begins_2: tl.int64,  # 128 to 191
+    begins_3: tl.int64,  # 192 to 255
     lse,  # (N, H, S) float32: log-sum-exp of each query, read
     deltas,  # (N, H, S) float32, not used: both ways take the same arguments
     grad_qkv,  # (N, S, 3, H, d): all of it is written
@@ -233,17 +262,19 @@ def backward_kernel(
     tokens,  # S
     heads,  # H
     softmax_scale,  # float32: d^−½
+    WORDS: tl.constexpr,  # words of begins that hold tokens of the tree
     WIDTH: tl.constexpr,  # d
     BLOCK: tl.constexpr,  # tokens that a program owns: all
     BLOCK_D: tl.constexpr,  # d rounded up to a power of two
     WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
     """A program owns one individual and head, the whole tree in one block."""
+    begins = (begins_0, begins_1, begins_2, begins_3)
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
     at = _head_offset(tokens, heads, stride, WIDTH)
     out_at = _head_offset(tokens, heads, out_stride, WIDTH)
     token = tl.arange(0, BLOCK)
-    segment_start = tl.load(segment_starts + token, token < tokens, other=0)
+    segment_start = _segment_start(token, begins, tokens, WORDS)
     token_lse = tl.load(lse + tl.program_id(0) * tokens + token, token < tokens, other=0.0)
     q = _load(qkv + at, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
     k = _load(qkv + at + out_stride, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
@@ -267,11 +298,14 @@ def _weights(q, k, lse, query, key, segment_start, prefix, tokens, softmax_scale
     return tl.where(visible, tl.exp2(logits - lse[:, None] * LOG2E), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def queries_kernel(
     grad,  # (N, S, H, d), read
     qkv,  # (N, S, 3, H, d), read
-    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    begins_0: tl.int64,  # which tokens begin a segment, a bit each: of tokens 0 to 63
+    begins_1: tl.int64,  # 64 to 127
+    begins_2: tl.int64,  # 128 to 191
+    begins_3: tl.int64,  # 192 to 255
     lse,  # (N, H, S) float32: log-sum-exp of each query, read
     deltas,  # (N, H, S) float32: δ of each query, written
     grad_qkv,  # (N, S, 3, H, d): the queries' part is written
@@ -279,6 +313,7 @@ def queries_kernel(
     tokens,  # S
     heads,  # H
     softmax_scale,  # float32: d^−½
+    WORDS: tl.constexpr,  # words of begins that hold tokens of the tree
     WIDTH: tl.constexpr,  # d
     BLOCK: tl.constexpr,  # tokens that a program owns, or visits at a time
     BLOCK_D: tl.constexpr,  # d rounded up to a power of two
@@ -288,20 +323,21 @@ def queries_kernel(
 
     δ from the rounded output would be less exact.
     """
+    begins = (begins_0, begins_1, begins_2, begins_3)
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
     at = _head_offset(tokens, heads, stride, WIDTH)
     out_at = _head_offset(tokens, heads, out_stride, WIDTH)
     k_at, v_at = qkv + at + out_stride, qkv + at + 2 * out_stride
     first = tl.program_id(1) * BLOCK
     query = first + tl.arange(0, BLOCK)
-    segment_start = tl.load(segment_starts + query, query < tokens, other=0)
+    segment_start = _segment_start(query, begins, tokens, WORDS)
     query_lse = tl.load(lse + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
     q = _load(qkv + at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)
     grad_out = _load(grad + out_at, query, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
 
     delta = tl.zeros([BLOCK], tl.float32)
     for first_key in range(0, first + BLOCK, BLOCK):
-        if _any_visible(first, first_key + BLOCK - 1, first_key, segment_starts, prefix, BLOCK):
+        if _any_visible(first, first_key + BLOCK - 1, first_key, begins, tokens, prefix, WORDS):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
@@ -311,7 +347,7 @@ def queries_kernel(
 
     grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first_key in range(0, first + BLOCK, BLOCK):
-        if _any_visible(first, first_key + BLOCK - 1, first_key, segment_starts, prefix, BLOCK):
+        if _any_visible(first, first_key + BLOCK - 1, first_key, begins, tokens, prefix, WORDS):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
@@ -321,11 +357,14 @@ def queries_kernel(
     _store(grad_qkv + at, query, stride, tokens, grad_q, WIDTH, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def keys_kernel(
     grad,  # (N, S, H, d), read
     qkv,  # (N, S, 3, H, d), read
-    segment_starts,  # (S,) int32: where each token's segment begins, 0 for the prefix; read
+    begins_0: tl.int64,  # which tokens begin a segment, a bit each: of tokens 0 to 63
+    begins_1: tl.int64,  # 64 to 127
+    begins_2: tl.int64,  # 128 to 191
+    begins_3: tl.int64,  # 192 to 255
     lse,  # (N, H, S) float32: log-sum-exp of each query, read
     deltas,  # (N, H, S) float32: δ of each query, read
     grad_qkv,  # (N, S, 3, H, d): the keys' and values' part is written
@@ -333,12 +372,14 @@ def keys_kernel(
     tokens,  # S
     heads,  # H
     softmax_scale,  # float32: d^−½
+    WORDS: tl.constexpr,  # words of begins that hold tokens of the tree
     WIDTH: tl.constexpr,  # d
     BLOCK: tl.constexpr,  # tokens that a program owns, or visits at a time
     BLOCK_D: tl.constexpr,  # d rounded up to a power of two
     WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
     """A program owns a block of keys: dk and dv, summed over the queries that see it."""
+    begins = (begins_0, begins_1, begins_2, begins_3)
     first = tl.program_id(1) * BLOCK
     key = first + tl.arange(0, BLOCK)
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
@@ -349,9 +390,9 @@ def keys_kernel(
     grad_k = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for first_query in range(first, tokens, BLOCK):
-        if _any_visible(first_query, first + BLOCK - 1, first, segment_starts, prefix, BLOCK):
+        if _any_visible(first_query, first + BLOCK - 1, first, begins, tokens, prefix, WORDS):
             query = first_query + tl.arange(0, BLOCK)
-            segment_start = tl.load(segment_starts + query, query < tokens, other=0)
+            segment_start = _segment_start(query, begins, tokens, WORDS)
             query_lse = tl.load(lse + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
             delta = tl.load(deltas + tl.program_id(0) * tokens + query, query < tokens, other=0.0)
             q = _load(qkv + at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)

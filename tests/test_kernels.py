@@ -6,6 +6,10 @@ these tests run in a process of their own, which `test_kernels_interpreted.py` s
 
 import importlib.util
 import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1: see test_kernels_interpreted.py", allow_module_level=True)
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+HERE = Path(__file__).parent
 # bfloat16's arithmetic is the interpreter's own, so there one dtype stands for both half types.
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,6 +47,33 @@ def _leave_deterministic_algorithms_as_they_were():
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_multiplied_as_on_tensor_cores(monkeypatch):
+    """TF32 there is float32 without its last 13 bits; the interpreter by itself multiplies every bit."""
+    if not INTERPRETED:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def without_last_bits(x):
+        return TensorHandle((x.data.view("int32") & -8192).view("float32"), x.dtype)
+
+    def create_dot(builder, x, y, total, precision, *rest):
+        if precision.name == "TF32" and x.data.dtype == "float32":
+            x, y = without_last_bits(x), without_last_bits(y)
+        return exactly(builder, x, y, total, precision, *rest)
+
+    exactly = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _one_configuration_is_compiled(monkeypatch):
+    """The first: on a GPU most of these tests' time is compiling. One test below goes through the others."""
+    from pcmecl_fast.kernels import common
+
+    monkeypatch.setattr(common, "_fastest", lambda launch, configs: configs[0])
 
 
 @pytest.fixture
@@ -86,6 +118,45 @@ def test_a_zero_change_has_no_gradient(normalize):
 @pytest.mark.parametrize("operator", ["direction_logits", "direction_loss"])
 def test_an_empty_batch_costs_nothing(operator):
     assert_twins(direction(operator, (0, 2, 3, 8), torch.float32))
+
+
+@pytest.fixture
+def asserting(monkeypatch):
+    """The interpreter skips a kernel's assertions, whatever the launch says. A GPU's test is in `TestOnCuda`."""
+    if not INTERPRETED:
+        pytest.skip("an assertion that fails ends all work on a GPU")
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = replace(interpreter_builder.options, debug=True, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter_builder, "options", options)
+
+
+@pytest.mark.usefixtures("asserting")
+@pytest.mark.parametrize(
+    ("operator", "position", "name"),
+    [
+        ("direction_logits", 3, "individual"),
+        ("direction_logits", 4, "source_emotion"),
+        ("direction_loss", 3, "individual"),
+        ("direction_loss", 4, "source_emotion"),
+        ("direction_loss", 5, "target_emotion"),
+    ],
+)
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_an_index_out_of_range_is_found_by_the_kernel(operator, position, name, wrong):
+    arguments = make(operator, people=7, device=DEVICE).schema_arguments
+    arguments[position][2] = wrong
+    with pytest.raises(Exception, match=f"{name}: an index is out of range"):
+        getattr(torch.ops.pcmecl_fast, operator)(*arguments, "triton")
+
+
+@pytest.mark.usefixtures("asserting")
+@pytest.mark.parametrize("operator", ["direction_logits", "direction_loss"])
+def test_an_empty_bank_has_no_individual(operator):
+    arguments = list(make(operator, device=DEVICE).schema_arguments)
+    arguments[2] = arguments[2][:0]
+    with pytest.raises(Exception, match="individual: an index is out of range"):
+        getattr(torch.ops.pcmecl_fast, operator)(*arguments, "triton")
 
 
 @dtypes
@@ -176,6 +247,12 @@ def test_tree_attention(dtype, layout, heads):
     assert_twins(make("tree_attention", layout=layout, **sizes, dtype=dtype, device=DEVICE))
 
 
+def test_segments_begin_anywhere_in_a_long_tree():
+    lengths = (1, 60, 1, 1, 63, 1, 64, 2, 62)  # the last bit of a word and the first of the next begin one
+    layout = PromptTree(1, lengths)
+    assert_twins(make("tree_attention", people=1, heads=1, width=4, layout=layout, device=DEVICE))
+
+
 def test_large_attention_logits_do_not_overflow():
     call = make("tree_attention", people=1, layout=LAYOUTS[0], width=8, device=DEVICE)
     out, (gradient,) = value_and_gradients(call, [1e4 * x for x in call.floats], backend="triton")
@@ -192,6 +269,13 @@ def test_clip_frames(dtype, size, interpolation):
     assert_twins(make("clip_frames", **sizes, dtype=dtype, device=DEVICE))
 
 
+@dtypes
+def test_a_frame_of_one_brightness_keeps_it(dtype):
+    frames = torch.full((1, 3, 45, 31), 0.75, dtype=dtype, device=DEVICE)
+    resized = clip_frames(frames, 48, [0.5] * 3, [0.5] * 3, backend="triton")  # half types hold 0.75, too
+    assert_close_for(torch.float32)(resized.float().mean(), torch.tensor(0.75))
+
+
 @pytest.mark.parametrize(("old", "new"), [(256, 224), (64, 224), (7, 4), (300, 20), (31, 31)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_the_resize_is_torchs(old, new, interpolation):
@@ -201,7 +285,8 @@ def test_the_resize_is_torchs(old, new, interpolation):
     expected = torch.nn.functional.interpolate(
         line, (new, old), mode=interpolation, antialias=True, align_corners=False
     )
-    assert_close_for(torch.float64)(resize_weights(old, new, interpolation), expected[0, 0])
+    weights = resize_weights(torch.empty(0, device=DEVICE), old, new, interpolation)
+    assert_close_for(torch.float32)(weights, expected[0, 0])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -248,6 +333,54 @@ class TestOnCuda:
         call = correlation((5, 7, 64), torch.float32)
         on_second = call(*(x.to("cuda:1") for x in call.floats), backend="triton")
         assert_close_for(torch.float32)(on_second, call(backend="triton"))
+
+    @dtypes
+    @pytest.mark.parametrize("operator", OPERATORS)
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_every_other_configuration(self, monkeypatch, number, operator, dtype):
+        from pcmecl_fast.kernels import common
+
+        monkeypatch.setattr(common, "_chosen", {})
+        monkeypatch.setattr(common, "_fastest", lambda launch, configs: configs[number % len(configs)])
+        assert_twins(make(operator, dtype=dtype, device=DEVICE))
+
+    def test_the_fastest_configuration_is_found(self, monkeypatch):
+        from pcmecl_fast.kernels import common
+
+        monkeypatch.undo()
+        monkeypatch.setattr(common, "_chosen", {})
+        call = correlation((40, 7, 64), torch.float32)
+        assert_twins(call)
+        assert common._chosen
+
+    @pytest.mark.parametrize("operator", OPERATORS)
+    def test_torch_compile_with_cuda_graphs(self, operator):
+        call = make(operator, device=DEVICE)
+        compiled = torch.compile(call.function, mode="reduce-overhead")
+        for _ in range(3):  # runs, is captured, and is replayed
+            value, gradients = value_and_gradients(
+                lambda *floats, backend: compiled(*floats, *call.rest, backend=backend), call.floats, backend="triton"
+            )
+        expected, expected_gradients = value_and_gradients(call, call.floats, backend="triton")
+        assert_close_for(torch.float32)(value, expected)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            assert_close_for(torch.float32)(gradient, expected_gradient)
+
+    @pytest.mark.parametrize("operator", ["direction_logits", "direction_loss"])
+    def test_an_index_out_of_range_stops_the_device(self, operator):
+        """In a process of its own: after a device-side assertion nothing more runs on the device."""
+        program = f"""
+import torch
+from operators import make
+call = make("{operator}", device="cuda")
+call.rest[0][1] = 3
+getattr(torch.ops.pcmecl_fast, "{operator}")(*call.schema_arguments, "triton")
+torch.cuda.synchronize()
+"""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert run.returncode != 0
+        assert "individual: an index is out of range" in run.stdout + run.stderr
 
     def test_torch_compile(self):
         call = correlation((5, 7, 64), torch.float32)

@@ -1,31 +1,92 @@
-"""Every Triton kernel compiles for sm_80 and sm_90 without a GPU, and keeps its working set in registers."""
+"""The code of every Triton kernel as it is launched at training sizes, compiled for three GPUs without having one."""
 
 import importlib.util
 import os
+import re
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 
-from bench import triton_resources
+import pcmecl_fast.kernels.correlation_kernels as correlation_kernels
+import pcmecl_fast.kernels.direction_kernels as direction_kernels
+import pcmecl_fast.kernels.frames as frames
+import pcmecl_fast.kernels.products as products
+import pcmecl_fast.kernels.tree_attention as tree_attention
+from bench import as_launched, triton_resources
+from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
+
+MODULES = (products, correlation_kernels, direction_kernels, frames, tree_attention)
+NARROW = {  # they gather single numbers from L2, or add up a few sums
+    ("correlation_loss", "sums_kernel"),
+    ("correlation_loss", "fold_kernel"),
+    ("correlation_loss", "loss_kernel"),
+    ("clip_frames", "weights_kernel"),  # reads nothing
+}
+WIDE_LOAD = r"ld\.global\S*\.(v4\.[bu]32|v2\.[bu]64)|cp\.async\.cg"  # 16 bytes
 
 
-@pytest.mark.parametrize("variant", triton_resources.variants(), ids=lambda variant: variant.name)
-@pytest.mark.parametrize("capability", triton_resources.CAPABILITIES, ids="sm_{}".format)
-def test_nothing_is_spilled(variant, capability):
-    assert triton_resources.needs(variant, capability).spilled == 0
+@pytest.fixture(scope="module", params=[90, 80, 120], ids="sm_{}".format)
+def launched(request):
+    """Everything for sm_90; for the others, whose code differs little, float32 with seven emotions."""
+    chosen = [
+        workload
+        for workload in triton_resources.workloads()
+        if request.param == 90 or not re.search("bfloat16|E=11", workload.label)
+    ]
+    return list(triton_resources.launches(request.param, chosen))
 
 
-def test_every_kernel_has_a_variant():
-    compiled = {variant.kernel for variant in triton_resources.variants()}
-    for module in (
-        triton_resources.products,
-        triton_resources.correlation_kernels,
-        triton_resources.direction_kernels,
-        triton_resources.frames,
-        triton_resources.tree_attention,
-    ):
-        assert {kernel for name, kernel in vars(module).items() if name.endswith("_kernel")} <= compiled
+def test_nothing_is_spilled(launched):
+    assert [named(*pair) for pair in launched if pair[1].spilled] == []
+
+
+def test_a_programs_shared_memory_fits(launched):
+    assert [named(*pair) for pair in launched if pair[1].shared > as_launched.MAX_SHARED] == []
+
+
+def test_float32_is_multiplied_without_losing_bits(launched):
+    """In 3xTF32, except by fold_kernel: signs, exact in TF32, times numbers that it has split in two parts itself."""
+    for workload, launch in launched:
+        precisions = re.findall(r"tt\.dot .* inputPrecision = (\w+) : tensor<\w+xf32>", launch.ttir)
+        expected = {"tf32"} if launch.name == "fold_kernel" else {"tf32x3"}
+        assert set(precisions) <= expected, named(workload, launch)
+        if "tf32x3" in precisions:
+            products = re.findall(r"tt\.dot |ttng\.warp_group_dot ", launch.compiled.asm["ttgir"])
+            assert len(products) == 3 * len(precisions), named(workload, launch)
+            assert "cvt.rna.tf32" in launch.ptx, named(workload, launch)  # rounded, not truncated
+
+
+def test_rows_are_read_16_bytes_at_a_time(launched):
+    for workload, launch in launched:
+        aligned = "float32" in workload.label and "64 to" not in workload.label  # a tile there holds too few for it
+        if aligned and (workload.operator.name, launch.name) not in NARROW:
+            assert re.search(WIDE_LOAD, launch.ptx), named(workload, launch)
+
+
+def test_every_kernel_is_launched(launched):
+    names = {launch.name for _, launch in launched}
+    assert {name for module in MODULES for name in vars(module) if name.endswith("_kernel")} <= names
+
+
+def named(workload, launch):
+    return f"{workload.label}: {launch.name} {launch.options} {launch.usage}"
+
+
+def test_the_forward_kernels_of_samples_check_their_indices(launched):
+    for workload, launch in launched:
+        checks = launch.name in ("logits_kernel", "loss_kernel") and workload.operator.name != "correlation_loss"
+        assert ("__assertfail" in launch.ptx) == checks, named(workload, launch)
+
+
+def test_another_layout_of_as_many_tokens_compiles_nothing_new():
+    with as_launched.on(90) as launches:
+        qkv = torch.empty(2, 100, 3, 2, 64, dtype=torch.bfloat16, device="cuda")
+        as_launched.run(TREE_ATTENTION, (qkv, 4, [24] * 4))
+        before = len(launches)
+        as_launched.run(TREE_ATTENTION, (qkv, 1, [63, 1, 35]))  # sets the highest bit of a word
+        assert len(launches) == before == 3

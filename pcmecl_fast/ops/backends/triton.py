@@ -42,9 +42,9 @@ def _missing() -> str | None:
     return None
 
 
-def _add(operator: Operator, module: str, limits: Limits) -> None:
+def _add(operator: Operator, module: str, limits: Limits, checks_values_on: tuple[str, ...] = ()) -> None:
     forward, backward = (_when_needed(module, f"{operator.name}_{way}") for way in ("forward", "backward"))
-    TRITON.add(operator, forward, backward, limits)
+    TRITON.add(operator, forward, backward, limits, checks_values_on)
 
 
 def _when_needed(module: str, function: str) -> Callable[..., Any]:
@@ -55,8 +55,8 @@ def _when_needed(module: str, function: str) -> Callable[..., Any]:
 
 
 BACKENDS["triton"] = TRITON = Backend("triton", _missing)
-_add(DIRECTION_LOGITS, "direction", DIRECTION)
-_add(DIRECTION_LOSS, "direction", DIRECTION)
+_add(DIRECTION_LOGITS, "direction", DIRECTION, checks_values_on=("cuda",))  # by assertions in the kernels
+_add(DIRECTION_LOSS, "direction", DIRECTION, checks_values_on=("cuda",))
 _add(CORRELATION_LOSS, "correlation", CORRELATION)
 _add(TREE_ATTENTION, "tree_attention", TREE)
 _add(CLIP_FRAMES, "frames", ANY)
