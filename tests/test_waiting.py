@@ -1,9 +1,13 @@
 """Nothing inside a step waits for the device, shown without one: on PyTorch's meta device.
 
 Its tensors have shapes and no values, so whatever needs a value (`item`, `nonzero`, an index of bools) raises. Copies
-between the host and the device raise here, too: from ordinary memory they wait as well.
+between the host and the device raise here, too: from ordinary memory they wait as well. The C++ of the backend "cuda"
+needs values: it runs on the host harness, where whatever would read one raises. `test_triton_as_launched.py` does the
+same for Triton's.
 """
 
+import cuda_on_host
+import operators
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +30,45 @@ class NoCopies(TorchDispatchMode):
             if len(places) > 1:
                 raise RuntimeError(f"{function} from {arguments[0].device} to {result.device}")
         return result
+
+
+class NoReading(TorchDispatchMode):
+    """What would read a tensor's value raises."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "item", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(function.name().partition("::")[2].split(".")[0])
+        if self.names[-1].startswith(self.WAITING):
+            raise RuntimeError(f"{function} waits")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.skipif(not cuda_on_host.compiler(), reason="needs a C++ compiler and the sources")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("operator", operators.OPERATORS)
+def test_the_cuda_backend_reads_nothing_back(operator, deterministic):
+    module = cuda_on_host.load()
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in operators.make(operator).schema_arguments]
+    names = {"direction_logits": 3, "direction_loss": 4, "correlation_loss": 3}
+    keeps_result = operator == "tree_attention"
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with NoReading() as read:
+            results = getattr(module, operator)(*arguments)
+            results = [results] if isinstance(results, torch.Tensor) else list(results)
+            grad = torch.ones_like(results[0])
+            kept = results if keeps_result else results[1:]
+            needs = [True] * names.get(operator, 1)
+            gradients = getattr(module, f"{operator}_backward")(grad, *arguments, *kept, needs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x is not None for x in gradients)
+    assert {"empty", "empty_like"} & set(read.names)  # it sees what C++ calls
 
 
 @pytest.mark.parametrize(
