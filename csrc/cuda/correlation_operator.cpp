@@ -7,6 +7,7 @@
 #include <ATen/TensorOperators.h>
 
 #include <algorithm>
+#include <mutex>
 
 #include "operators.h"
 
@@ -18,6 +19,30 @@ constexpr int64_t kChunk = 1 << 12;  // so that a test has several chunks
 #else
 constexpr int64_t kChunk = 3 << 20;  // numbers of S at once: 12 MB
 #endif
+
+// While it lives, products are in float32 whatever the user allows. NoTF32Guard does it for cuBLAS; cuBLASLt does not
+// ask it, so where that is preferred cuBLAS takes its place, for all threads: exact is never wrong for another.
+class InFloat32 {
+#ifndef PCMECL_ON_HOST
+ public:
+  InFloat32() : one_at_a_time_(changing()), preferred_(at::globalContext().blasPreferredBackend()) {
+    if (preferred_ == at::BlasBackend::Cublaslt) at::globalContext().setBlasPreferredBackend(at::BlasBackend::Cublas);
+  }
+  ~InFloat32() {
+    if (preferred_ == at::BlasBackend::Cublaslt) at::globalContext().setBlasPreferredBackend(preferred_);
+  }
+
+ private:
+  static std::recursive_mutex& changing() {
+    static std::recursive_mutex mutex;
+    return mutex;
+  }
+
+  const std::lock_guard<std::recursive_mutex> one_at_a_time_;
+  const at::BlasBackend preferred_;
+#endif
+  const at::NoTF32Guard exact_;
+};
 
 class Run {
  public:
@@ -75,7 +100,7 @@ class Run {
   // S of every chunk, f(), then its parts added up: rows into `row_sums` (N, Q), columns onto `column_sums` (Q, N).
   template <typename F>
   void for_chunks(F&& f, const Tensor& row_sums, const Tensor& column_sums) {
-    const at::NoTF32Guard exact;
+    const InFloat32 exact;
     const int64_t rows = std::clamp<int64_t>(kChunk / (N * E * E), 1, N);
     const CorrelationParts parts = correlation_parts(N, int(E), rows);
     product_ = at::empty({rows * E, E * N}, options_);
@@ -119,7 +144,7 @@ class Run {
   void through_own(
       const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text,
       const Needs& needs) {
-    const at::NoTF32Guard exact;
+    const InFloat32 exact;
     const Tensor product = own_product(), grad = at::empty_like(product);
     args_.product = pointer<float>(product), args_.grad_product = pointer<float>(grad);
     correlation_gradients_within(args_, pointer<float>(row_grad_dot), pointer<float>(column_grad_dot));
@@ -157,7 +182,7 @@ class Run {
   }
 
   Tensor own_product() const {
-    const at::NoTF32Guard exact;
+    const InFloat32 exact;
     return at::bmm(centred_, text_.permute({1, 2, 0}));
   }
 
