@@ -227,8 +227,13 @@ def _people() -> int:
 
 @cache
 def _tower(device: torch.device, dtype: torch.dtype) -> Clip:
-    logging.getLogger("pcmecl_fast").setLevel(logging.ERROR)  # random weights are intended here
-    return load_clip(device=device, dtype=dtype) if rehearsal.is_on() else load_clip(TOWER, device=device, dtype=dtype)
+    name, logger = "tiny-face" if rehearsal.is_on() else TOWER, logging.getLogger("pcmecl_fast")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # random weights are intended here
+    try:
+        return load_clip(name, device=device, dtype=dtype)
+    finally:
+        logger.setLevel(level)
 
 
 def _prompts(clip: Clip, descriptions: list[str], context: str, n_ctx: int) -> PersonalizedPrompts:

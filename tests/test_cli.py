@@ -111,7 +111,7 @@ def test_the_table_of_backends_says_what_is_missing(capsys):
     assert "reference" in capsys.readouterr().out
     assert main(["backends", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert list(rows) == ["reference", "cpu", "triton", "cuda"]
+    assert list(rows) == ["reference", "cpu", "triton", "cuda", "xformers"]
     assert rows["reference"]["available"]
     assert all(row["available"] or row["reason"] for row in rows.values())
     if "no CUDA device" in rows["triton"]["reason"]:
