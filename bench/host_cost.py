@@ -52,12 +52,13 @@ def host_tree_attention(device: torch.device, dtype: torch.dtype) -> Comparison:
     if on_gpu:
         return _compared(case, device)
     harness = importlib.import_module("tests.cuda_on_host")
-    eager = Side("eager", partial(case.run, "reference"))
+    run = _call(case)
+    eager = Side("eager", partial(run, "reference"))
     if harness.compiler() is None:
         return Comparison([eager], skipped={HARNESS: "needs a C++ compiler and the sources"})
     backend = Backend("cuda", missing=lambda: None)
     add_kernels(backend, harness.load(), device="cpu")
-    return Comparison([eager, Side(HARNESS, _as_cuda(backend, partial(case.run, "auto")))])
+    return Comparison([eager, Side(HARNESS, _as_cuda(backend, partial(run, "auto")))])
 
 
 @comparison("host_clip_frames", "a call with 1 frame of 8 × 8 to 4 × 4", sources=SOURCES, host=True)
@@ -66,9 +67,21 @@ def host_clip_frames(device: torch.device, dtype: torch.dtype) -> Comparison:
 
 
 def _compared(case: Case, device: torch.device) -> Comparison:
-    backends, skipped = those_that_run(backend_sides(case.run, device, case.operator))
-    eager, fused = Side("eager", partial(case.run, "reference")), Side("fused", partial(case.run, "auto"))
+    run = _call(case)
+    backends, skipped = those_that_run(backend_sides(run, device, case.operator))
+    eager, fused = Side("eager", partial(run, "reference")), Side("fused", partial(run, "auto"))
     return Comparison([eager, *backends, fused], skipped=skipped)
+
+
+def _call(case: Case) -> Callable[[str], list[Tensor]]:
+    """The call alone: as `Case.run`, but of leaves that are there already, as parameters and features are."""
+    leaves = [x.detach().requires_grad_() for x in case.inputs]
+
+    def run(backend: str) -> list[Tensor]:
+        result = case.call(*leaves, backend=backend)
+        return [result, *torch.autograd.grad(result, leaves, case.weight)]
+
+    return run
 
 
 def _as_cuda(backend: Backend, run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:

@@ -62,8 +62,8 @@ class Sizes:
 
 def check_float(name: str, value: Any) -> None:
     """Raise unless `value` is a tensor of a supported float dtype."""
-    _check_tensor(name, value)
-    if value.dtype not in FLOAT_DTYPES:
+    if not isinstance(value, Tensor) or value.dtype not in FLOAT_DTYPES:
+        _check_tensor(name, value)
         raise TypeError(f"{name}: got {value.dtype}; takes float16, bfloat16, float32 or float64")
 
 

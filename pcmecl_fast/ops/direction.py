@@ -161,8 +161,8 @@ def _checked_features(
 
 def _checked_index(sizes: checks.Sizes, name: str, index: Tensor, source: Tensor) -> Tensor:
     """The index as int64, one for each row of `source`."""
-    if isinstance(index, Tensor) and index.dtype is torch.int64 and index.shape == source.shape[:1]:
-        checks.check_one_device(source=source, **{name: index})
+    is_one = isinstance(index, Tensor) and index.dtype is torch.int64 and index.shape == (sizes["B"],)
+    if is_one and index.device == source.device:
         return index
     checks.check_integer(name, index)
     sizes.check(name, index, "B")
