@@ -35,7 +35,7 @@ def test_the_cost_of_a_call_is_measured_on_one_core(name, monkeypatch):
 @pytest.mark.skipif(not cuda_on_host.compiler(), reason="needs a C++ compiler and the sources")
 def test_the_cost_of_tree_attention_is_that_of_the_cuda_backend(monkeypatch):
     installed, during = BACKENDS["cuda"], []
-    monkeypatch.setattr(host_cost.Case, "run", lambda case, backend: during.append(BACKENDS["cuda"]))
+    monkeypatch.setattr(host_cost, "_call", lambda case: lambda backend: during.append(BACKENDS["cuda"]))
     compare.COMPARISONS["host_tree_attention"].build(CPU, torch.float32).sides[-1].run()
     assert during[0].takes(TREE_ATTENTION, "cpu")
     assert BACKENDS["cuda"] is installed

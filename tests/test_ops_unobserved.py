@@ -8,10 +8,11 @@ from tolerances import assert_close_for
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from pcmecl_fast.ops import correlation_loss
+from pcmecl_fast.ops import checks, correlation_loss
 from pcmecl_fast.ops.correlation import CORRELATION_LOSS
 from pcmecl_fast.ops.direction import DIRECTION_LOGITS, DIRECTION_LOSS
 from pcmecl_fast.ops.frames import CLIP_FRAMES
+from pcmecl_fast.ops.operator import BACKENDS
 from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
 OPERATORS = (DIRECTION_LOGITS, DIRECTION_LOSS, CORRELATION_LOSS, TREE_ATTENTION, CLIP_FRAMES)
@@ -214,3 +215,20 @@ def test_a_bare_call_with_tensors_on_two_devices_is_refused(operator, kernels):
         elsewhere = [x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in rest]
         with pytest.raises(RuntimeError, match="got tensors on cpu and on meta; takes tensors on one device"):
             run(first, *elsewhere, kernels)
+
+
+@pytest.mark.parametrize("operator", ["direction_logits", "direction_loss"])
+def test_the_kernels_look_at_their_indices_themselves(operator, monkeypatch):
+    for name, device in (("cpu", "cpu"), ("cuda", "cuda"), ("triton", "cuda")):
+        implementation = BACKENDS[name].implementations.get(operator)
+        assert implementation is None or implementation.checks_values_on == (device,)
+    if BACKENDS["cpu"].missing() is not None:
+        pytest.skip("needs the compiled extension")
+    call = make(operator)
+    call.rest[1][2] = -1
+    with pytest.raises(IndexError) as in_python:
+        call(backend="reference")
+    monkeypatch.setattr(checks, "check_index_range", None)
+    with pytest.raises(IndexError) as in_kernel:
+        call(backend="cpu")
+    assert str(in_kernel.value) == str(in_python.value)
