@@ -4,9 +4,9 @@ import cuda_on_host
 import pytest
 import torch
 from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation
+from modes import Seen
 from operators import make, value_and_gradients
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pcmecl_fast.ops import correlation_loss
 
@@ -39,25 +39,13 @@ def test_a_scale_that_overflows_float_sums_gives_nan_and_not_a_wrong_number():
     assert correlation_loss(visual, text, scale=150.0, backend="cuda").isfinite()
 
 
-class Made(TorchDispatchMode):
-    """The operators of PyTorch that are called, in C++ too."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.names.append(function.name())
-        return function(*arguments, **(options or {}))
-
-
 def test_a_resize_makes_its_weights_once_for_a_size():
     frames, *rest = make("clip_frames", height=21, width=23).schema_arguments
     frames, grad, module = frames.detach(), torch.ones(2, 3, 16, 16), cuda_on_host.load()
-    with Made() as made:
+    with Seen() as seen:
         module.clip_frames(frames, *rest)
         module.clip_frames_backward(grad, frames, *rest, [True])
-    assert made.names == ["aten::empty.memory_format"] * 2  # the result and the gradient
+    assert seen.names == ["aten::empty.memory_format"] * 2  # the result and the gradient
 
 
 def test_threads_in_either_order_give_the_same_bits(monkeypatch):

@@ -3,9 +3,9 @@
 import operators
 import pytest
 import torch
+from modes import Seen
 from operators import make, value_and_gradients
 from tolerances import assert_close_for
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from pcmecl_fast.ops import checks, correlation_loss
@@ -19,18 +19,6 @@ OPERATORS = (DIRECTION_LOGITS, DIRECTION_LOSS, CORRELATION_LOSS, TREE_ATTENTION,
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 each_operator = pytest.mark.parametrize("operator", operators.OPERATORS)
-
-
-class Seen(TorchDispatchMode):
-    """The operators that passed the dispatcher."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        self.names.append(function.name())
-        return function(*arguments, **(options or {}))
 
 
 @pytest.fixture
