@@ -33,6 +33,9 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options)
+    if not options.files:
+        print("files: got none; takes results of bench.compare on GPUs", file=sys.stderr)
+        return 2
     load_all()
     try:
         rows = [row for path in options.files for row in choices(path)]
@@ -47,17 +50,29 @@ def choices(path: Path) -> list[str]:
     """The rows of one file of results.
 
     Raises:
-        ValueError: results of a CPU, stale ones, sides that disagree, or no operator at all.
+        ValueError: no results of `bench.compare`, those of a CPU, stale ones, sides that disagree, or of no operator.
     """
     rows = []
-    for key, result in json.loads(path.read_text()).items():
-        operator, dtype = key.rsplit(" ", 1)
+    for key, result in _results(path).items():
+        operator, _, dtype = key.rpartition(" ")
         if operator in OPERATORS:
             _check(f"{path}: {key}", operator, result)
             rows.append(_row(path, operator, dtype, result))
     if not rows:
         raise ValueError(f"{path}: compares none of {', '.join(OPERATORS)}")
     return rows
+
+
+def _results(path: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as results of bench.compare ({error})") from error
+    if not isinstance(results, dict) or not all(isinstance(x, dict) for x in results.values()):
+        raise ValueError(f"{path}: holds no results of bench.compare")
+    return results
 
 
 def fastest_first(rows: list[dict[str, Any]]) -> list[str]:

@@ -50,12 +50,27 @@ case ${1:-} in
         platforms=()
         for tag in manylinux_2_{28,27,25,17}_x86_64 manylinux2014_x86_64; do platforms+=(--platform $tag); done
         exec "$python" -m pip download --no-deps --only-binary=:all: --python-version 3.12 "${platforms[@]}" \
-            --requirement bench/wheels.txt --dest "${2:?names a folder}"
+            --requirement bench/wheels.txt --dest "${2:?--wheels needs a FOLDER after it}"
         ;;
     --dry-run) rehearsing=1 && shift ;;
+    --help | -h)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+        exit
+        ;;
 esac
 
+for part in ${PARTS:-}; do
+    if [[ " ${parts[*]%:*} " != *" $part "* ]]; then
+        echo "PARTS: got $part; takes ${parts[*]%:*}" >&2
+        exit 2
+    fi
+done
+
 if [ $# -gt 0 ]; then
+    if ! compgen -G "$1/*.whl" >/dev/null; then
+        echo "$1: got no folder with wheels; bench/gpu.sh --wheels FOLDER downloads them" >&2
+        exit 2
+    fi
     site=$(mktemp -d)
     "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$1"/*.whl || exit 1
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PATH=$site/bin:$site/nvidia/cu13/bin:$PATH
@@ -183,7 +198,7 @@ for part in "${parts[@]}"; do
     echo "==== $part: $seconds s, over by $ends s of 600"
     "do_$part" || failed=1
 done
-if [ -e "$out/compare.json" ]; then
+if [[ -e "$out/compare.json" && (-z ${PARTS:-} || " $PARTS " == *" operators "*) ]]; then
     ends=600
     anywhere choice.txt "$python" -m bench.choose "$out/compare.json"
 fi
