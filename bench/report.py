@@ -84,7 +84,7 @@ before one of the files that it depends on changed.
 - *÷ ours* is a side's median over that of pcmecl_fast: above 1 we are faster, below 1 the other side is.
 - *target* is the smallest ratio that this project accepts; *(short)* is beside one that was missed.
 - `host_…` is what a call costs besides arithmetic, of inputs so small that a kernel has nothing to do. On a CPU
-  `tree_attention` has no kernel of its own: there it is `cuda`'s code around it, compiled for the CPU and given no tree.
+  `tree_attention` has no kernel of its own: there `cuda`'s own host code runs, compiled for the CPU, on no tree.
 - *peak* is memory beyond the inputs: resident memory on a CPU, allocated memory on a GPU.
 - *limit* is the time that the machine needs for the bytes alone, at its measured copy bandwidth, or for the matrix
   products alone, at the rate it was measured to multiply large matrices with PyTorch, whichever is longer; the
