@@ -281,7 +281,11 @@ def test_a_run_that_is_stopped_by_hand_says_how_to_go_on(every, says, tmp_path):
     command = [*PROMPTS, "--steps", "1000000", "--checkpoint-every", str(every), "--out", "out"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "TQDM_DISABLE": ""}
     with subprocess.Popen(
-        [sys.executable, "-m", "pcmecl_fast.cli", *command], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+        [sys.executable, "-m", "pcmecl_fast.cli", *command],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     ) as process:
         awaited = "out/stage-1.ckpt" if every == 1 else "out/tensorboard/stage-1/events*"
         while not list(tmp_path.glob(awaited)) and process.poll() is None:
