@@ -1,0 +1,63 @@
+"""Files of video and sound opened so that whatever is wrong with them is said in one line with their name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from av import Packet
+    from av.container import InputContainer
+
+CUT_SHORT = "cut short, or damaged"
+
+
+@contextlib.contextmanager
+def open_container(path: str | Path) -> Iterator[InputContainer]:
+    """A file of video or sound, open to be read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is empty, or nothing that FFmpeg knows.
+        ImportError: PyAV is not installed.
+    """
+    import av
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    with naming(path):
+        container = av.open(str(path), metadata_errors="replace")
+    with container:
+        yield container
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Whatever a damaged file makes its readers raise becomes a ValueError that names the file."""
+    import av
+
+    try:
+        yield
+    except (av.FFmpegError, ValueError, ArithmeticError, LookupError, UnicodeError) as error:
+        # Nested uses, and errors of another file, have named theirs.
+        if isinstance(error, NamedFileError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        if isinstance(error, av.InvalidDataError):
+            why = f"{CUT_SHORT}: {why}"
+        raise NamedFileError(f"{path} ({why})") from error
+
+
+class NamedFileError(ValueError):
+    """What is wrong with a file, in words that name it."""
+
+
+def check_packet(packet: Packet) -> None:
+    """ValueError for a packet that its file does not hold whole: decoders take what there is of it without a word."""
+    if packet.is_corrupt:
+        raise ValueError(CUT_SHORT)
