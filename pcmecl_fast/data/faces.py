@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 from PIL import Image
 
-from pcmecl_fast.wording import did_you_mean, listed
+from pcmecl_fast.wording import did_you_mean
 
 Align = Literal["none", "eyes"]
 Choice = Literal["largest", "left", "all"]

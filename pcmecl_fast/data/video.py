@@ -21,7 +21,7 @@ import numpy as np
 
 from pcmecl_fast.data.containers import check_packet, naming, open_container
 from pcmecl_fast.data.sound import Until, has_sound, sound_into
-from pcmecl_fast.files import _replacing
+from pcmecl_fast.files import replacing
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -284,7 +284,7 @@ def writing_video(
     import av
 
     path = Path(path)
-    with _replacing(path) as file, contextlib.ExitStack() as stack:
+    with replacing(path) as file, contextlib.ExitStack() as stack:
         options = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".mov", ".m4v") else {}
         if encoder.reproducible:
             options["fflags"] = "+bitexact"

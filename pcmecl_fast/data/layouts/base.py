@@ -63,6 +63,11 @@ class RawClip:
     cropped: bool = False
     rate: Fraction | None = None
 
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is a single picture."""
+        return len(self.sources) == 1 and is_picture(self.sources[0])
+
 
 @dataclass(frozen=True)
 class Listing:
