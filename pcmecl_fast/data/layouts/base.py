@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -192,8 +192,7 @@ class Gathered:
 
     def listing(self) -> Listing:
         order = {emotion: place for place, emotion in enumerate(KNOWN_EMOTIONS)}
-        by_name = cache(natural)  # few individuals, many clips
-        clips = sorted(self._clips, key=lambda c: (by_name(c.individual), order[c.emotion], natural(c.name)))
+        clips = sorted(self._clips, key=lambda c: (natural(c.individual), order[c.emotion], natural(c.name)))
         return Listing(clips, sorted(self._unknown, key=natural))
 
 
@@ -241,6 +240,7 @@ def _visible(folder: Path) -> Iterator[os.DirEntry[str]]:
         return
 
 
+@lru_cache(maxsize=2**16)  # the same names come back in folder after folder
 def natural(name: str) -> Natural:
     """Sort key: numbers by value, letters without regard to capitals; the name itself breaks ties such as 1 and 01."""
     parts: list[str | int] = list(re.split(r"([0-9]+)", name.casefold()))

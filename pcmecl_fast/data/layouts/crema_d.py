@@ -27,13 +27,13 @@ _STEM = re.compile(
 
 @register
 class CremaD(Layout):
-    """`VideoFlash/<actor>_<sentence>_<emotion>_<level>.flv`, with its sound in `AudioWAV`. XX: no level was asked for."""
+    """`VideoFlash/<actor>_<sentence>_<emotion>_<level>.flv`, sound in `AudioWAV`. XX: no level was asked for."""
 
     name = "crema_d"
     expects = f"{VIDEO}/1001_DFA_ANG_XX.flv with {SOUND}/1001_DFA_ANG_XX.wav"
 
     def evidence(self, root: Path) -> str | None:
-        file = first(root / VIDEO, lambda name: bool(_STEM.fullmatch(Path(name).stem)))
+        file = first(root / VIDEO, _STEM.match)
         return f"{file.relative_to(root).as_posix()} is named as CREMA-D names its clips" if file else None
 
     def list(self, root: Path) -> Listing:

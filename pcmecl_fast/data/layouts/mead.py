@@ -64,7 +64,7 @@ class Mead(Layout):
             if view := first(person / "video", VIEWS.__contains__):
                 return f"{view.relative_to(root).as_posix()} is a view in a folder of MEAD's individual {person.name}"
         for folder in (root, *people):
-            if file := first(folder, lambda name: is_video(Path(name)) and _renamed(Path(name))):
+            if file := first(folder, _is_renamed_video):
                 return f"{file.relative_to(root).as_posix()} is named as a copy of MEAD names its clips"
         return None
 
@@ -157,6 +157,11 @@ def _list_renamed(gathered: Gathered, files: list[Path]) -> None:
             gathered.cannot_name(file)
         elif is_video(file):
             gathered.add(replace(clip, sound=sounds.get(file.stem)))
+
+
+def _is_renamed_video(name: str) -> bool:
+    # A look at the beginning first: the folder may hold very many other files.
+    return bool(_INDIVIDUAL.match(name)) and is_video(Path(name)) and _renamed(Path(name)) is not None
 
 
 def _renamed(file: Path) -> RawClip | None:

@@ -22,6 +22,7 @@ from pcmecl_fast.wording import name_some
 IMAGES, FRAMES = "images", "videos/_frame_info.txt"
 
 _NUMBER = re.compile(r"\d{6,}")
+_NUMBERED = re.compile(r"\d{6,}(\.png)?", re.IGNORECASE)
 _LINE = re.compile(r"(?P<clip>.+)_(?P<frame>\d+)\s+(?P<number>\d+)")
 
 
@@ -41,7 +42,7 @@ class Ned(Layout):
 
     def evidence(self, root: Path) -> str | None:
         for actor in _actors(root):
-            if found := first(actor / IMAGES, lambda name: bool(_NUMBER.fullmatch(Path(name).stem))):
+            if found := first(actor / IMAGES, _NUMBERED.fullmatch):
                 return f"{found.relative_to(root).as_posix()} is numbered as NED numbers its prepared faces"
         return None
 

@@ -48,7 +48,7 @@ class Ravdess(Layout):
     def evidence(self, root: Path) -> str | None:
         actors = [folder for folder in folders_of(root) if _ACTOR.fullmatch(folder.name)]
         for folder in (root, *actors, *(inner for actor in actors for inner in folders_of(actor))):
-            if file := first(folder, lambda name: bool(_STEM.fullmatch(Path(name).stem))):
+            if file := first(folder, _STEM.match):
                 return f"{file.relative_to(root).as_posix()} is named by RAVDESS's seven numbers"
         return None
 
