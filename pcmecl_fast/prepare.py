@@ -76,6 +76,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
         log.warning("not of this data set, by their names: %s", name_some(listing.unknown, 5))
     cutting = _cutting(config)
     jobs = _jobs(clips, config)
+    _check_out(config)
     prepared = {"layout": layout.name, "data": os.path.abspath(config.data), **asdict(cutting)}
     with _locked(config.out):
         done = _done_before(config, prepared, jobs)
@@ -143,15 +144,23 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _done_before(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job]) -> dict[str, Entry]:
-    """What an earlier call has prepared, or found broken, as far as it still stands; refuses to mix or to lose it."""
-    index = config.out / INDEX
-    if not index.exists():
-        if others := [path.name for path in config.out.iterdir() if not is_hidden(path)]:
+def _check_out(config: PrepareConfig) -> None:
+    """Refuse an output folder that is somebody else's, before anything is written."""
+    out, data = config.out.resolve(), config.data.resolve()
+    if out.is_relative_to(data) or data.is_relative_to(out):
+        raise ValueError(f"--out: {config.out} lies in --data, or around it; name a folder beside it")
+    if out.is_dir() and not (out / INDEX).exists():
+        if others := [path.name for path in out.iterdir() if not is_hidden(path)]:
             raise FileExistsError(
                 f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name "
                 "another folder"
             )
+
+
+def _done_before(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job]) -> dict[str, Entry]:
+    """What an earlier call has prepared, or found broken, as far as it still stands; refuses to mix or to lose it."""
+    index = config.out / INDEX
+    if not index.exists():
         return {}
     before, read = read_index(index)
     entries = {entry.file: entry for entry in read}

@@ -111,7 +111,7 @@ class _Video:
         """The faces, each with its time in units of `clock`."""
         track = track or centre_track(self.shape[1], self.shape[0])
         with open_video(self.path) as reader:
-            for pts, frame in _as_recorded(reader) if cutting.fps is None else _resampled(reader, _exact(cutting.fps)):
+            for pts, frame in _as_recorded(reader) if cutting.fps is None else _resampled(reader, _exact(cutting.fps), self.rate):
                 yield pts, cut(frame.rgb(), track.square(frame.number), cutting.size)
 
     def clock(self, cutting: Cutting) -> tuple[Fraction, Fraction]:
@@ -174,20 +174,21 @@ def _as_recorded(frames: Iterable[Frame]) -> Iterator[tuple[int, Frame]]:
         yield frame.pts, frame
 
 
-def _resampled(frames: Iterable[Frame], rate: Fraction) -> Iterator[tuple[int, Frame]]:
-    """At evenly spaced times the frame that is nearest, from the first frame's time to the last one's."""
+def _resampled(frames: Iterable[Frame], rate: Fraction, recorded: Fraction) -> Iterator[tuple[int, Frame]]:
+    """At evenly spaced times the frame that is nearest, from the first frame's time to the end of the last one's."""
     before: Frame | None = None
     number = 0
     for frame in frames:
         if before is None:
             number = round(frame.time * rate)
         else:
-            while Fraction(number) / rate < frame.time - Fraction(1, 2) / rate:
+            while number / rate < (before.time + frame.time) / 2:
                 yield number, before
                 number += 1
         before = frame
-    if before is not None:
+    while before is not None and number / rate < before.time + 1 / (2 * recorded):
         yield number, before
+        number += 1
 
 
 def _sound_of(clip: RawClip, recording: _Video | _Pictures, cutting: Cutting) -> Path | None:

@@ -86,7 +86,8 @@ class FolderFaces(FrameDataset):
         if (self.root / INDEX).is_file():
             self.prepared, read = read_index(self.root / INDEX)
             _check_finished(self.root, self.prepared)
-            entries = _chosen(self.root, read, wanted, reserve=reserve or emotions is None)
+            # Of recordings that could not be prepared there are no files; `prepare` has named them.
+            entries = _chosen(self.root, filter(_is_whole, read), wanted, reserve=reserve or emotions is None)
         else:
             entries = plain_entries(
                 self.root, wanted, explicit=emotions is not None, reserve=reserve or emotions is None
@@ -294,9 +295,13 @@ def _chosen(root: Path, entries: Iterator[Entry], wanted: tuple[str, ...], *, re
     return chosen
 
 
+def _is_whole(entry: Entry) -> bool:
+    return not entry.broken
+
+
 def _whole(root: Path, entries: list[Entry], *, skip_broken: bool) -> list[Entry]:
     """The entries without those of broken files."""
-    whole = [entry for entry in entries if not entry.broken]
+    whole = list(filter(_is_whole, entries))
     broken = [entry.broken for entry in entries if entry.broken]
     if broken:
         summary = f"{len(broken)} of {len(entries)} files are broken: {name_some(broken)}"

@@ -471,7 +471,7 @@ def check_options(config: Command) -> None:
     for name, limits in LIMITS.items():
         given = getattr(config, name, None)
         for value in given if isinstance(given, list) else [given]:
-            if value is not None and value not in limits:
+            if value is not None and not isinstance(value, str) and value not in limits:
                 raise ValueError(f"{option_name(name)}: takes {limits}, got {value}")
     box = getattr(config, "mouth_box", [0, 0, 1, 1])
     if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
