@@ -37,7 +37,7 @@ class Face(NamedTuple):
     box: Box
     """From the middle of the forehead to the chin and from cheek to cheek, where MTCNN puts it, whatever found it."""
     score: float
-    """The detector's own; larger is surer."""
+    """Above 0 where the detector is sure. A weaker one counts only for a person who is surely seen in other frames."""
     landmarks: np.ndarray | None
     """(68, 2) float64, the points of iBUG 300-W, or None."""
 
@@ -72,7 +72,7 @@ class Crop:
         margin: part of the square's side that is not face: side = longer side of the face's box / (1 - margin).
             NED's preparation has 70 of 256 pixels.
         align: "none", an upright square around the box; "eyes", a square turned so that the eyes are level, with its
-            centre and side from the eyes and the nose, which a talking mouth does not move.
+            centre and side from the eyes, the nose and the upper jaw, which talking does not move.
 
     Raises:
         ValueError: a value that it does not take.
@@ -139,8 +139,8 @@ class Tracker:
     """Links the faces found in frames 0, k, 2k, … into one track a person.
 
     A face continues the track whose last box is closest in place and size, if it is close at all; a track is
-    continued over gaps of up to a second, and in the gap its square moves on a line. Squares are smoothed in time by a
-    running median, which drops single wrong boxes, and then by fitting lines under a Gaussian window, which leaves a
+    continued over gaps of up to a second, and in the gap its square moves on a line. Squares are smoothed in time:
+    single wrong ones give way to a running median, and then lines are fitted under a Gaussian window, which leaves a
     steadily moving or zooming face where it is, also at the ends of a track.
 
     Args:
@@ -186,18 +186,18 @@ class Tracker:
             raise ValueError(f"number: got {number}; takes multiples of {self.every} in ascending order")
         faces = self._find(number, picture)
         self._looked.append(number)
+        links = self._open(number)
         pairs = sorted(
             (distance, link, face)
-            for link, open_link in enumerate(self._links)
-            if number - open_link.numbers[-1] <= self._longest_gap()
+            for link, one in enumerate(links)
             for face, found in enumerate(faces)
-            if (distance := _distance(open_link.faces[-1].box, found.box)) < _CLOSE
+            if (distance := _distance(one.faces[-1].box, found.box)) < _CLOSE
         )
         continued: set[int] = set()
         taken: set[int] = set()
         for _, link, face in pairs:
             if link not in continued and face not in taken:
-                self._links[link].add(number, faces[face])
+                links[link].add(number, faces[face])
                 continued.add(link)
                 taken.add(face)
         for face, found in enumerate(faces):
@@ -215,22 +215,22 @@ class Tracker:
         no more.
         """
         enough = min(_FEWEST, len(self._looked))
-        tracks = [self._track(link, frames) for link in self._links if len(link.numbers) >= enough]
+        tracks = [self._track(link, frames) for link in self._links if link.is_sure(enough)]
         return sorted(tracks, key=lambda track: -float(np.median(track.squares[:, 2])) * track.found)
 
     def _find(self, number: int, picture: np.ndarray) -> list[Face]:
         near = getattr(self.detector, "near", None)
-        known = [link.faces[-1] for link in self._links if self._looked and link.numbers[-1] == self._looked[-1]]
-        if near and known and number - self._everywhere < _EVERYWHERE * self.rate:
-            faces = near(picture, known)
-            if len(faces) == len(known):
-                return faces
-        self._everywhere = number
-        return self.detector(picture)
+        known = [link.faces[-1] for link in self._open(number)]
+        again = _distinct(near(picture, known)) if near and known else []
+        if len(again) < len(known) or not known or number - self._everywhere >= _EVERYWHERE * self.rate:
+            self._everywhere = number
+            return _distinct([*again, *self.detector(picture)])
+        return again
 
-    def _longest_gap(self) -> float:
+    def _open(self, number: int) -> list[_Link]:
         # However sparse the looks, two that follow each other may be linked.
-        return max(_GAP * self.rate, self.every) + 0.5
+        longest = max(_GAP * self.rate, self.every) + 0.5
+        return [link for link in self._links if number - link.numbers[-1] <= longest]
 
     def _track(self, link: _Link, frames: int) -> Track:
         at = np.arange(link.numbers[0], link.numbers[-1] + 1, self.every)
@@ -240,7 +240,7 @@ class Tracker:
         looks = self.rate / self.every
         return Track(
             at,
-            _fit_lines(_running_median(squares, round(_MEDIAN * looks / 2)), _SIGMA * looks),
+            _fit_lines(_without_outliers(squares, round(_MEDIAN * looks / 2)), _SIGMA * looks),
             len(link.numbers) / len(self._looked),
             self._missing(link, frames),
         )
@@ -333,7 +333,10 @@ class DlibDetector:
         area = whole[2] * whole[3]
         coarse = min(1.0, math.sqrt(_COARSE / area))
         fine = min(2.0, math.sqrt(_FINE / area))
-        return self._look(picture, whole, coarse) or self._look(picture, whole, max(coarse, fine))
+        faces = self._look(picture, whole, coarse)
+        if any(face.score > 0 for face in faces):
+            return faces
+        return self._look(picture, whole, max(coarse, fine)) or faces
 
     def near(
         self,
@@ -355,34 +358,39 @@ class DlibDetector:
     def _look(self, picture: np.ndarray, part: Box, scale: float) -> list[Face]:
         left, top = int(part[0]), int(part[1])
         shown = picture[top : int(part[3]), left : int(part[2])]
+        if shown.size == 0:
+            return []
         grey = Image.fromarray(shown).convert("L")
         width, height = max(1, round(grey.width * scale)), max(1, round(grey.height * scale))
         if scale != 1:
             grey = grey.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
-        boxes, scores, _ = self._search.run(np.asarray(grey), 0, 0.0)
+        boxes, scores, _ = self._search.run(np.asarray(grey), 0, _WEAKEST)
         return [self._face(picture, (left, top), scale, box, score) for box, score in zip(boxes, scores, strict=True)]
 
-    def _face(self, picture: np.ndarray, corner: tuple[int, int], scale: float, box: Any, score: float) -> Face:
-        left, top = corner
-        sides = (
-            round(left + box.left() / scale),
-            round(top + box.top() / scale),
-            round(left + (box.right() + 1) / scale) - 1,
-            round(top + (box.bottom() + 1) / scale) - 1,
-        )
-        points = self._landmarks(picture, self._rectangle(*sides)).parts()
-        # dlib counts pixels, whose centres lie half a pixel further.
-        landmarks = np.array([(point.x, point.y) for point in points], dtype=np.float64) + 0.5
+    def _face(self, picture: np.ndarray, corner: tuple[int, int], scale: float, found: Any, score: float) -> Face:
+        left, top = (c + s / scale for c, s in zip(corner, (found.left(), found.top()), strict=True))
+        box = (left, top, left + found.width() / scale, top + found.height() / scale)
+        landmarks = self._place(picture, box)
+        # Landmarks depend on the box they start from, and the search's jump from frame to frame.
+        landmarks = self._place(picture, _as_found(_around(landmarks)))
         return Face(_around(landmarks), float(score), landmarks)
+
+    def _place(self, picture: np.ndarray, box: Box) -> np.ndarray:
+        left, top, right, bottom = (round(side) for side in box)
+        points = self._landmarks(picture, self._rectangle(left, top, right - 1, bottom - 1)).parts()
+        # dlib counts pixels, whose centres lie half a pixel further.
+        return np.array([(point.x, point.y) for point in points], dtype=np.float64) + 0.5
 
 
 DETECTORS: dict[str, Callable[[], Detector]] = {"dlib": DlibDetector}
 
 _COARSE = 960 * 540
 """Pixels at which a whole picture is searched first; dlib's faces have 80 pixels of its height or more."""
-_FINE = 1920 * 1080
+_FINE = 1600 * 900
 """Pixels at which it is searched again."""
-_NEAR = 200
+_WEAKEST = -0.25
+"""The least score that is looked at; dlib's own threshold is 0."""
+_NEAR = 150
 """Height in pixels, from forehead to chin, at which a known face is looked for."""
 _EVERYWHERE = 1.0
 """Seconds after which the whole picture is searched again, for other people."""
@@ -390,9 +398,13 @@ _GAP = 1.0
 """Seconds that a face may be gone, turned away or hidden, and still be the same."""
 _CLOSE = 0.8
 """The `_distance` up to which two boxes may be of one face."""
+_SAME = 0.4
+"""The `_distance` up to which two boxes of one picture are of one face; cheek to cheek, two faces have 0.7."""
 _MEDIAN = 0.6
 """Seconds of the median's window."""
-_SIGMA = 0.2
+_WRONG = 0.2
+"""How far, in parts of the side or in radians, a square may be from the median: a head does not move as fast."""
+_SIGMA = 0.16
 """Seconds, standard deviation of the Gaussian window."""
 _FEWEST = 3
 """Looks in which a face has to be found."""
@@ -400,8 +412,15 @@ _FEWEST = 3
 # Measured against MTCNN (facenet-pytorch's), which NED's preparation uses, on 243 stills of seven speakers.
 _FOREHEAD = 0.26
 """How far a face's box goes above the brows, in parts of the height from brows to chin."""
-_EYE_X, _EYE_Y, _NOSE_Y = 0.166, -0.131, 0.090
-"""Where the eyes' centres and the base of the nose lie from the box's centre, in parts of its height."""
+_STEADY = (
+    (slice(0, 4), -0.365 + 0.069j),  # the jaw at the ears
+    (slice(13, 17), 0.365 + 0.069j),
+    (slice(36, 42), -0.169 - 0.139j),  # the eyes
+    (slice(42, 48), 0.169 - 0.139j),
+    (slice(27, 36), 0.008j),  # the nose
+)
+"""Landmarks that neither mouth nor brows move, and where their mean lies from the box's centre, in parts of its
+height: x + y·j."""
 
 
 @dataclass
@@ -415,6 +434,18 @@ class _Link:
         self.numbers.append(number)
         self.faces.append(face)
 
+    def is_sure(self, enough: int) -> bool:
+        return len(self.numbers) >= enough and any(face.score > 0 for face in self.faces)
+
+
+def _distinct(faces: list[Face]) -> list[Face]:
+    """Without those that were found before in the list."""
+    kept: list[Face] = []
+    for face in faces:
+        if all(_distance(face.box, other.box) >= _SAME for other in kept):
+            kept.append(face)
+    return kept
+
 
 def _distance(a: Box, b: Box) -> float:
     """Of two boxes: centres' distance in parts of the mean side, plus the logarithm of their heights' ratio."""
@@ -423,19 +454,21 @@ def _distance(a: Box, b: Box) -> float:
     return apart / math.sqrt(side_a * side_b) + abs(math.log(side_a / side_b))
 
 
-def _running_median(
-    rows: np.ndarray,  # (K, C)
+def _without_outliers(
+    squares: np.ndarray,  # (K, 4)
     reach: int,  # rows to either side
 ) -> np.ndarray:
-    """The median over each row's neighbours. Beyond the ends the rows are reflected in the end's value, which keeps
-    lines; reach 0 where there are fewer than three rows, and at least 1 where there are."""
-    reach = min(max(reach, 1), len(rows) - 1) if len(rows) >= 3 else 0
-    if reach == 0:
-        return rows
-    before = 2 * rows[0] - rows[reach:0:-1]
-    after = 2 * rows[-1] - rows[-2 : -2 - reach : -1]
-    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([before, rows, after]), 2 * reach + 1, axis=0)
-    return np.median(windows, axis=-1)
+    """Squares far from the median of their neighbours are replaced by it; the others stay, so that turning points of
+    a movement are not cut off. Beyond the ends, the rows are reflected in the end's value."""
+    reach = min(max(reach, 1), len(squares) - 1)
+    if reach < 1:
+        return squares
+    before = 2 * squares[0] - squares[reach:0:-1]
+    after = 2 * squares[-1] - squares[-2 : -2 - reach : -1]
+    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([before, squares, after]), 2 * reach + 1, axis=0)
+    median = np.median(windows, axis=-1)
+    off = np.abs(squares - median) / np.stack([*[median[:, 2]] * 3, np.ones(len(squares))], axis=1)
+    return np.where((off > _WRONG).any(axis=1, keepdims=True), median, squares)
 
 
 def _fit_lines(
@@ -475,16 +508,22 @@ def _around(
     return float(x - width), float(y - height), float(x + width), float(y + height)
 
 
+def _as_found(box: Box) -> Box:
+    """A face's box as dlib's search would give it: a square from the brows to the chin."""
+    x, y, height = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[3] - box[1]
+    return x - 0.4 * height, y - 0.347 * height, x + 0.4 * height, y + 0.453 * height
+
+
 def _similarity(
     landmarks: np.ndarray,  # (68, 2)
 ) -> tuple[float, float, float, float]:
-    """Centre x, y, height and angle of the upright face whose eyes and nose fit best, by least squares."""
-    eyes_and_nose = np.array([_EYE_Y * 1j - _EYE_X, _EYE_Y * 1j + _EYE_X, _NOSE_Y * 1j])
+    """Centre x, y, height and angle of the upright face whose steady parts fit best, by least squares."""
     points = landmarks @ [1, 1j]
-    seen = np.array([points[36:42].mean(), points[42:48].mean(), points[33]])
-    around, known = seen - seen.mean(), eyes_and_nose - eyes_and_nose.mean()
-    scale = np.vdot(known, around) / np.vdot(known, known).real
-    centre = seen.mean() - scale * eyes_and_nose.mean()
+    seen = np.array([points[part].mean() for part, _ in _STEADY])
+    known = np.array([place for _, place in _STEADY])
+    around_seen, around_known = seen - seen.mean(), known - known.mean()
+    scale = np.vdot(around_known, around_seen) / np.vdot(around_known, around_known).real
+    centre = seen.mean() - scale * known.mean()
     return float(centre.real), float(centre.imag), float(abs(scale)), _eyes_angle(landmarks)
 
 
@@ -499,17 +538,20 @@ def _resized(picture: np.ndarray, box: Box, size: int) -> Image.Image:
     left, top = math.floor(box[0]) - reach, math.floor(box[1]) - reach
     right, bottom = math.ceil(box[2]) + reach, math.ceil(box[3]) + reach
     height, width = picture.shape[:2]
-    inside = picture[
-        min(max(top, 0), height - 1) : min(max(bottom, 1), height),
-        min(max(left, 0), width - 1) : min(max(right, 1), width),
-    ]
-    if left < 0 or top < 0 or right > width or bottom > height:
-        rows = np.clip(np.arange(top, bottom), 0, height - 1)
-        columns = np.clip(np.arange(left, right), 0, width - 1)
-        inside = picture[rows[:, None], columns]
-    image = Image.fromarray(np.ascontiguousarray(inside))
+    above, below = _kept(top, bottom, height)
+    before, after = _kept(left, right, width)
+    part = picture[above:below, before:after]
+    beyond = ((above - top, bottom - below), (before - left, right - after), (0, 0))
+    if any(map(any, beyond)):
+        part = np.pad(part, beyond, mode="edge")
+    image = Image.fromarray(part)
     placed = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=placed, reducing_gap=3.0)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=placed, reducing_gap=1.5)
+
+
+def _kept(start: int, stop: int, size: int) -> tuple[int, int]:
+    """The part of a range that lies in [0, size), and where none does, its one nearest pixel."""
+    return min(max(start, 0), size - 1), max(min(stop, size), 1)
 
 
 def _within(box: Box, picture: np.ndarray) -> Box:
