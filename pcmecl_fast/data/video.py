@@ -317,7 +317,7 @@ def _naming_output(path: Path) -> Iterator[None]:
     try:
         yield
     except av.FFmpegError as error:
-        if 0 < error.errno < 256:  # the system's: a full disk
+        if 0 < (error.errno or 0) < 256:  # the system's: a full disk
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise ValueError(f"{path} cannot be written ({error.strerror or error})") from error
 
@@ -471,6 +471,5 @@ def _rotation(raw: VideoFrame) -> int:
 def _display_matrix(raw: VideoFrame) -> tuple[int, ...] | None:
     from av.sidedata.sidedata import Type
 
-    entries = cast("Iterable[Any]", raw.side_data.values())
-    matrix = next((bytes(data) for data in entries if data.type == Type.DISPLAYMATRIX), None)
-    return None if matrix is None else struct.unpack("=9i", matrix[:36])
+    matrix = cast(Any, raw.side_data).get(Type.DISPLAYMATRIX)
+    return None if matrix is None else struct.unpack("=9i", bytes(matrix)[:36])
