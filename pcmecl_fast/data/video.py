@@ -69,6 +69,7 @@ class VideoReader:
         time_base: seconds a unit of `pts`.
         count: the number of frames that the file declares; 0 where it does not.
         stream: PyAV's video stream.
+        first: the first frame as it was decoded, which tells of pixels and colours.
     """
 
     def __init__(self, path: Path, container: InputContainer, threads: int = 0) -> None:
@@ -84,7 +85,7 @@ class VideoReader:
         first = next(self._frames, None)
         if first is None:
             raise ValueError("it contains no frames")
-        self._first: VideoFrame | None = first
+        self.first: VideoFrame = first
         self.display = _display_matrix(first)
         self.rotation = _rotation(first)
         self.width, self.height = first.width, first.height
@@ -92,8 +93,8 @@ class VideoReader:
             self.width, self.height = self.height, self.width
 
     def __iter__(self) -> Iterator[Frame]:
-        raw, number, last = self._first, 0, None
-        self._first = None
+        raw: VideoFrame | None = self.first
+        number, last = 0, None
         while raw is not None:
             pts = raw.pts
             if pts is None:  # counted on, as raw streams and some AVI files need
@@ -159,6 +160,16 @@ def colours_of(raw: VideoFrame) -> Colours:
     if matrix not in _SWSCALE_MATRIX:
         matrix = _BT709 if min(raw.width, raw.height) >= HD_LINES else _SMPTE170M
     return Colours(matrix, int(raw.color_range) == _FULL or raw.format.name.startswith("yuvj"))
+
+
+def declared_frames(path: str | Path) -> int:
+    """How many frames a video says it has, before any is decoded; 0 where it does not say, or cannot be read."""
+    try:
+        with open_container(path) as container:
+            stream = _stream_of(container)
+            return stream.frames or _count_by_duration(stream, container)
+    except (OSError, ValueError):  # damaged: reading it says how
+        return 0
 
 
 def scan(path: str | Path) -> np.ndarray:  # (T,) int64
