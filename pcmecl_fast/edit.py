@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
-from fractions import Fraction
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,94 +15,163 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast import ops
-from pcmecl_fast.data.media import check_media, count_frames, is_hidden, is_media, need_av, read_frames, write_frames
+from pcmecl_fast.data.media import IMAGES, VIDEOS, is_hidden, read_frames
+from pcmecl_fast.data.video import declared_frames, open_video
+from pcmecl_fast.edit_faces import FaceEditor, Schedule
+from pcmecl_fast.edit_media import FaceFinder, MediaEditor, read_picture
 from pcmecl_fast.models import Generator, load_generator
 from pcmecl_fast.ops.operator import usable_backend
-from pcmecl_fast.run_folder import file_of_run
+from pcmecl_fast.options import read_options
+from pcmecl_fast.run_folder import CONFIG, file_of_run
 from pcmecl_fast.train.config import EditConfig, check_options, device_named
 from pcmecl_fast.wording import name_some
 
 log = logging.getLogger("pcmecl_fast")
 
-_FRAMES_AT_ONCE = 32
+_VIDEOS = VIDEOS | {".m4v", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".mts", ".3gp", ".ogv"}
+_PICTURES = IMAGES | {".bmp", ".tif", ".tiff"}
+_WRITTEN = frozenset({".mp4", ".mkv", ".webm", ".mov", ".m4v", *IMAGES})
+_STRONGEST = 1.5
 
 
 def run_edit(config: EditConfig) -> dict[str, Any]:
     """Edit pictures or videos with a trained generator: `talk.mp4` becomes `talk.happy.mp4` in the output folder.
 
+    Returns:
+        files, frames: how many were edited.
+        out: the output folder.
+        milliseconds: a frame took, by part of the work (decode, detect, edit, encode).
+
     Raises:
         FileExistsError: an output exists, or would take the place of an input; nothing has been done.
-        ValueError: at the end, files of a folder that could not be read; the others are written.
+        ValueError: an option that does not fit; or at the end, files of a folder that could not be read, or show no
+            face: the others are written.
+        OSError: the disk is full, or the folder cannot be written.
     """
     check_options(config)
+    if not 0 <= config.strength <= _STRONGEST:
+        raise ValueError(f"--strength: takes 0 to {_STRONGEST}, got {config.strength}")
+    schedule = _schedule(config)
     generator = load_generator(
         file_of_run("run", config.run, "generator"), device_named(config.device), generator=config.generator
     )
-    target = _target_of(generator, config)
-    files = _files(config, generator.emotions)
-    outputs = {file: _output(file, config.emotion, config) for file in files}
-    _check_outputs(outputs, config)
-    # Said before a progress bar is shown; of a folder, the others are edited.
-    alone = None if config.input.is_dir() else _read_alone(config.input, generator.size)
+    targets = _targets(generator, schedule, config)
+    jobs = _jobs(config, schedule, generator.emotions)
+    _check_outputs(jobs, config)
+    editor = FaceEditor(generator, targets, schedule, strength=config.strength)
+    finder = FaceFinder(config.crop, config.face, config.detector, config.every, _is_drawn(config.run))
+    media = MediaEditor(editor, finder, config.smooth, config.crf)
+    alone = not config.input.is_dir()
+    if alone:
+        _check_readable(config.input)  # said before a progress bar is shown
     torch.manual_seed(config.seed)
     frames, broken = 0, []
-    with ops.use_backend(usable_backend(config.backend)), _Progress(files) as progress:
-        for file, output in outputs.items():
+    with ops.use_backend(usable_backend(config.backend)), _Progress([job.source for job in jobs]) as progress:
+        for job in jobs:
             try:
-                rate, source = alone or read_frames(file, generator.size)
-            except (OSError, ValueError) as error:
-                broken.append(str(error).removeprefix("input: "))
-                log.warning("skipped: %s", broken[-1])
-                progress.skip(file)
-                continue
-            progress.expect(file, len(source))
-            edited = [_edit(generator, part, target, progress) for part in source.split(_FRAMES_AT_ONCE)]
-            write_frames(output, torch.cat(edited), rate)
-            frames += len(source)
+                frames += _edit(media, job, progress)
+            except ValueError as error:  # an OSError, such as a full disk, is not of this file alone
+                if alone:
+                    raise ValueError(f"input: {error}") from error
+                broken.append(str(error))
+                log.warning("skipped: %s", error)
+                progress.skip(job.source)
     if broken:
-        done = len(files) - len(broken)
+        done = len(jobs) - len(broken)
         rest = f"; the other {done} {'is' if done == 1 else 'are'} in {config.out}" if done else ""
         raise ValueError(
-            f"--input: {len(broken)} of {len(files)} files could not be read: {name_some(broken, 3)}{rest}"
+            f"--input: {len(broken)} of {len(jobs)} files could not be edited: {name_some(broken, 3)}{rest}"
         )
-    return {"files": len(files), "frames": frames, "out": str(config.out)}
+    spent = {part: round(1000 * seconds / max(frames, 1), 1) for part, seconds in media.clock.items()}
+    return {"files": len(jobs), "frames": frames, "out": str(config.out), "milliseconds": spent}
 
 
-def _read_alone(path: Path, size: int) -> tuple[Fraction | None, Tensor]:
-    try:
-        return read_frames(path, size)
-    except ValueError as error:
-        raise ValueError(f"input: {str(error).removeprefix('input: ')}") from error
+@dataclass(frozen=True)
+class _Job:
+    source: Path
+    output: Path
+    compare: Path | None
 
 
-def _target_of(generator: Generator, config: EditConfig) -> Tensor:
-    """What drives an edit, for one frame: the emotion's index (1,), or the reference (1, 3, S, S)."""
-    if config.emotion not in generator.emotions:
-        raise ValueError(f"emotion: this generator knows {', '.join(generator.emotions)}, got {config.emotion!r}")
+def _edit(media: MediaEditor, job: _Job, progress: _Progress) -> int:
+    if not _is_video(job.source):
+        media.picture(job.source, job.output, job.compare)
+        progress.update(1)
+        return 1
+    frames = media.video(job.source, job.output, job.compare, progress.update)
+    progress.expect(job.source, frames)
+    return frames
+
+
+def _schedule(config: EditConfig) -> Schedule:
+    if (config.emotion is None) == (config.at is None):
+        raise ValueError("--emotion: takes the emotion to show, or --at those to show from times on: one of the two")
+    return Schedule.parse(config.at) if config.at is not None else Schedule.always(config.emotion or "")
+
+
+def _targets(generator: Generator, schedule: Schedule, config: EditConfig) -> dict[str, Tensor]:
+    """What drives an edit to each emotion, for one frame: its index (1,), or the reference (1, 3, S, S)."""
+    option = "emotion" if config.at is None else "at"
+    for emotion in schedule.emotions:
+        if emotion not in generator.emotions:
+            raise ValueError(f"{option}: this generator knows {', '.join(generator.emotions)}, got {emotion!r}")
     device = device_named(config.device)
     if generator.driven_by == "emotion":
-        return torch.tensor([generator.emotions.index(config.emotion)], device=device)
+        return {name: torch.tensor([generator.emotions.index(name)], device=device) for name in schedule.emotions}
     if config.reference is None:
         raise ValueError("reference: this generator is driven by a picture of somebody who shows the emotion")
-    return read_frames(config.reference, generator.size)[1][:1].to(device)
+    if len(schedule.emotions) > 1:
+        raise ValueError("at: this generator is driven by one picture, which shows one emotion")
+    return dict.fromkeys(schedule.emotions, read_frames(config.reference, generator.size)[1][:1].to(device))
 
 
-def _files(config: EditConfig, emotions: Sequence[str]) -> list[Path]:
-    """What is to be edited, in order."""
+def _is_drawn(run: Path) -> bool:
+    """Whether a run was trained on drawn faces, as far as its folder says."""
+    return (run / CONFIG).is_file() and read_options(run / CONFIG, argument="run").get("data") == "synthetic"
+
+
+def _jobs(config: EditConfig, schedule: Schedule, emotions: Sequence[str]) -> list[_Job]:
+    """What is to be edited, in order, and where it goes."""
     if not config.input.is_dir():
-        check_media(config.input)
-        return [config.input]
+        _check_media(config.input)
+        files = [config.input]
+    else:
+        files = _files_of_folder(config, emotions)
+    jobs = []
+    for file in files:
+        folder = config.out / (file.parent.relative_to(config.input) if config.input.is_dir() else Path())
+        name, suffix = f"{file.stem}.{'-'.join(schedule.emotions)}", _suffix(file, config)
+        compare = folder / f"{name}.compare{suffix}" if config.compare else None
+        jobs.append(_Job(file, folder / f"{name}{suffix}", compare))
+    return jobs
+
+
+def _suffix(file: Path, config: EditConfig) -> str:
+    pictures = config.format in ("png", "jpg")
+    if config.format is not None and pictures != _is_video(file):
+        return f".{config.format}"
+    if file.suffix.lower() in _WRITTEN:
+        return file.suffix
+    return ".mp4" if _is_video(file) else ".png"
+
+
+def _files_of_folder(config: EditConfig, emotions: Sequence[str]) -> list[Path]:
     found = sorted(config.input.rglob("*") if config.recursive else config.input.iterdir())
-    files = [path for path in found if is_media(path) and path.is_file() and not _is_aside(path, config)]
+    files = [path for path in found if _is_media(path) and path.is_file() and not _is_aside(path, config)]
     if config.out.resolve() == config.input.resolve():  # edits of an earlier call lie between their inputs
-        edits = {_output(path, emotion, config).resolve() for path in files for emotion in emotions}
-        files = [path for path in files if path.resolve() not in edits]
+        names = {path.parent / path.stem for path in files}
+        files = [path for path in files if not _is_edit(path, names, emotions)]
     if not files:
-        deeper = not config.recursive and any(is_media(path) for path in config.input.rglob("*"))
+        deeper = not config.recursive and any(_is_media(path) for path in config.input.rglob("*"))
         hint = "; --recursive edits what is in its subfolders" if deeper else ""
         raise ValueError(f"input: {config.input} contains no picture or video{hint}")
-    need_av(files)
     return files
+
+
+def _is_edit(path: Path, names: set[Path], emotions: Sequence[str]) -> bool:
+    """Whether a file is named as an edit of one beside it."""
+    source, _, shown = path.stem.removesuffix(".compare").rpartition(".")
+    return path.parent / source in names and set(shown.split("-")) <= set(emotions)
 
 
 def _is_aside(path: Path, config: EditConfig) -> bool:
@@ -112,15 +182,44 @@ def _is_aside(path: Path, config: EditConfig) -> bool:
     return edited or any(is_hidden(Path(part)) for part in inside)
 
 
-def _output(file: Path, emotion: str, config: EditConfig) -> Path:
-    folder = file.parent.relative_to(config.input) if config.input.is_dir() else Path()
-    return config.out / folder / f"{file.stem}.{emotion}{file.suffix}"
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in _VIDEOS
 
 
-def _check_outputs(outputs: dict[Path, Path], config: EditConfig) -> None:
-    """Before any work: no input is ever written over, and no file that is there without `overwrite`."""
-    inputs = {_identity(path) for path in (*outputs, config.reference) if path is not None and path.exists()}
-    there = [path for path in outputs.values() if path.exists()]
+def _is_media(path: Path) -> bool:
+    return path.suffix.lower() in _VIDEOS | _PICTURES and not is_hidden(path)
+
+
+def _check_media(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"input: there is no file {path}")
+    if not _is_media(path):
+        raise ValueError(f"input: {path} is not a picture or video; takes {', '.join(sorted(_PICTURES | _VIDEOS))}")
+
+
+def _check_readable(path: Path) -> None:
+    """Say of a file that is edited alone what its beginning says."""
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path} is empty")
+        if not _is_video(path):
+            read_picture(path)
+            return
+        with open_video(path):
+            pass
+    except ValueError as error:
+        raise ValueError(f"input: {error}") from error
+
+
+def _check_outputs(jobs: list[_Job], config: EditConfig) -> None:
+    """Before any work: no input is ever written over, no file twice, and none that is there without `overwrite`."""
+    sources = [job.source for job in jobs]
+    outputs = [path for job in jobs for path in (job.output, job.compare) if path is not None]
+    twice = [str(path) for path, times in Counter(outputs).items() if times > 1]
+    if twice:
+        raise ValueError(f"--format: several inputs would become {name_some(twice, 3)}; edit them one by one")
+    inputs = {_identity(path) for path in (*sources, config.reference) if path is not None and path.exists()}
+    there = [path for path in outputs if path.exists()]
     taken = [str(path) for path in there if _identity(path) in inputs]
     if taken:
         raise FileExistsError(f"--out: {name_some(taken, 3)} would be written over, an input; name another folder")
@@ -138,21 +237,17 @@ def _identity(path: Path) -> tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def _edit(generator: Generator, frames: Tensor, target: Tensor, progress: _Progress) -> Tensor:
-    edited = generator(frames.to(target.device), target.expand(len(frames), *target.shape[1:])).cpu()
-    progress.update(len(frames))
-    return edited
-
-
 class _Progress(tqdm):
-    """Frames done and the time left; how long a video is is known for certain when it has been read."""
+    """The work done and the time left, over both readings of a video; how long that is is known when it was read."""
 
     def __init__(self, files: list[Path]) -> None:
-        self.expected = {file: count_frames(file) for file in files}
-        super().__init__(total=sum(self.expected.values()), desc="editing", unit="frame")
+        self.expected = {file: declared_frames(file) if _is_video(file) else 1 for file in files}
+        bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+        super().__init__(total=sum(self.expected.values()), desc="editing", bar_format=bar)
 
     def expect(self, file: Path, frames: int) -> None:
         self.total = (self.total or 0) + frames - self.expected[file]
+        self.expected[file] = frames
         self.refresh()
 
     def skip(self, file: Path) -> None:

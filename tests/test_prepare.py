@@ -300,7 +300,7 @@ def test_other_options_are_refused_and_prepare_everything_again_when_asked(tmp_p
     dotted(tmp_path / "raw/ann/happy/a.mp4", 10)
     assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
     assert prepare(tmp_path / "raw", tmp_path / "faces", "--fps", "10", "--frames", "png") == 1
-    assert "was prepared with other options: --fps was not given, is 10.0" in last_line(capsys)
+    assert "was prepared with other options: --fps was None, is 10.0" in last_line(capsys)
     assert prepare(tmp_path / "raw", tmp_path / "faces", "--fps", "10", "--frames", "png", "--overwrite") == 0
     assert not list((tmp_path / "faces").rglob("*.mp4"))
     assert (tmp_path / "faces/ann/happy/a/000000.png").is_file()

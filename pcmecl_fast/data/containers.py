@@ -31,6 +31,7 @@ def open_container(path: str | Path) -> Iterator[InputContainer]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     with naming(path):
+        _check_end(path)
         container = av.open(str(path), metadata_errors="replace")
     with container:
         yield container
@@ -48,7 +49,7 @@ def naming(path: str | Path) -> Iterator[None]:
         if isinstance(error, NamedFileError):
             raise
         why = getattr(error, "strerror", None) or error
-        if isinstance(error, av.InvalidDataError):
+        if isinstance(error, av.InvalidDataError | EOFError):
             why = f"{CUT_SHORT}: {why}"
         raise NamedFileError(f"{path} ({why})") from error
 
@@ -61,3 +62,25 @@ def check_packet(packet: Packet) -> None:
     """ValueError for a packet that its file does not hold whole: decoders take what there is of it without a word."""
     if packet.is_corrupt:
         raise ValueError(CUT_SHORT)
+
+
+def _check_end(path: Path) -> None:
+    """ValueError for a Matroska or WebM file that is shorter than it says: FFmpeg reads what there is of it.
+
+    Such a file is a small header and one segment, each an identifier, a length in one to eight bytes whose leading
+    zeros count them, and so many bytes; recordings that were not ended properly leave the length at "unknown".
+    """
+    with open(path, "rb") as file:
+        for identifier in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+            if file.read(4) != identifier:
+                return
+            first = file.read(1)
+            width = 9 - first[0].bit_length() if first else 9
+            if width == 9:
+                return
+            length = int.from_bytes(first + file.read(width - 1), "big") & (2 ** (7 * width) - 1)
+            if length == 2 ** (7 * width) - 1:
+                return
+            file.seek(length, 1)
+        if file.tell() > path.stat().st_size:
+            raise ValueError(CUT_SHORT)

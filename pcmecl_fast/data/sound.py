@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pcmecl_fast.data.containers import check_packet, naming, open_container
 from pcmecl_fast.files import replacing
 
 if TYPE_CHECKING:
-    from av import AudioStream, Packet
+    from av import AudioFrame, AudioStream, Packet
     from av.container import OutputContainer
 
 log = logging.getLogger("pcmecl_fast")
@@ -97,14 +97,15 @@ def _track(
     if not plain:
         log.info("%s: the output cannot hold sound of the kind %s, which becomes %s", path, name, encoder)
     context = stream.codec_context
-    made = output.add_stream(encoder, rate=context.rate if _takes(encoder, context.rate) else rate)
+    rate = context.rate if _takes(encoder, context.rate) else rate
+    made = cast("AudioStream", output.add_stream(encoder, rate=rate))
     # Many WAV files do not say where their channels belong.
     made.layout = {1: "mono", 2: "stereo"}.get(context.layout.nb_channels, context.layout.name)
     made.bit_rate = _BITS_PER_SECOND
 
     def encode(packet: Packet) -> list[Packet]:
         with naming(path):
-            frames = packet.decode()
+            frames = cast("list[AudioFrame]", packet.decode())
         packets = [packet for frame in frames for packet in made.encode(frame)]
         return packets if packet.dts is not None else packets + made.encode(None)
 

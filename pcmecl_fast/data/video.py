@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -69,13 +69,12 @@ class VideoReader:
         time_base: seconds a unit of `pts`.
         count: the number of frames that the file declares; 0 where it does not.
         stream: PyAV's video stream.
+        first: the first frame as it was decoded, which tells of pixels and colours.
     """
 
     def __init__(self, path: Path, container: InputContainer, threads: int = 0) -> None:
-        if not container.streams.video:
-            raise ValueError("it contains no video")
         self.path, self.container = path, container
-        self.stream: VideoStream = container.streams.video[0]
+        self.stream = _stream_of(container)
         context = self.stream.codec_context
         context.thread_type, context.thread_count = "AUTO", threads
         self.rate: Fraction = self.stream.average_rate or self.stream.guessed_rate or Fraction(25)
@@ -86,7 +85,7 @@ class VideoReader:
         first = next(self._frames, None)
         if first is None:
             raise ValueError("it contains no frames")
-        self._first: VideoFrame | None = first
+        self.first: VideoFrame = first
         self.display = _display_matrix(first)
         self.rotation = _rotation(first)
         self.width, self.height = first.width, first.height
@@ -94,8 +93,8 @@ class VideoReader:
             self.width, self.height = self.height, self.width
 
     def __iter__(self) -> Iterator[Frame]:
-        raw, number, last = self._first, 0, None
-        self._first = None
+        raw: VideoFrame | None = self.first
+        number, last = 0, None
         while raw is not None:
             pts = raw.pts
             if pts is None:  # counted on, as raw streams and some AVI files need
@@ -145,7 +144,7 @@ class Frame:
         Args:
             quick: twenty times as fast and up to three levels off, darker: for detectors, not for training.
         """
-        return np.ascontiguousarray(np.rot90(_to_rgb(self.raw, quick=quick), self.rotation // 90))
+        return _upright(self.raw, quick=quick)
 
 
 class Colours(NamedTuple):
@@ -161,6 +160,16 @@ def colours_of(raw: VideoFrame) -> Colours:
     if matrix not in _SWSCALE_MATRIX:
         matrix = _BT709 if min(raw.width, raw.height) >= HD_LINES else _SMPTE170M
     return Colours(matrix, int(raw.color_range) == _FULL or raw.format.name.startswith("yuvj"))
+
+
+def declared_frames(path: str | Path) -> int:
+    """How many frames a video says it has, before any is decoded; 0 where it does not say, or cannot be read."""
+    try:
+        with open_container(path) as container:
+            stream = _stream_of(container)
+            return stream.frames or _count_by_duration(stream, container)
+    except (OSError, ValueError):  # damaged: reading it says how
+        return 0
 
 
 def scan(path: str | Path) -> np.ndarray:  # (T,) int64
@@ -185,15 +194,14 @@ def read_at(
     """
     found: dict[int, np.ndarray] = {}
     with open_container(path) as container, naming(path):
-        stream = container.streams.video[0]
+        stream = _stream_of(container)
         stream.codec_context.thread_count = 1
         wanted = deque(sorted(set(numbers)))
         while wanted:
             first = wanted[0]
             for raw in _frames_from(container, stream, int(pts[first])):
                 if raw.pts == pts[wanted[0]]:
-                    number = wanted.popleft()
-                    found[number] = Frame(number, raw.pts, stream.time_base, raw, _rotation(raw)).rgb()
+                    found[wanted.popleft()] = _upright(raw)
                 # What follows soon is decoded on, and what is far is sought again.
                 if not wanted or wanted[0] - first > _SOON or raw.pts is None or raw.pts > pts[wanted[0]]:
                     break
@@ -284,7 +292,7 @@ def writing_video(
     import av
 
     path = Path(path)
-    with replacing(path) as file, contextlib.ExitStack() as stack:
+    with replacing(path) as file, _naming_output(path), contextlib.ExitStack() as stack:
         options = {"movflags": "+faststart"} if path.suffix.lower() in (".mp4", ".mov", ".m4v") else {}
         if encoder.reproducible:
             options["fflags"] = "+bitexact"
@@ -312,6 +320,19 @@ def writing_video(
         until(None)
 
 
+@contextlib.contextmanager
+def _naming_output(path: Path) -> Iterator[None]:
+    """What FFmpeg says of the file that it writes, as Python says it, with the file's name."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        if 0 < (error.errno or 0) < 256:  # the system's: a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise ValueError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
 def container_format(path: Path) -> str:
     """FFmpeg's name of the container that a file's suffix stands for."""
     suffix = path.suffix.lower()[1:]
@@ -330,9 +351,9 @@ def write_clip(
 ) -> None:
     """A prepared clip as MP4: the same frames and sound make the same bytes.
 
-    H.264 in 4:2:0 with BT.709's matrix and limited range, which it says; closed groups of `group` pictures, none of which
-    looks ahead, so that `read_at` decodes few to reach any. Sound is copied packet by packet, or becomes AAC where it
-    is uncompressed or MP4 cannot hold it.
+    H.264 in 4:2:0 with BT.709's matrix and limited range, which it says; closed groups of `group` pictures, none of
+    which looks ahead, so that `read_at` decodes few to reach any. Sound is copied packet by packet; where it is
+    uncompressed or MP4 cannot hold it, it becomes AAC.
 
     Args:
         path: of the clip, ending in .mp4.
@@ -376,6 +397,10 @@ def from_rgb(pixels: np.ndarray) -> VideoFrame:  # (H, W, 3) uint8, contiguous o
     )  # fmt: skip
 
 
+def _upright(raw: VideoFrame, *, quick: bool = False) -> np.ndarray:  # (H, W, 3) uint8
+    return np.ascontiguousarray(np.rot90(_to_rgb(raw, quick=quick), _rotation(raw) // 90))
+
+
 def _to_rgb(raw: VideoFrame, *, quick: bool = False) -> np.ndarray:  # (H, W, 3) uint8
     from av.video.reformatter import ColorRange, Interpolation
 
@@ -401,7 +426,7 @@ def _video_stream(
     output: OutputContainer, look: Look, encoder: Encoder, time_base: Fraction, rate: Fraction
 ) -> VideoStream:
     options = encoder.options | ({"flags": "+bitexact"} if encoder.reproducible else {})
-    stream = output.add_stream(encoder.codec, rate=rate, options=options)
+    stream = cast("VideoStream", output.add_stream(encoder.codec, rate=rate, options=options))
     context = stream.codec_context
     stream.width, stream.height, stream.pix_fmt = look.width, look.height, look.pixels
     stream.time_base = context.time_base = time_base
@@ -411,8 +436,22 @@ def _video_stream(
     if look.aspect:
         context.sample_aspect_ratio = look.aspect
     if look.display is not None:
+        if not hasattr(stream, "set_display_matrix"):
+            raise ValueError("a video that is stored sideways takes PyAV 18 to be written: pip install -U av")
         stream.set_display_matrix(look.display)
     return stream
+
+
+def _stream_of(container: InputContainer) -> VideoStream:
+    from av.stream import Disposition
+
+    # The cover of a sound file is no video.
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise ValueError("it contains no video")
+    if streams[0].codec_context is None:
+        raise ValueError("the kind of its video is not known to FFmpeg, or it is damaged")
+    return streams[0]
 
 
 def _frames_from(container: InputContainer, stream: VideoStream, pts: int) -> Iterator[VideoFrame]:
@@ -443,5 +482,5 @@ def _rotation(raw: VideoFrame) -> int:
 def _display_matrix(raw: VideoFrame) -> tuple[int, ...] | None:
     from av.sidedata.sidedata import Type
 
-    data = raw.side_data.get(Type.DISPLAYMATRIX)
-    return None if data is None else struct.unpack("=9i", bytes(data)[:36])
+    matrix = cast(Any, raw.side_data).get(Type.DISPLAYMATRIX)
+    return None if matrix is None else struct.unpack("=9i", bytes(matrix)[:36])

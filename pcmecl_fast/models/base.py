@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.files import load_tensors, naming_damage, save_tensors
@@ -74,6 +75,42 @@ class Generator(nn.Module, ABC):
     def forward(self, frames: Tensor, target: Tensor) -> Tensor:
         """`edit`'s frames alone, (B, 3, H, W) in [-1, 1]."""
         return self.edit(frames, target).frames
+
+    # An edit in two steps, for faces larger than the frames that a generator was trained on. A plan is linear: zero is
+    # no edit, a multiple a weaker or stronger one, a mean over emotions lies between them, and one over time is calmer.
+
+    def plan(
+        self,
+        frames: Tensor,  # (B, 3, S, S) in [-1, 1]
+        target: Tensor,  # as `edit` takes it
+    ) -> Tensor:  # (B, C, S, S)
+        """What `edit` would change, in a form that `carry_out` can do at any size: by default, its difference.
+
+        A generator that moves or shades pixels had better override both, and give what moves and shades them.
+        """
+        return self(frames, target) - frames
+
+    def carry_out(
+        self,
+        frames: Tensor,  # (B, 3, h, w) in [-1, 1], the same faces at their own resolution
+        plan: Tensor,  # (B, C, S, S)
+    ) -> Tensor:  # (B, 3, h, w) in [-1, 1]
+        """Frames of any size, changed as planned.
+
+        By default the planned difference is enlarged and added, so that what the frames have and the generator never
+        saw stays as it is: an enlarged edit would be blurred all over.
+        """
+        return (frames + enlarge(plan, frames)).clamp(-1, 1)
+
+
+def enlarge(
+    small: Tensor,  # (B, C, S, S)
+    like: Tensor,  # (B, *, h, w)
+) -> Tensor:  # (B, C, h, w)
+    """Smoothly resized to the size of other frames, bicubically."""
+    if small.shape[-2:] == like.shape[-2:]:
+        return small
+    return F.interpolate(small, like.shape[-2:], mode="bicubic", align_corners=False)
 
 
 def make_generator(

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcmecl_fast.models.base import Edit, Generator
+from pcmecl_fast.models.base import Edit, Generator, enlarge
 
 
 @dataclass
@@ -80,8 +80,17 @@ class WarpFields(Generator):
 
     def edit(self, frames: Tensor, target: Tensor) -> Edit:
         flow, shade, shown = self.fields(frames, target)
-        edited = ((warp(frames, flow) + 1) * shade.exp() - 1).clamp(-1, 1)
-        return Edit(edited, self._penalties(flow.float(), shade.float()), shown)
+        return Edit(move_and_shade(frames, flow, shade), self._penalties(flow.float(), shade.float()), shown)
+
+    def plan(self, frames: Tensor, target: Tensor) -> Tensor:  # (B, 3, S, S)
+        """Flow, x and y, and shade: `fields` without the emotion shown."""
+        flow, shade, _ = self.fields(frames, target)
+        return torch.cat([flow, shade], 1)
+
+    def carry_out(self, frames: Tensor, plan: Tensor) -> Tensor:
+        """The fields enlarged, and the frames' own pixels moved and shaded by them: as sharp as they were."""
+        flow, shade = enlarge(plan, frames).split([2, 1], dim=1)
+        return move_and_shade(frames, flow, shade)
 
     def fields(
         self,
@@ -122,6 +131,15 @@ class WarpFields(Generator):
             "folding": self.config.w_folding * folding(flow),
             "shading": self.config.w_shading * shade.abs().mean(),
         }
+
+
+def move_and_shade(
+    frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+    flow: Tensor,  # (B, 2, H, W) in units of half a side
+    shade: Tensor,  # (B, 1, H, W), a logarithm
+) -> Tensor:
+    """clamp((1 + warp(frame, flow)) · exp(shade) - 1)."""
+    return ((warp(frames, flow) + 1) * shade.exp() - 1).clamp(-1, 1)
 
 
 def soft_window(

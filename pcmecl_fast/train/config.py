@@ -49,6 +49,8 @@ w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_di
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), Range(0)),
+    "crf": Range(0, 51),
+    "every": Range(1),
     "holdout": Range(0, 1, open=True),
     "jitter": Range(0, 1),
     "margin": Range(0, 0.9),
@@ -56,6 +58,7 @@ LIMITS: dict[str, Range] = {
     "crf": Range(0, 51),
     "mouth_box": Range(0, 1),
     "seed": Range(0, 2**32 - 1),
+    "smooth": Range(0, 1),
 }
 """Of every command's options; of a list, each element's."""
 
@@ -405,20 +408,42 @@ class EvaluateConfig:
 
 @dataclass
 class EditConfig:
-    """Change the emotion in pictures or videos with a trained generator."""
+    """Change the emotion in pictures or videos of any size: faces are found, edited and laid back; sound is kept."""
 
     input: Path
     """A picture, a video, or a folder of them."""
-    emotion: str
+    emotion: str | None = None
     """The emotion to show."""
+    at: str | None = None
+    """The emotions to show from times on, in place of --emotion: 0:02=happy,0:07=neutral. Before the first, nothing is
+    edited."""
     run: Path = Path("runs/demo")
     """Output folder of the run whose generator is used."""
     generator: str | None = None
     """The run's generator where it is not built in, as package.module:Class: its code runs only if it is named here."""
     reference: Path | None = None
     """A picture of somebody showing the emotion, for generators driven by a reference."""
+    strength: float = 1.0
+    """How far the edit goes: 0 not at all, 1 as the generator was trained, at most 1.5."""
+    smooth: float = 0.2
+    """Seconds over which edits of a video are averaged, so that they do not flicker."""
+    face: Literal["largest", "left", "all"] = "largest"
+    """Of several people: whose face is edited."""
+    crop: Literal["auto", "faces", "centre"] = "auto"
+    """What is edited: the faces that are found; centre: the centred square, for clips that are framed already. auto
+    finds faces, and takes the centred square of what no detector can find: drawn faces, pictures below 80 pixels."""
+    detector: str = "dlib"
+    """What finds faces."""
+    every: int = 5
+    """Frames between two in which faces are looked for; in between, they move on a line."""
     out: Path = Path("runs/edited")
     """Output folder; talk.mp4 becomes talk.happy.mp4 there."""
+    format: Literal["mp4", "mkv", "webm", "mov", "png", "jpg"] | None = None
+    """Format of the edited videos or pictures; by default the input's, or mp4 and png where that cannot be written."""
+    crf: float = 16.0
+    """Quality of edited videos, as x264 counts it: 0 is lossless, 16 hides its traces, and 23 is x264's own default."""
+    compare: bool = False
+    """Also write talk.happy.compare.mp4: source and edit side by side."""
     recursive: bool = False
     """Edit what is in the subfolders of a folder too; the output folder gets the same ones."""
     overwrite: bool = False
