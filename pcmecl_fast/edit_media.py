@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pcmecl_fast.data.canvas import FrameCanvas, PictureCanvas, changeable, closest_layout, planes
-from pcmecl_fast.data.faces import Choice, Detector, Track, Tracker, centre_track, choose_tracks, load_detector
+from pcmecl_fast.data.faces import Detector, load_detector
+from pcmecl_fast.data.tracks import Choice, Track, Tracker, centre_track, choose_tracks
 from pcmecl_fast.data.video import Encoder, Frame, Look, VideoReader, colours_of, open_video, writing_video
 from pcmecl_fast.edit_faces import FaceEditor, Plans, calmed
 from pcmecl_fast.files import write_atomically

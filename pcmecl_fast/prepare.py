@@ -149,12 +149,12 @@ def _check_out(config: PrepareConfig) -> None:
     out, data = config.out.resolve(), config.data.resolve()
     if out.is_relative_to(data) or data.is_relative_to(out):
         raise ValueError(f"--out: {config.out} lies in --data, or around it; name a folder beside it")
-    if out.is_dir() and not (out / INDEX).exists():
-        if others := [path.name for path in out.iterdir() if not is_hidden(path)]:
-            raise FileExistsError(
-                f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name "
-                "another folder"
-            )
+    others = [path.name for path in out.iterdir() if not is_hidden(path)] if out.is_dir() else []
+    if others and INDEX not in others:
+        raise FileExistsError(
+            f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name another "
+            "folder"
+        )
 
 
 def _done_before(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job]) -> dict[str, Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from pcmecl_fast.data.faces import Face
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.index import INDEX, read_index
 from pcmecl_fast.data.splits import split
+from pcmecl_fast.data.tracks import Track
 from pcmecl_fast.data.video import open_video
 from tests.raw_trees import TREES, click_offset, face_place, mead_tree, write_video
 
@@ -102,7 +104,7 @@ def test_sound_stays_in_step_with_the_pictures(trees, name):
 @pytest.mark.parametrize("name", TREES)
 def test_prompts_and_train_run_on_a_prepared_tree(trees, name, tmp_path, capfd, no_report):
     _, out = trees(name)
-    common = ["--data", str(out), "--size", "32", "--holdout", "0.4"]
+    common = ["--data", str(out), "--size", "32", "--split", "frame"]
     assert run_command(["prompts", *common, "--steps", "2", "--out", str(tmp_path / "p")]) == 0
     words = ["train", *common, "--prompts", str(tmp_path / "p"), "--steps", "2", "--batch", "4"]
     assert run_command([*words, "--out", str(tmp_path / "t"), "--workers", "2"]) == 0, capfd.readouterr().err
@@ -155,7 +157,7 @@ def test_faces_are_followed_and_their_track_is_kept(tmp_path, pasted):
     words = ["--crop", "faces", "--detector", "pasted", "--margin", "0"]
     assert prepare(tmp_path / "raw", tmp_path / "faces", *words) == 0
     entry = entries_of(tmp_path / "faces")[0]
-    track = faces_module.Track.from_json(entry.track)
+    track = Track.from_json(entry.track)
     assert entry.found == 1
     for t in (0, 17, 39):
         x, y, side, _ = track.square(t)
@@ -207,7 +209,7 @@ def test_frames_are_resampled_in_time(tmp_path, fps, frames):
     assert abs(entry.frames - frames) <= 1
     with open_video(tmp_path / "faces/ann/happy/a.mp4") as reader:
         times = [frame.time for frame in reader]
-    assert {round(1 / float(b - a), 3) for a, b in zip(times, times[1:], strict=False)} == {float(fps)}
+    assert {round(1 / float(b - a), 3) for a, b in itertools.pairwise(times)} == {float(fps)}
     assert abs(float(times[-1]) - 40 / 25) <= 1 / float(fps)
 
 
@@ -405,6 +407,6 @@ def test_an_index_is_json_that_others_can_read(trees):
 def test_faces_are_where_the_tree_says(trees):
     """The trees' faces are near the middle, so that the centred square holds them."""
     left, top, side = face_place(0, (160, 120))
-    assert 20 <= left
+    assert left >= 20
     assert left + side <= 140
     assert top + side <= 120

@@ -16,15 +16,16 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pcmecl_fast.data.faces import Crop, Detector, Track, Tracker, centre_track, choose_tracks, cut, load_detector
+from pcmecl_fast.data.faces import Detector, load_detector
 from pcmecl_fast.data.index import Entry, packed_pts
 from pcmecl_fast.data.layouts.base import RawClip, is_picture
 from pcmecl_fast.data.media import read_picture
 from pcmecl_fast.data.sound import has_sound, write_sound
+from pcmecl_fast.data.tracks import Crop, Track, Tracker, centre_track, choose_tracks, cut
 from pcmecl_fast.data.video import Frame, open_video, scan, write_clip
 from pcmecl_fast.files import content_hash, replacing, unfinished
 
-GROUP = 12
+GROUP = 8
 """Pictures from one keyframe to the next: what reading any one frame of a prepared clip decodes at most."""
 
 _RATE = Fraction(25)  # of frames given as pictures, where nothing says theirs
@@ -111,7 +112,10 @@ class _Video:
         """The faces, each with its time in units of `clock`."""
         track = track or centre_track(self.shape[1], self.shape[0])
         with open_video(self.path) as reader:
-            for pts, frame in _as_recorded(reader) if cutting.fps is None else _resampled(reader, _exact(cutting.fps), self.rate):
+            timed = _as_recorded(reader)
+            if cutting.fps is not None:
+                timed = _resampled(reader, _exact(cutting.fps), self.rate)
+            for pts, frame in timed:
                 yield pts, cut(frame.rgb(), track.square(frame.number), cutting.size)
 
     def clock(self, cutting: Cutting) -> tuple[Fraction, Fraction]:

@@ -49,7 +49,6 @@ w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_di
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), Range(0)),
-    "crf": Range(0, 51),
     "every": Range(1),
     "holdout": Range(0, 1, open=True),
     "jitter": Range(0, 1),
