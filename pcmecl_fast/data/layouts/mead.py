@@ -132,17 +132,18 @@ def _list_level(gathered: Gathered, level: Path, sounds: dict[str, Path], labels
     folders, files = entries(level)
     gathered.cannot_name(*folders)
     for file in files:
-        if is_video(file) and file.stem.isdecimal():
+        stem = file.stem
+        if is_video(file) and stem.isdecimal():
             gathered.add(
                 RawClip(
                     individual,
                     emotion,
-                    f"{view}-{level.name}-{file.stem}",
+                    f"{view}-{level.name}-{stem}",
                     (file,),
-                    sound=sounds.get(file.stem),
+                    sound=sounds.get(stem),
                     level=level.name,
                     view=view,
-                    number=int(file.stem),
+                    number=int(stem),
                 )
             )
         else:
