@@ -86,6 +86,8 @@ def test_listing_needs_neither_pytorch_nor_pyav_nor_pillow() -> None:
 
 def test_numbers_sort_by_value_and_capitals_do_not_count() -> None:
     assert sorted(["10", "a2", "B1", "9", "A10", "09"], key=natural) == ["09", "9", "10", "a2", "A10", "B1"]
+    names = ["p0", "p1", "p9-2", "p9-10", "p10", f"p{10**30}", f"p{10**30 + 1}", "q"]
+    assert sorted(reversed(names), key=natural) == names
 
 
 def test_clips_are_in_natural_order_and_emotions_in_that_of_the_reports(tmp_path: Path) -> None:

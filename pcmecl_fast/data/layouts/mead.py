@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from pcmecl_fast.data.emotions import emotion_named
@@ -153,21 +152,22 @@ def _list_level(gathered: Gathered, level: Path, sounds: dict[str, Path], labels
 def _list_renamed(gathered: Gathered, files: list[Path]) -> None:
     sounds = {file.stem: file for file in files if is_sound(file)}
     for file in files:
-        clip = _renamed(file)
-        if clip is None or not (is_video(file) or is_sound(file)):
+        clip = _renamed(file, sounds) if is_video(file) or is_sound(file) else None
+        if clip is None:
             gathered.cannot_name(file)
         elif is_video(file):
-            gathered.add(replace(clip, sound=sounds.get(file.stem)))
+            gathered.add(clip)
 
 
 def _is_renamed_video(name: str) -> bool:
     # A look at the beginning first: the folder may hold very many other files.
-    return bool(_INDIVIDUAL.match(name)) and is_video(Path(name)) and _renamed(Path(name)) is not None
+    return bool(_INDIVIDUAL.match(name)) and is_video(Path(name)) and _renamed(Path(name), {}) is not None
 
 
-def _renamed(file: Path) -> RawClip | None:
+def _renamed(file: Path, sounds: dict[str, Path]) -> RawClip | None:
     """A renamed copy by its stem; None where that says nothing."""
-    found = next(filter(None, (pattern.fullmatch(file.stem) for pattern in _NAMES)), None)
+    stem = file.stem
+    found = next(filter(None, (pattern.fullmatch(stem) for pattern in _NAMES)), None)
     if found is None:
         return None
     parts = found.groupdict()
@@ -181,4 +181,13 @@ def _renamed(file: Path) -> RawClip | None:
         name, number = f"{level}-{parts['clip']}", int(parts["clip"])
     if emotion is None:
         return None
-    return RawClip(parts["who"], emotion, name, (file,), level=level, sentence=parts.get("sentence"), number=number)
+    return RawClip(
+        parts["who"],
+        emotion,
+        name,
+        (file,),
+        sound=sounds.get(stem),
+        level=level,
+        sentence=parts.get("sentence"),
+        number=number,
+    )
