@@ -377,6 +377,12 @@ def test_clips_are_chosen_by_all_of_what_is_given_in_their_order() -> None:
     ]
 
 
+def test_a_person_who_lacks_what_others_have_is_no_mistake() -> None:
+    clips = [RawClip("ann", "sad", "1", (), view="front"), RawClip("ben", "happy", "1", (), view="top")]
+    assert select(clips, individuals=["ann"], emotions=["sad", "happy"]) == clips[:1]
+    assert select(clips, individuals=["ann"], views=["top"]) == []
+
+
 def test_emotions_and_levels_are_known_by_other_words() -> None:
     clips = some_clips()
     assert select(clips, emotions=["Anger"]) == select(clips, emotions=["angry"]) != []

@@ -134,11 +134,9 @@ def select(
     """
     clips = list(clips)
     wanted = {"individual": individuals, "emotion": emotions, "view": views, "level": levels}
-    for field, words in wanted.items():
-        if words is not None:
-            values = _values(clips, field, words)
-            clips = [clip for clip in clips if getattr(clip, field) in values]
-    return clips
+    # Looked up among all clips: a person who lacks one of the emotions asked for is no mistake.
+    values = {field: _values(clips, field, words) for field, words in wanted.items() if words is not None}
+    return [clip for clip in clips if all(getattr(clip, field) in values[field] for field in values)]
 
 
 def _values(clips: Sequence[RawClip], field: str, words: Sequence[str]) -> set[str]:
