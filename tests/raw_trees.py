@@ -8,7 +8,7 @@ and sound are still in step. Every tree has gaps, as real data sets do, names th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -151,7 +151,9 @@ def crema_d_tree(root: Path, *, frames: int = FRAMES, scene: tuple[int, int] = S
         actor, sentence, word, level = stem.split("_")
         take = cast.take(actor, emotions[word], number % 3)
         video, apart = root / "VideoFlash" / f"{stem}.flv", root / "AudioWAV" / f"{stem}.wav"
-        write_video(video, take.scenes(scene), tree.rate, take.sound(tree.rate, 44100), 44100)
+        # Without sound in it, the one that is cut short below is cut within a frame for sure.
+        own = None if stem == "1002_IEO_HAP_LO" else take.sound(tree.rate, 44100)
+        write_video(video, take.scenes(scene), tree.rate, own, 44100)
         write_sound(apart, take.sound(tree.rate, 16000), 16000)
         if stem == "1002_DFA_DIS_XX":
             apart.unlink()
@@ -365,7 +367,8 @@ def face_place(number: int, scene: tuple[int, int], side: int = FACE) -> tuple[i
 # Files
 
 
-_CODECS = {".mp4": ("libx264", "aac"), ".mkv": ("libx264", "aac"), ".flv": ("flv", "pcm_s16le")}
+_H264 = ("libx264", {"preset": "ultrafast", "crf": "18"}, "aac")
+_CODECS = {".mp4": _H264, ".mkv": _H264, ".flv": ("flv", {"b": "3000000"}, "pcm_s16le")}
 _SOUND_CODECS = {".m4a": "aac", ".wav": "pcm_s16le"}
 
 
@@ -378,8 +381,7 @@ def write_video(
 ) -> Path:
     import av
 
-    video_codec, sound_codec = _CODECS[path.suffix]
-    options = {"preset": "ultrafast", "crf": "18"} if video_codec == "libx264" else {"qscale": "3"}
+    video_codec, options, sound_codec = _CODECS[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(video_codec, rate=rate, options=options)
@@ -441,8 +443,3 @@ def _unknown(root: Path, *names: str) -> list[str]:
     """Make what no layout can name: files, and folders, with a file each, where a name ends in "/"."""
     _touch(*(root / (f"{name}take.mp4" if name.endswith("/") else name) for name in names))
     return [name.removesuffix("/") for name in names]
-
-
-def labels(clips: Iterable[RawClip]) -> list[tuple[str, str, str]]:
-    """Who shows what in which clip."""
-    return [(clip.individual, clip.emotion, clip.name) for clip in clips]

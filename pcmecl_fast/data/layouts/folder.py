@@ -91,7 +91,7 @@ def _list_emotion(gathered: Gathered, individual: str, emotion: str, folder: Pat
 
 
 def _names(place: Path, *, is_file: bool) -> Iterator[str]:
-    """Names for a clip, the best first: a.jpg is a, or a-jpg beside a.png, or anger-a where angry/a.jpg is, too."""
+    """Names for a clip, the best first: for anger/a.jpg they are a, a-jpg, anger-a and anger-a-jpg."""
     stems = [place.stem, f"{place.stem}-{place.suffix[1:]}"] if is_file else [place.name]
     yield from stems
     yield from (f"{place.parent.name}-{stem}" for stem in stems)

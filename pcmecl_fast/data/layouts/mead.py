@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from pcmecl_fast.data.emotions import emotion_named
@@ -132,17 +131,18 @@ def _list_level(gathered: Gathered, level: Path, sounds: dict[str, Path], labels
     folders, files = entries(level)
     gathered.cannot_name(*folders)
     for file in files:
-        if is_video(file) and file.stem.isdecimal():
+        stem = file.stem
+        if is_video(file) and stem.isdecimal():
             gathered.add(
                 RawClip(
                     individual,
                     emotion,
-                    f"{view}-{level.name}-{file.stem}",
+                    f"{view}-{level.name}-{stem}",
                     (file,),
-                    sound=sounds.get(file.stem),
+                    sound=sounds.get(stem),
                     level=level.name,
                     view=view,
-                    number=int(file.stem),
+                    number=int(stem),
                 )
             )
         else:
@@ -152,21 +152,22 @@ def _list_level(gathered: Gathered, level: Path, sounds: dict[str, Path], labels
 def _list_renamed(gathered: Gathered, files: list[Path]) -> None:
     sounds = {file.stem: file for file in files if is_sound(file)}
     for file in files:
-        clip = _renamed(file)
-        if clip is None or not (is_video(file) or is_sound(file)):
+        clip = _renamed(file, sounds) if is_video(file) or is_sound(file) else None
+        if clip is None:
             gathered.cannot_name(file)
         elif is_video(file):
-            gathered.add(replace(clip, sound=sounds.get(file.stem)))
+            gathered.add(clip)
 
 
 def _is_renamed_video(name: str) -> bool:
     # A look at the beginning first: the folder may hold very many other files.
-    return bool(_INDIVIDUAL.match(name)) and is_video(Path(name)) and _renamed(Path(name)) is not None
+    return bool(_INDIVIDUAL.match(name)) and is_video(Path(name)) and _renamed(Path(name), {}) is not None
 
 
-def _renamed(file: Path) -> RawClip | None:
+def _renamed(file: Path, sounds: dict[str, Path]) -> RawClip | None:
     """A renamed copy by its stem; None where that says nothing."""
-    found = next(filter(None, (pattern.fullmatch(file.stem) for pattern in _NAMES)), None)
+    stem = file.stem
+    found = next(filter(None, (pattern.fullmatch(stem) for pattern in _NAMES)), None)
     if found is None:
         return None
     parts = found.groupdict()
@@ -180,4 +181,13 @@ def _renamed(file: Path) -> RawClip | None:
         name, number = f"{level}-{parts['clip']}", int(parts["clip"])
     if emotion is None:
         return None
-    return RawClip(parts["who"], emotion, name, (file,), level=level, sentence=parts.get("sentence"), number=number)
+    return RawClip(
+        parts["who"],
+        emotion,
+        name,
+        (file,),
+        sound=sounds.get(stem),
+        level=level,
+        sentence=parts.get("sentence"),
+        number=number,
+    )
