@@ -36,7 +36,8 @@ class Detector(Protocol):
     def __call__(
         self,
         picture: np.ndarray,  # (H, W, 3) uint8 RGB
-    ) -> list[Face]: ...
+    ) -> list[Face]:  # surest first
+        ...
 
 
 def load_detector(name: str = "dlib") -> Detector:
@@ -179,7 +180,7 @@ height: x + y·j."""
 def _around(
     landmarks: np.ndarray,  # (68, 2)
 ) -> Box:
-    """MTCNN's box: as wide as the jaw, from the chin to above the brows; a tilted head's is as large as an upright's."""
+    """MTCNN's box: as wide as the jaw, from the chin to above the brows; tilted, it is as large as upright."""
     turn = np.exp(-1j * _eyes_angle(landmarks))
     points = (landmarks @ [1, 1j]) * turn
     left, right, bottom, brows = points.real.min(), points.real.max(), points.imag.max(), points.imag.min()
