@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset
+from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.evaluate.metrics import Trials, zero_shot_features
 from pcmecl_fast.evaluate.style import judge_prompts, judge_style
 from pcmecl_fast.files import write_atomically

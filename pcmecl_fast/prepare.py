@@ -31,8 +31,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from pcmecl_fast.data.base import KNOWN_EMOTIONS
 from pcmecl_fast.data.cutting import Cutting, cut_clip
+from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
 from pcmecl_fast.data.faces import load_detector
 from pcmecl_fast.data.index import INDEX, Entry, IndexWriter, read_index, write_index
 from pcmecl_fast.data.layouts import RawClip, find_layout, select
@@ -85,9 +85,10 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
             log.info("%d of %d clips are prepared already", len(jobs) - len(left), len(jobs))
         _check_tools(cutting, left)
         _prepare(left, cutting, config, prepared)
-        entries = _finish(config.out / INDEX, prepared)
+        entries = _in_order(config.out / INDEX)
         asked = {job.file for job in jobs}
         write_contact_sheet(config.out, entries, prepared, why, listing.unknown)
+        write_index(config.out / INDEX, entries, prepared | {"finished": True})  # last: who sees it sees all
     broken = [entry for entry in entries if entry.broken and entry.file in asked]
     if broken:
         _report_broken(broken, len(jobs), config)
@@ -152,8 +153,8 @@ def _check_out(config: PrepareConfig) -> None:
     others = [path.name for path in out.iterdir() if not is_hidden(path)] if out.is_dir() else []
     if others and INDEX not in others:
         raise FileExistsError(
-            f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name another "
-            "folder"
+            f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name "
+            "another folder"
         )
 
 
@@ -285,13 +286,10 @@ def _do(job: _Job, cutting: Cutting, out: Path) -> Entry:
     return entry
 
 
-def _finish(index: Path, prepared: dict[str, Any]) -> list[Entry]:
-    """Put the index in order, however its lines came about."""
+def _in_order(index: Path) -> list[Entry]:
+    """The entries as they are listed, however their lines came about."""
     rank = {name: i for i, name in enumerate(KNOWN_EMOTIONS)}
-    _, read = read_index(index)
-    entries = sorted(read, key=lambda e: (natural(e.individual), rank[e.emotion], natural(e.file)))
-    write_index(index, entries, prepared | {"finished": True})
-    return entries
+    return sorted(read_index(index)[1], key=lambda e: (natural(e.individual), rank[e.emotion], natural(e.file)))
 
 
 def _report_broken(broken: list[Entry], total: int, config: PrepareConfig) -> None:

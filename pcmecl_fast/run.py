@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip, load_clip
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset
+from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.splits import split

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset, as_indices, check_trainable
+from pcmecl_fast.data.base import FrameDataset, as_indices, check_trainable
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.splits import split
 
@@ -44,7 +45,7 @@ def video(path: Path, frames: int = 12, size: tuple[int, int] = (48, 32)) -> Pat
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for i in range(frames):
-            pixels = np.full((size[1], size[0], 3), 16 * i, dtype=np.uint8)
+            pixels = np.full((size[1], size[0], 3), min(16 * i, 255), dtype=np.uint8)
             pixels[:16, :16] = (255, 0, 0)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())

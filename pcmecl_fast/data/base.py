@@ -16,12 +16,6 @@ from torch.utils.data import Dataset
 
 from pcmecl_fast.wording import name_some
 
-EMOTIONS = ("neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised")
-"""The seven emotions of MEAD, in the order that data sets and reports use."""
-
-KNOWN_EMOTIONS = (*EMOTIONS, "contempt", "calm")
-"""`EMOTIONS`, MEAD's eighth (contempt) and the one found only in RAVDESS (calm)."""
-
 Indices = Tensor | Sequence[int]
 
 logger = logging.getLogger(__name__)

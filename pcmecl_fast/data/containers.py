@@ -38,7 +38,7 @@ def open_container(path: str | Path, *, quickly: bool = False) -> Iterator[Input
         _check_end(path)
         # Of the first stream alone, and for the look at the file alone: what is read later is decoded as ever.
         look = [{"skip_frame": "all"}] if quickly else None
-        container = av.open(str(path), metadata_errors="replace", stream_options=look)
+        container = av.open(str(path), metadata_errors="replace", stream_options=look)  # type: ignore[arg-type]
     with container:
         yield container
 

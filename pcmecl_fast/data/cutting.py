@@ -198,9 +198,10 @@ def _resampled(frames: Iterable[Frame], rate: Fraction, recorded: Fraction) -> I
 def _sound_of(clip: RawClip, recording: _Video | _Pictures, cutting: Cutting) -> Path | None:
     if cutting.sound == "drop":
         return None
-    sound = clip.sound or (recording.path if isinstance(recording, _Video) else None)
-    if sound is not None and has_sound(sound):
-        return sound
+    # A video's own sound first: one that lies apart need not begin with the pictures.
+    for path in (recording.path if isinstance(recording, _Video) else None, clip.sound):
+        if path is not None and has_sound(path):
+            return path
     if cutting.sound == "need" and not (isinstance(recording, _Pictures) and recording.count == 1):
         raise ValueError(f"{clip.sources[0]} (no sound, in it or beside it)")
     return None

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pcmecl_fast.data.base import KNOWN_EMOTIONS, Clips, FrameDataset, Indices, as_frames, as_indices
+from pcmecl_fast.data.base import Clips, FrameDataset, Indices, as_frames, as_indices
+from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
 from pcmecl_fast.data.index import INDEX, Entry, read_index, unpacked_pts
 from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.data.media import decode, is_media, need_av, square

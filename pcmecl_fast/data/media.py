@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pcmecl_fast.data.layouts.base import PICTURES as IMAGES
+from pcmecl_fast.data.layouts.base import VIDEOS
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.wording import name_some
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
 
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-VIDEOS = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm"})
 
 
 def read_frames(path: Path, size: int) -> tuple[Fraction | None, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pcmecl_fast.data.base import KNOWN_EMOTIONS
+from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
 from pcmecl_fast.data.index import Entry, packed_pts, read_index, write_index
 from pcmecl_fast.data.layout import LAYOUT, check_root
+from pcmecl_fast.data.layouts.base import natural
 from pcmecl_fast.data.media import check_picture, is_hidden, is_media, is_video, need_av
 from pcmecl_fast.data.video import scan
 from pcmecl_fast.wording import did_you_mean, name_some
@@ -207,15 +207,8 @@ def explain_absent(root: Path, absent: list[str], shown: set[str]) -> str:
 
 
 def _visible_folders(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if p.is_dir() and not is_hidden(p)), key=_natural)
+    return sorted((p for p in folder.iterdir() if p.is_dir() and not is_hidden(p)), key=lambda path: natural(path.name))
 
 
 def _media(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if is_media(p) and not p.is_dir()), key=_natural)
-
-
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    """Sort key: numbers by value, letters case-insensitively; the name itself breaks ties such as 1.jpg and 01.jpg."""
-    parts: list[str | int] = list(re.split(r"([0-9]+)", path.name.casefold()))
-    parts[1::2] = [int(digits) for digits in parts[1::2]]
-    return parts, path.name
+    return sorted((p for p in folder.iterdir() if is_media(p) and not p.is_dir()), key=lambda path: natural(path.name))

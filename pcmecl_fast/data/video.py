@@ -112,7 +112,7 @@ class VideoReader:
             if packet.stream_index != self.stream.index:
                 continue
             packets += packet.size > 0
-            yield from packet.decode()
+            yield from packet.decode()  # type: ignore[misc]  # of a video stream
         # FFmpeg ends silently where a file ends between two of the frames that its header lists.
         if packets < self.stream.frames and self.container.format.name.startswith(("mov", "avi")):
             raise ValueError(f"cut short: {packets} of {self.stream.frames} frames are there")
