@@ -142,7 +142,7 @@ def ravdess_tree(root: Path, *, frames: int = FRAMES, scene: tuple[int, int] = S
 
 def crema_d_tree(root: Path, *, frames: int = FRAMES, scene: tuple[int, int] = SCENE) -> RawTree:
     """Flash videos, which have sound of their own, and the same sound uncompressed in another folder."""
-    tree = RawTree("crema_d", root, frames=frames, rate=NTSC)
+    tree = RawTree("crema-d", root, frames=frames, rate=NTSC)
     cast = Cast(("1001", "1002"), frames=frames, seed=11)
     emotions = {"NEU": "neutral", "ANG": "angry", "DIS": "disgusted", "FEA": "fear", "HAP": "happy", "SAD": "sad"}
     stems = ("1001_DFA_NEU_XX", "1001_DFA_ANG_XX", "1001_IEO_ANG_LO", "1001_IEO_ANG_HI", "1001_IEO_FEA_MD")
@@ -248,7 +248,7 @@ def folder_tree(root: Path, *, frames: int = FRAMES, scene: tuple[int, int] = SC
 TREES: dict[str, Callable[[Path], RawTree]] = {
     "mead": mead_tree,
     "ravdess": ravdess_tree,
-    "crema_d": crema_d_tree,
+    "crema-d": crema_d_tree,
     "ned": ned_tree,
     "folder": folder_tree,
 }

@@ -224,7 +224,7 @@ def test_a_take_that_lies_in_two_folders_is_a_clip_once_and_unknown_the_second_t
 
 def test_crema_d_takes_the_sound_of_the_other_folder(tmp_path: Path) -> None:
     touch(tmp_path, "VideoFlash/1001_IEO_DIS_HI.flv", "AudioWAV/1001_IEO_DIS_HI.wav", "VideoFlash/1001_IEO_NEU_XX.flv")
-    neutral, disgusted = listed(tmp_path, "crema_d").clips
+    neutral, disgusted = listed(tmp_path, "crema-d").clips
     assert disgusted.sound == tmp_path / "AudioWAV/1001_IEO_DIS_HI.wav"
     assert (disgusted.emotion, disgusted.level, disgusted.sentence) == ("disgusted", "HI", "IEO")
     assert (neutral.emotion, neutral.level, neutral.sound) == ("neutral", "XX", None)
@@ -326,7 +326,7 @@ def test_a_layout_asked_for_by_name_is_taken_without_evidence_and_says_so(tmp_pa
 
 
 def test_wrong_names_and_roots_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no layout is named 'Raves'; did you mean ravdess.* known: auto, crema_d"):
+    with pytest.raises(ValueError, match=r"no layout is named 'Raves'; did you mean ravdess.* known: auto, crema-d"):
         find_layout(tmp_path, "Raves")
     with pytest.raises(FileNotFoundError, match=r"root: .*missing does not exist"):
         find_layout(tmp_path / "missing")

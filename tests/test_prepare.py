@@ -98,7 +98,7 @@ def test_the_report_names_what_is_broken_and_what_is_unknown(trees, name):
     assert page.count("data:image/webp") == len(shown)
 
 
-@pytest.mark.parametrize("name", ["mead", "ravdess", "crema_d", "folder"])
+@pytest.mark.parametrize("name", ["mead", "ravdess", "crema-d", "folder"])
 def test_sound_stays_in_step_with_the_pictures(trees, name):
     tree, out = trees(name)
     heard = 0

@@ -49,7 +49,7 @@ def write_contact_sheet(
     for entry in whole:
         groups.setdefault(entry.individual, collections.defaultdict(list))[entry.emotion].append(entry)
     page = template("contact_sheet.html").render(
-        title=f"Faces of {prepared['layout']}",
+        title=f"Faces prepared from {prepared['layout']}",
         prepared={name: value for name, value in prepared.items() if value is not None},
         why=why,
         counts=_counts(whole),

@@ -29,7 +29,7 @@ _STEM = re.compile(
 class CremaD(Layout):
     """`VideoFlash/<actor>_<sentence>_<emotion>_<level>.flv`, sound in `AudioWAV`. XX: no level was asked for."""
 
-    name = "crema_d"
+    name = "crema-d"
     expects = f"{VIDEO}/1001_DFA_ANG_XX.flv with {SOUND}/1001_DFA_ANG_XX.wav"
 
     def evidence(self, root: Path) -> str | None:
