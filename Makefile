@@ -12,7 +12,7 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN)/python -m pip install --quiet "torch>=2.11" torchvision
 	# Built against the torch that was just installed, not against one that pip would fetch for the build alone.
-	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[train,video,test,bench,dev,docs]"
+	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[train,video,faces,test,bench,dev,docs]"
 	touch $@
 
 # Rebuilds the compiled extension, for instance after another torch was installed.
