@@ -59,7 +59,8 @@ def measure(source: Path, run: Path, emotion: str, out: Path, **options: Any) ->
 
 def compare(source: Path, edited: Path) -> dict[str, Any]:
     """What an edit should have left alone."""
-    from pcmecl_fast.data.faces import Tracker, choose_tracks, load_detector
+    from pcmecl_fast.data.faces import load_detector
+    from pcmecl_fast.data.tracks import Tracker, choose_tracks
     from pcmecl_fast.data.video import open_video
 
     with open_video(source) as reader:

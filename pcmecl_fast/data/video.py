@@ -213,7 +213,7 @@ def read_at(
 
 
 def _read_through(path: str | Path, wanted: set[int]) -> dict[int, np.ndarray]:
-    with open_video(path) as reader:
+    with open_video(path) as reader, naming(path):
         found = {frame.number: frame.rgb() for frame in reader if frame.number in wanted}
         if missing := wanted - found.keys():
             raise ValueError(f"it has no frame {min(missing)}")
