@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcmecl_fast.data.canvas import Box, Canvas
-from pcmecl_fast.data.faces import Square
+from pcmecl_fast.data.tracks import Square
 from pcmecl_fast.models import Generator
 
 FADE = 0.3

@@ -61,6 +61,7 @@ def changeable(raw: VideoFrame, name: str) -> VideoFrame:
     copy = av.VideoFrame(raw.width, raw.height, name)
     for ours, its in zip(planes(copy), planes(raw), strict=True):
         ours[:] = its
+    copy.duration = raw.duration
     copy.colorspace, copy.color_range = raw.colorspace, 2 if colours_of(raw).full else raw.color_range
     return copy
 

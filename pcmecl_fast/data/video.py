@@ -425,7 +425,7 @@ def _exactly() -> int:
 def _video_stream(
     output: OutputContainer, look: Look, encoder: Encoder, time_base: Fraction, rate: Fraction
 ) -> VideoStream:
-    options = encoder.options | ({"flags": "+bitexact"} if encoder.reproducible else {})
+    options = encoder.options | {"flags": "+frame_duration" + "+bitexact" * encoder.reproducible}
     stream = cast("VideoStream", output.add_stream(encoder.codec, rate=rate, options=options))
     context = stream.codec_context
     stream.width, stream.height, stream.pix_fmt = look.width, look.height, look.pixels
