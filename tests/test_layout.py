@@ -20,7 +20,7 @@ LAYERS = (
     ("models",),
     ("train",),
     ("evaluate",),
-    ("run", "run_folder", "edit", "ablation"),
+    ("run", "run_folder", "edit", "edit_media", "edit_faces", "ablation"),
     ("commands",),
     ("cli",),
 )
