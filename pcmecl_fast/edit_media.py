@@ -256,9 +256,10 @@ class MediaEditor:
         if pixels != first.format.name.replace("yuvj", "yuv"):
             log.info("%s: its pixels are %s, which become %s", reader.path, first.format.name, pixels)
         full = True if colours_of(first).full else {1: False}.get(int(first.color_range))
+        context = reader.stream.codec_context
         look = Look(
-            first.width, first.height, pixels, int(first.colorspace), full, int(first.color_primaries),
-            int(first.color_trc), reader.stream.sample_aspect_ratio, reader.display,
+            first.width, first.height, pixels, int(first.colorspace), full, int(context.color_primaries),
+            int(context.color_trc), reader.stream.sample_aspect_ratio, reader.display,
         )  # fmt: skip
         clock: dict[str, Any] = {"time_base": reader.time_base, "rate": reader.rate, "sound": reader.path}
         write = stack.enter_context(writing_video(output, look, encoder, **clock))
@@ -353,25 +354,26 @@ def _joined(frame: Frame, edited: VideoFrame) -> VideoFrame:
     ]
     for both, *each in zip(planes(joined), *map(planes, halves), strict=True):
         both[:] = np.concatenate([np.rot90(plane, upright) for plane in each], axis=1)
-    luma = planes(joined)[0]
-    for left, label in ((0, _label("source")), (size[0], _label("edited"))):
-        part = luma[: label.shape[0], left : left + label.shape[1]]
-        part[:] = np.maximum(part // 2, label[: part.shape[0], : part.shape[1]])
+    for left, text in ((0, "source"), (size[0], "edited")):
+        label = _label(text)[: size[1]]
+        grey = np.full_like(label[::2, ::2], 128)
+        for plane, part, step in zip(planes(joined), (label, grey, grey), (1, 2, 2), strict=True):
+            corner = plane[: part.shape[0], left // step : (left + size[0]) // step][:, : part.shape[1]]
+            corner[:] = part[:, : corner.shape[1]]
     return joined
 
 
 def _side_by_side(source: np.ndarray, edited: np.ndarray) -> Image.Image:
     both = np.concatenate([source, edited], axis=1)
-    for left, label in ((0, _label("source")), (source.shape[1], _label("edited"))):
-        part = both[: label.shape[0], left : left + label.shape[1]]
-        part[:] = np.maximum(part // 2, label[: part.shape[0], : part.shape[1], None])
+    for left, text in ((0, "source"), (source.shape[1], "edited")):
+        label = _label(text)[: len(source), : source.shape[1]]
+        both[: label.shape[0], left : left + label.shape[1]] = label[:, :, None]
     return Image.fromarray(both)
 
 
-def _label(text: str) -> np.ndarray:  # (h, w) uint8
-    """White letters, to be laid on a darkened corner."""
+def _label(text: str) -> np.ndarray:  # (h, w) uint8, even
+    """Light letters on a dark ground."""
     font = ImageFont.load_default(20)
-    left, top, right, bottom = font.getbbox(text)
-    image = Image.new("L", (int(right - left) + 16, int(bottom - top) + 16))
-    ImageDraw.Draw(image).text((8 - left, 8 - top), text, fill=235, font=font)
+    image = Image.new("L", (2 * round(font.getlength(text) / 2) + 16, 32), 24)
+    ImageDraw.Draw(image).text((8, 24), text, fill=235, font=font, anchor="ls")
     return np.array(image)

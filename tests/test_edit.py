@@ -88,7 +88,8 @@ def test_size_times_rate_colours_rotation_and_pixels_shape_stay(config, tmp_path
         assert after.rotation
         assert after.stream.sample_aspect_ratio == Fraction(4, 3)
         assert colours_of(after.first) == (9, False)
-        assert (after.first.color_primaries, after.first.color_trc) == (9, 14)
+        context = after.stream.codec_context
+        assert (context.color_primaries, context.color_trc) == (9, 14)
         assert [frame.time for frame in after] == [frame.time for frame in before]
     shown = changed(frames_of(source)[3], frames_of(path)[3])
     rows, columns = np.nonzero(shown)
