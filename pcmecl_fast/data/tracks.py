@@ -328,7 +328,8 @@ def _without_outliers(
     after = 2 * squares[-1] - squares[-2 : -2 - reach : -1]
     windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([before, squares, after]), 2 * reach + 1, axis=0)
     median = np.median(windows, axis=-1)
-    off = np.abs(squares - median) / np.stack([*[median[:, 2]] * 3, np.ones(len(squares))], axis=1)
+    off = np.abs(squares - median)
+    off[:, :3] /= median[:, 2:3]
     return np.where((off > _WRONG).any(axis=1, keepdims=True), median, squares)
 
 
