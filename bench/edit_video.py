@@ -1,8 +1,8 @@
 """How fast and how exactly `edit` edits a video of full size: `python -m bench.edit_video --run runs/demo`.
 
-A face (scikit-image's astronaut) moves over a background for a minute, at 1920 × 1080, 29.97 frames a second, with stereo
-sound. Measured: frames a second, by part; peak memory; whether times and sound are those of the source; and the PSNR of
-what lies outside the face's square, against the source as it is decoded.
+A face (scikit-image's astronaut) moves over a background for a minute, at 1920 × 1080 and 29.97 frames a second, with
+stereo sound. Measured: frames a second, by part; peak memory; whether times and sound are those of the source; and the
+PSNR of what lies outside the face's square, against the source as it is decoded.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def measure(source: Path, run: Path, emotion: str, out: Path, **options: Any) ->
 
 def compare(source: Path, edited: Path) -> dict[str, Any]:
     """What an edit should have left alone."""
-    from pcmecl_fast.data.faces import Tracker, choose_tracks, load_detector
+    from pcmecl_fast.data.canvas import planes
+    from pcmecl_fast.data.faces import load_detector
+    from pcmecl_fast.data.tracks import Tracker, choose_tracks
     from pcmecl_fast.data.video import open_video
 
     with open_video(source) as reader:
@@ -75,8 +77,8 @@ def compare(source: Path, edited: Path) -> dict[str, Any]:
     with open_video(source) as one, open_video(edited) as other:
         for a, b in zip(one, other, strict=True):
             times.append((a.time, b.time))
-            before, after = (np.frombuffer(f.raw.planes[0], np.uint8).reshape(f.raw.height, -1) for f in (a, b))
-            difference = (before[:, : a.raw.width].astype(np.int16) - after[:, : a.raw.width]).astype(np.float32) ** 2
+            before, after = (planes(f.raw)[0] for f in (a, b))
+            difference = (before.astype(np.int16) - after).astype(np.float32) ** 2
             x, y, side, _ = track.square(a.number)
             part = (
                 slice(max(0, int(y - side / 2) - 2), int(y + side / 2) + 3),

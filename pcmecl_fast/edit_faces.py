@@ -9,6 +9,7 @@ for canvas in canvases:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -141,11 +142,16 @@ class FaceEditor:
 def take(canvas: Canvas, square: Square) -> Tensor:  # (1, 3, L, L) in [-1, 1]
     """A square of a picture at its own resolution; beyond the picture, its border is repeated."""
     box = canvas.aligned(_around(square))
+    colours = canvas.colours(box)[None]
+    if _is_on_pixels(square):
+        beyond = _beyond(box, _around(square))  # below zero, what is there too much is cut off
+        cropped = F.pad(colours, [min(side, 0) for side in beyond])
+        return F.pad(cropped, [max(side, 0) for side in beyond], mode="replicate")
     side = max(1, min(round(square[2]), LARGEST))
     x, y = _positions(side) * square[2] / 2
     cos, sin = math.cos(square[3]), math.sin(square[3])
     grid = _in_box(square[0] + cos * x - sin * y, square[1] + sin * x + cos * y, box)
-    return F.grid_sample(canvas.colours(box)[None], grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(colours, grid, padding_mode="border", align_corners=False)
 
 
 def lay(
@@ -155,6 +161,9 @@ def lay(
 ) -> None:
     """Add a change of colours to a square of a picture; what lies beyond the picture is left out."""
     box = canvas.aligned(_around(square))
+    if _is_on_pixels(square):
+        canvas.add(box, F.pad(change, _beyond(_around(square), box))[0])
+        return
     columns = torch.arange(box.left, box.right) + 0.5 - square[0]
     rows = (torch.arange(box.top, box.bottom) + 0.5 - square[1])[:, None]
     cos, sin = math.cos(square[3]), math.sin(square[3])
@@ -162,6 +171,7 @@ def lay(
     canvas.add(box, F.grid_sample(change, grid, padding_mode="zeros", align_corners=False)[0])
 
 
+@functools.lru_cache(maxsize=64)
 def feather(side: int) -> Tensor:  # (side, side) in [0, 1]
     """1 inside, falling smoothly to 0 at the border."""
     inside = ((1 - _positions(side).abs()) / (2 * FEATHER)).clamp(0, 1).amin(0)
@@ -216,6 +226,16 @@ def calmed(
 def _mean(planned: list[Planned | None], weights: list[float]) -> Tensor | None:
     known = [w * one.plan for w, one in zip(weights, planned, strict=True) if one is not None and one.plan is not None]
     return torch.stack(known).sum(0) / sum(weights) if known else None
+
+
+def _beyond(inner: Box, outer: Box) -> list[int]:
+    """How far one box lies beyond another on the left, right, top and bottom, as `F.pad` takes it."""
+    return [inner.left - outer.left, outer.right - inner.right, inner.top - outer.top, outer.bottom - inner.bottom]
+
+
+def _is_on_pixels(square: Square) -> bool:
+    x, y, side, angle = square
+    return angle == 0 and side <= LARGEST and (x - side / 2) % 1 == (y - side / 2) % 1 == side % 1 == 0
 
 
 def _on_pixels(square: Square) -> Square:

@@ -189,8 +189,10 @@ class MediaEditor:
         tracks, looked = self._look(source, advance)
         count = 0
         with open_video(source) as reader, contextlib.ExitStack() as stack:
-            write, write_both = self._outputs(stack, reader, source, output, compare)
-            for (frame, canvas), plans in calmed(self._planned(reader, tracks), self.smooth):
+            encoder = encoder_for(output, self.crf)
+            pixels = closest_layout(reader.first, even=encoder.codec == "libx264")
+            write, write_both = self._outputs(stack, reader, output, compare, encoder, pixels)
+            for (frame, canvas), plans in calmed(self._planned(reader, tracks, pixels), self.smooth):
                 with self.clock("edit"):
                     for planned in plans.values():
                         self.editor.carry_out(canvas, planned)
@@ -225,13 +227,13 @@ class MediaEditor:
         return tracks, True
 
     def _planned(
-        self, reader: VideoReader, tracks: list[Track]
+        self, reader: VideoReader, tracks: list[Track], pixels: str
     ) -> Iterator[tuple[float, tuple[Frame, FrameCanvas], Plans]]:
         begin: Fraction | None = None
         for frame in self._timed(reader):
             begin = frame.time if begin is None else begin
             with self.clock("edit"):
-                canvas = FrameCanvas(changeable(frame.raw), frame.rotation)
+                canvas = FrameCanvas(changeable(frame.raw, pixels), frame.rotation)
                 seconds = float(frame.time - begin)
                 plans: Plans = {
                     number: self.editor.plan(canvas, track.square(frame.number), seconds)
@@ -241,19 +243,26 @@ class MediaEditor:
             yield seconds, (frame, canvas), plans
 
     def _outputs(
-        self, stack: contextlib.ExitStack, reader: VideoReader, source: Path, output: Path, compare: Path | None
+        self,
+        stack: contextlib.ExitStack,
+        reader: VideoReader,
+        output: Path,
+        compare: Path | None,
+        encoder: Encoder,
+        pixels: str,
     ) -> tuple[Callable[[VideoFrame, int], None], Callable[[VideoFrame, int], None] | None]:
+        """What writes the edited frames, and what the comparisons, if anything: files that end with the stack."""
         first = reader.first
-        pixels, colours = closest_layout(first), colours_of(first)
         if pixels != first.format.name.replace("yuvj", "yuv"):
-            log.info("%s: its pixels are %s, which become %s", source, first.format.name, pixels)
-        full = True if colours.full else {1: False}.get(int(first.color_range))
+            log.info("%s: its pixels are %s, which become %s", reader.path, first.format.name, pixels)
+        full = True if colours_of(first).full else {1: False}.get(int(first.color_range))
+        context = reader.stream.codec_context
         look = Look(
-            first.width, first.height, pixels, int(first.colorspace), full, int(first.color_primaries),
-            int(first.color_trc), reader.stream.sample_aspect_ratio, reader.display,
+            first.width, first.height, pixels, int(first.colorspace), full, int(context.color_primaries),
+            int(context.color_trc), reader.stream.sample_aspect_ratio, reader.display,
         )  # fmt: skip
-        clock: dict[str, Any] = {"time_base": reader.time_base, "rate": reader.rate, "sound": source}
-        write = stack.enter_context(writing_video(output, look, encoder_for(output, self.crf), **clock))
+        clock: dict[str, Any] = {"time_base": reader.time_base, "rate": reader.rate, "sound": reader.path}
+        write = stack.enter_context(writing_video(output, look, encoder, **clock))
         if compare is None:
             return write, None
         width, height = _compared_size(reader.width, reader.height)
@@ -339,28 +348,32 @@ def _joined(frame: Frame, edited: VideoFrame) -> VideoFrame:
     )
     joined = av.VideoFrame(2 * size[0], size[1], "yuv420p")
     stored = size[::-1] if upright % 2 else size
-    halves = [one.reformat(*stored, format="yuv420p", threads=1) for one in (changeable(frame.raw), edited)]
+    halves = [
+        one.reformat(*stored, format="yuv420p", threads=1)
+        for one in (changeable(frame.raw, edited.format.name), edited)
+    ]
     for both, *each in zip(planes(joined), *map(planes, halves), strict=True):
         both[:] = np.concatenate([np.rot90(plane, upright) for plane in each], axis=1)
-    luma = planes(joined)[0]
-    for left, label in ((0, _label("source")), (size[0], _label("edited"))):
-        part = luma[: label.shape[0], left : left + label.shape[1]]
-        part[:] = np.maximum(part // 2, label[: part.shape[0], : part.shape[1]])
+    for left, text in ((0, "source"), (size[0], "edited")):
+        label = _label(text)[: size[1]]
+        grey = np.full_like(label[::2, ::2], 128)
+        for plane, part, step in zip(planes(joined), (label, grey, grey), (1, 2, 2), strict=True):
+            corner = plane[: part.shape[0], left // step : (left + size[0]) // step][:, : part.shape[1]]
+            corner[:] = part[:, : corner.shape[1]]
     return joined
 
 
 def _side_by_side(source: np.ndarray, edited: np.ndarray) -> Image.Image:
     both = np.concatenate([source, edited], axis=1)
-    for left, label in ((0, _label("source")), (source.shape[1], _label("edited"))):
-        part = both[: label.shape[0], left : left + label.shape[1]]
-        part[:] = np.maximum(part // 2, label[: part.shape[0], : part.shape[1], None])
+    for left, text in ((0, "source"), (source.shape[1], "edited")):
+        label = _label(text)[: len(source), : source.shape[1]]
+        both[: label.shape[0], left : left + label.shape[1]] = label[:, :, None]
     return Image.fromarray(both)
 
 
-def _label(text: str) -> np.ndarray:  # (h, w) uint8
-    """White letters, to be laid on a darkened corner."""
+def _label(text: str) -> np.ndarray:  # (h, w) uint8, even
+    """Light letters on a dark ground."""
     font = ImageFont.load_default(20)
-    left, top, right, bottom = font.getbbox(text)
-    image = Image.new("L", (int(right - left) + 16, int(bottom - top) + 16))
-    ImageDraw.Draw(image).text((8 - left, 8 - top), text, fill=235, font=font)
+    image = Image.new("L", (2 * round(font.getlength(text) / 2) + 16, 32), 24)
+    ImageDraw.Draw(image).text((8, 24), text, fill=235, font=font, anchor="ls")
     return np.array(image)

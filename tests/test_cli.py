@@ -209,8 +209,8 @@ def test_edit_writes_every_picture_of_a_folder_under_its_name_and_the_emotions(r
     for path in written:
         _, edited = read_frames(path, 32)
         _, before = read_frames(source / path.name.replace(".happy", ""), 32)
-        with Image.open(path) as picture:
-            assert picture.size == (32, 32)
+        with Image.open(path) as picture, Image.open(source / path.name.replace(".happy", "")) as original:
+            assert picture.size == original.size
         assert (edited - before).abs().mean() < 0.1  # three steps from the identity
 
 

@@ -544,7 +544,7 @@ def test_subfolders_are_edited_when_asked(runs, portraits, tmp_path, capsys):
 def test_a_broken_file_does_not_stop_the_others_and_is_counted_at_the_end(runs, portraits, tmp_path, capsys):
     (portraits / "a-broken.png").write_bytes((portraits / "ann.png").read_bytes()[:60])
     line = wrong(capsys, *edit(runs, portraits, "--out", tmp_path / "out"))
-    assert "--input: 1 of 3 files could not be read: " in line
+    assert "--input: 1 of 3 files could not be edited: " in line
     assert "a-broken.png" in line
     assert f"the other 2 are in {tmp_path / 'out'}" in line
     assert sorted(content_of(tmp_path / "out")) == ["ann.happy.png", "bob.happy.png"]
@@ -585,7 +585,7 @@ def test_progress_counts_frames(runs, portraits, tmp_path, monkeypatch):
     monkeypatch.setattr(_Progress, "update", lambda self, count: done.append(count))
     monkeypatch.setattr(_Progress, "__exit__", lambda self, *of: totals.append(self.total))
     assert run(*edit(runs, portraits, "--out", tmp_path / "out")) == 1
-    assert done == [1, 1, 32, 8]
+    assert sum(done) == 42
     assert totals == [42]
     _, frames = read_frames(tmp_path / "out" / "talk.happy.mp4", 32)
     assert len(frames) == 40

@@ -52,31 +52,43 @@ LAYOUTS = {
 """The formats that are changed in place; others are converted to one of them."""
 
 
-def changeable(raw: VideoFrame) -> VideoFrame:
-    """A copy of a frame in one of the `LAYOUTS`: its own where it can be, or else `closest_layout`."""
+def changeable(raw: VideoFrame, name: str) -> VideoFrame:
+    """A copy of a frame in one of the `LAYOUTS`, without a loss where it is its own."""
     import av
 
-    name = raw.format.name.replace("yuvj", "yuv")  # which says only that the range is full
-    if name in LAYOUTS:
-        copy = av.VideoFrame(raw.width, raw.height, name)
-        for ours, its in zip(planes(copy), planes(raw), strict=True):
-            ours[:] = its
-        copy.colorspace, copy.color_range = raw.colorspace, 2 if colours_of(raw).full else raw.color_range
-        return copy
-    return raw.reformat(format=closest_layout(raw), threads=1)
+    if name != _planar_name(raw):
+        return raw.reformat(format=name, threads=1)
+    copy = av.VideoFrame(raw.width, raw.height, name)
+    for ours, its in zip(planes(copy), planes(raw), strict=True):
+        ours[:] = its
+    copy.duration = raw.duration
+    copy.colorspace, copy.color_range = raw.colorspace, 2 if colours_of(raw).full else raw.color_range
+    return copy
 
 
-def closest_layout(raw: VideoFrame) -> str:
-    """The name of the format that `changeable` gives: for most others 4:2:0 of 8 bits, or 10 where there are more."""
-    name = raw.format.name.replace("yuvj", "yuv")
-    if name in LAYOUTS:
-        return name
-    return "yuv420p10le" if max(part.bits for part in raw.format.components) > 8 else "yuv420p"
+def closest_layout(raw: VideoFrame, *, even: bool) -> str:
+    """The name of the layout that `changeable` is best asked for.
+
+    Args:
+        raw: a frame.
+        even: whether the encoder takes no picture whose last chroma samples stand for fewer pixels than the others.
+    """
+    bits = max(part.bits for part in raw.format.components)
+    name = _planar_name(raw)
+    if name not in LAYOUTS:
+        name = "yuv420p10le" if bits > 8 else "yuv420p"
+    if even and (raw.width % LAYOUTS[name].across or raw.height % LAYOUTS[name].down):
+        return "yuv444p10le" if bits > 8 else "yuv444p"
+    return name
+
+
+def _planar_name(raw: VideoFrame) -> str:
+    return raw.format.name.replace("yuvj", "yuv")  # which says only that the range is full
 
 
 def planes(raw: VideoFrame) -> list[np.ndarray]:
     """Views of a frame's three planes, (H, W) and (h, w) twice, uint8 or uint16."""
-    kind = np.dtype(np.uint8 if LAYOUTS[raw.format.name.replace("yuvj", "yuv")].bits == 8 else np.uint16)
+    kind = np.dtype(np.uint8 if LAYOUTS[_planar_name(raw)].bits == 8 else np.uint16)
     rows = (np.frombuffer(plane, kind).reshape(plane.height, plane.line_size // kind.itemsize) for plane in raw.planes)  # type: ignore[call-overload]
     return [row[:, : plane.width] for row, plane in zip(rows, raw.planes, strict=True)]
 

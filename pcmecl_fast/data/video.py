@@ -215,7 +215,7 @@ def read_at(
 
 
 def _read_through(path: str | Path, wanted: set[int]) -> dict[int, np.ndarray]:
-    with open_video(path) as reader:
+    with open_video(path) as reader, naming(path):
         found = {frame.number: frame.rgb() for frame in reader if frame.number in wanted}
         if missing := wanted - found.keys():
             raise ValueError(f"it has no frame {min(missing)}")
@@ -426,16 +426,15 @@ def _to_rgb(raw: VideoFrame, *, quick: bool = False) -> np.ndarray:  # (H, W, 3)
 
 
 def _exactly() -> int:
-    """swscale's slow and rounded way, whose mean error is zero: its quick one is a level darker."""
-    from av.video.reformatter import Interpolation as Flag
-
-    return Flag.BILINEAR | Flag.ACCURATE_RND | Flag.FULL_CHR_H_INT | Flag.FULL_CHR_H_INP | Flag.BITEXACT
+    """swscale's slow way, bilinear, rounded and in full chroma: its mean error is zero, where the quick one is darker."""
+    bilinear, full_chroma_out, full_chroma_in, accurate, bit_exact = 2, 1 << 13, 1 << 14, 1 << 18, 1 << 19
+    return bilinear | full_chroma_out | full_chroma_in | accurate | bit_exact  # PyAV has no names of them before 18
 
 
 def _video_stream(
     output: OutputContainer, look: Look, encoder: Encoder, time_base: Fraction, rate: Fraction
 ) -> VideoStream:
-    options = encoder.options | ({"flags": "+bitexact"} if encoder.reproducible else {})
+    options = encoder.options | {"flags": "+frame_duration" + "+bitexact" * encoder.reproducible}
     stream = cast("VideoStream", output.add_stream(encoder.codec, rate=rate, options=options))
     context = stream.codec_context
     stream.width, stream.height, stream.pix_fmt = look.width, look.height, look.pixels
@@ -446,8 +445,6 @@ def _video_stream(
     if look.aspect:
         context.sample_aspect_ratio = look.aspect
     if look.display is not None:
-        if not hasattr(stream, "set_display_matrix"):
-            raise ValueError("a video that is stored sideways takes PyAV 18 to be written: pip install -U av")
         stream.set_display_matrix(look.display)
     return stream
 
