@@ -15,11 +15,12 @@ from torch import Tensor
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip, load_clip
-from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.base import FrameDataset, FrameSubset
 from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.splits import split
+from pcmecl_fast.data.tracks import Crop
 from pcmecl_fast.evaluate.intervals import summarize
 from pcmecl_fast.evaluate.metrics import clip_view, draw_trials, judge_edits, prompt_view
 from pcmecl_fast.evaluate.moving import MovingFaces, moving_faces, save_webp
@@ -104,6 +105,7 @@ def run_train(
 
         contents = _prompts_hash(config.stage_one().out)
         generator, loop = train_generator(clip, bank, dataset, config, preview=preview, prompts_hash=contents)
+        generator.crop = _crop_of(dataset)
         save_generator(config.out / "generator.safetensors", generator)
         curves |= loop.curves
         summary, pictures = evaluate(generator, clip, prompts, bank, dataset, held, config)
@@ -237,6 +239,16 @@ def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset
         skip_broken=config.skip_broken,
     )
     return split(faces, by=config.split, fraction=config.holdout)
+
+
+def _crop_of(dataset: FrameDataset) -> Crop | None:
+    """How `prepare` cut these faces, for `edit` to cut others alike; None where it did not find them."""
+    while isinstance(dataset, FrameSubset):
+        dataset = dataset.parent
+    prepared = dataset.prepared if isinstance(dataset, FolderFaces) else None
+    if prepared is None or prepared.get("crop") != "faces":
+        return None
+    return Crop(prepared["margin"], prepared["align"])
 
 
 def _missing(config: RunConfig) -> list[tuple[int, int]]:

@@ -22,8 +22,9 @@ from pcmecl_fast.data.faces import Face
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.index import INDEX, read_index
 from pcmecl_fast.data.splits import split
-from pcmecl_fast.data.tracks import Track
+from pcmecl_fast.data.tracks import Crop, Track
 from pcmecl_fast.data.video import open_video
+from pcmecl_fast.models import load_generator
 from tests.raw_trees import TREES, click_offset, face_place, mead_tree, write_video
 
 pytest.importorskip("av")
@@ -179,6 +180,17 @@ def test_faces_are_followed_and_their_track_is_kept(tmp_path, pasted):
     # The dot stays where it is in the face.
     assert float(frames[:, :, 2:9, 2:9].min()) > 0.6
     assert float(frames[:, :, 20:].max()) < 0
+
+
+def test_a_generator_knows_how_its_faces_were_cut(tmp_path, pasted, no_report):
+    for emotion in ("happy", "sad"):
+        for n in range(2):
+            dotted(tmp_path / f"raw/ann/{emotion}/{n}.mp4", 10)
+    words = ["--crop", "faces", "--detector", "pasted", "--margin", "0.4"]
+    assert prepare(tmp_path / "raw", tmp_path / "faces", *words) == 0
+    words = ["--data", str(tmp_path / "faces"), "--size", "32", "--steps", "1", "--prompt-steps", "1", "--batch", "2"]
+    assert run_command(["train", *words, "--holdout", "0.5", "--out", str(tmp_path / "run")]) == 0
+    assert load_generator(tmp_path / "run/generator.safetensors").crop == Crop(margin=0.4)
 
 
 def test_no_face_is_told_with_the_frames_and_left_out_when_asked(tmp_path, pasted, capsys):

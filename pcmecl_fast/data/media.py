@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 
-
 def read_frames(path: Path, size: int) -> tuple[Fraction | None, Tensor]:
     """All frames of a picture or video, centre-cropped to squares: (frame rate or None, (T, 3, S, S) in [-1, 1]).
 
