@@ -12,11 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from skimage.data import astronaut
 
 from pcmecl_fast.data.cutting import GROUP
 from pcmecl_fast.data.emotions import EMOTIONS
@@ -73,24 +76,26 @@ def _spread_evenly(names: Iterator[tuple[int, str, int]]) -> Iterator[tuple[int,
 
 
 def _write_videos(root: Path) -> None:
-    """Videos that cost what faces do: smooth and textured pictures that move."""
+    """A face that sways, with a camera's noise: what a prepared clip holds (scikit-image's astronaut)."""
     random = np.random.default_rng(0)
+    picture = np.asarray(Image.fromarray(astronaut()).resize((1024, 1024)), dtype=np.float32)
     entries = []
     for video in range(VIDEOS):
-        texture = np.kron(random.integers(0, 256, (40, 40, 3)), np.ones((8, 8, 1))).astype(np.float32)
-        texture += random.normal(0, 12, texture.shape)
-        texture = texture.clip(0, 255).astype(np.uint8)
         file = f"p{video % 6}/{EMOTIONS[video % 7]}/{video}.mp4"
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        frames = (
-            (t, np.ascontiguousarray(texture[t % 60 : t % 60 + 256, t // 2 : t // 2 + 256])) for t in range(LENGTH)
-        )
-        write_clip(path, frames, time_base=Fraction(1, 30), group=GROUP)
+        write_clip(path, enumerate(_swaying(picture, video, random)), time_base=Fraction(1, 30), group=GROUP)
         pts = packed_pts(scan(path).tolist())
-        entries.append(Entry(file, f"p{video % 6}", EMOTIONS[video % 7], LENGTH, path.stat().st_size, pts=pts))
-        entries[-1].checksum = content_hash(path)
+        entry = Entry(file, f"p{video % 6}", EMOTIONS[video % 7], LENGTH, path.stat().st_size, pts=pts)
+        entries.append(replace(entry, checksum=content_hash(path)))
     write_index(root / INDEX, entries, {"layout": "folder", "finished": True})
+
+
+def _swaying(picture: np.ndarray, phase: int, random: np.random.Generator) -> Iterator[np.ndarray]:
+    for t in range(LENGTH):
+        x, y = int(320 + 20 * np.sin(t / 9 + phase)), int(105 + 12 * np.cos(t / 7 + phase))
+        noise = random.normal(0, 2.5, (256, 256, 3))
+        yield (picture[y : y + 256, x : x + 256] + noise).clip(0, 255).astype(np.uint8)
 
 
 def _frames_per_second(root: Path, workers: int) -> float:
