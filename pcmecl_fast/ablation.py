@@ -365,6 +365,7 @@ def _kept(job: _Job) -> dict[str, float]:
         TrainConfig(**options),
         out=folder,
         features=config.features_folder,
+        workers=0,  # the ablation's are training runs
         seed=job.seed,
         steps=config.quick_steps if config.quick else config.steps,
         missing=REGIMES[job.regime],
