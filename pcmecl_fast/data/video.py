@@ -416,7 +416,7 @@ def _to_rgb(raw: VideoFrame, *, quick: bool = False) -> np.ndarray:  # (H, W, 3)
 
 
 def _exactly() -> int:
-    """swscale's slow way, bilinear, rounded and in full chroma: its mean error is zero, where the quick one is darker."""
+    """swscale's slow way, bilinear, rounded, in full chroma: its mean error is zero, where the quick one is darker."""
     bilinear, full_chroma_out, full_chroma_in, accurate, bit_exact = 2, 1 << 13, 1 << 14, 1 << 18, 1 << 19
     return bilinear | full_chroma_out | full_chroma_in | accurate | bit_exact  # PyAV has no names of them before 18
 
