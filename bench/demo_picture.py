@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.compare import ROOT
 from pcmecl_fast import cli
-from pcmecl_fast.data.base import EMOTIONS
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.data.media import read_frames, write_frames
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.synthetic import SyntheticFaces

@@ -31,7 +31,7 @@ from bench.compare import environment, files_digest
 from bench.timing import peak_memory
 from pcmecl_fast import PersonalizedPrompts, PromptBank, load_clip, ops
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.data.base import EMOTIONS
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.train.prompts import matching_loss
 

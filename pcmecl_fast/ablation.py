@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset
+from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.evaluate.metrics import Trials, zero_shot_features
 from pcmecl_fast.evaluate.style import judge_prompts, judge_style
 from pcmecl_fast.files import write_atomically
@@ -151,7 +152,7 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
 
 def _check_applicable(config: AblateConfig) -> None:
     """Refuse what the ablation cannot judge, and options that it sets itself for each training run."""
-    if make_generator(config.generator, EMOTIONS, config.size, config.generator_options).driven_by != "emotion":
+    if make_generator(config.generator, EMOTIONS, config.side, config.generator_options).driven_by != "emotion":
         raise ValueError("generator: the ablation judges generators driven by an emotion, not by a reference")
     if config.data != "synthetic":
         raise ValueError(
@@ -222,7 +223,7 @@ def train_and_judge(config: TrainConfig, regime: str, supervision: Supervision) 
             criterion_for(clip, bank, dataset, config) if supervision.differencing else DirectCriterion(clip, bank)
         )
         generator, _ = train_generator(clip, bank, dataset, config, criterion=criterion)
-        common: dict[str, Any] = {"emotions": dataset.emotions, "size": config.size, "frames_per_clip": 1}
+        common: dict[str, Any] = {"emotions": dataset.emotions, "size": config.side, "frames_per_clip": 1}
         emotions = len(dataset.emotions)
         clips = max(1, _TRIALS // (config.individuals * emotions * (emotions - 1)))  # few people, but as many edits
         everyone = SyntheticFaces(config.individuals, clips=clips, seed=2 * config.seed + 1, **common)

@@ -22,7 +22,15 @@ from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.libraries import installed_version, missing_library
 from pcmecl_fast.machine import busy_notice
 from pcmecl_fast.options import in_options, option_name, read_config
-from pcmecl_fast.train.config import AblateConfig, DemoConfig, EditConfig, EvaluateConfig, PromptsConfig, TrainConfig
+from pcmecl_fast.train.config import (
+    AblateConfig,
+    DemoConfig,
+    EditConfig,
+    EvaluateConfig,
+    PrepareConfig,
+    PromptsConfig,
+    TrainConfig,
+)
 from pcmecl_fast.wording import did_you_mean
 
 
@@ -80,6 +88,8 @@ def _say(line: str) -> None:
 
 def _way_on(name: str, config: Any) -> str:
     """What the same command can do with what it did before it was stopped."""
+    if name == "prepare" and config is not None:
+        return f"; the same command goes on with what is missing in {config.out}"
     if name == "ablate" and config is not None:
         return f"; the same command trains what is missing in {config.out}"
     if not hasattr(config, "resume") or not (config.out / "config.yaml").exists():
@@ -120,7 +130,7 @@ def _check_paths(config: Any) -> None:
     given = {name: value for name, value in vars(config).items() if name not in getattr(config, "refuses", ())}
     data = given.get("data")
     if data not in (None, "synthetic"):
-        check_root(Path(data))
+        check_root(Path(data), raw=isinstance(config, PrepareConfig))
     for argument in ("run", "prompts"):
         folder = given.get(argument)
         if folder is not None and not folder.is_dir():
@@ -281,13 +291,23 @@ def _evaluate(config: EvaluateConfig, command: str) -> None:
     _print_results(config.folder, run_evaluate(config, command=command))
 
 
+def _print_rows(rows: dict[str, Any]) -> None:
+    table = Table(show_header=False)
+    for key, value in rows.items():
+        table.add_row(key, str(value))
+    Console().print(table)
+
+
+def _prepare(config: PrepareConfig, command: str) -> None:
+    from pcmecl_fast.prepare import run_prepare
+
+    _print_rows(run_prepare(config))
+
+
 def _edit(config: EditConfig, command: str) -> None:
     from pcmecl_fast.edit import run_edit
 
-    table = Table(show_header=False)
-    for key, value in run_edit(config).items():
-        table.add_row(key, str(value))
-    Console().print(table)
+    _print_rows(run_edit(config))
 
 
 def _ablate(config: AblateConfig, command: str) -> None:
@@ -314,10 +334,11 @@ def _backends(config: BackendsConfig, command: str) -> None:
     Console().print(table)
 
 
-_LONG = ("demo", "prompts", "train", "evaluate", "ablate")
+_LONG = ("demo", "prepare", "prompts", "train", "evaluate", "ablate")
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "demo": (DemoConfig, _train),
+    "prepare": (PrepareConfig, _prepare),
     "prompts": (PromptsConfig, _prompts),
     "train": (TrainConfig, _train),
     "edit": (EditConfig, _edit),

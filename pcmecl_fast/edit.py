@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pcmecl_fast import ops
 from pcmecl_fast.data.media import IMAGES, VIDEOS, is_hidden, read_frames
+from pcmecl_fast.data.tracks import Crop
 from pcmecl_fast.data.video import declared_frames, open_video
 from pcmecl_fast.edit_faces import FaceEditor, Schedule
 from pcmecl_fast.edit_media import FaceFinder, MediaEditor, read_picture
@@ -60,7 +61,9 @@ def run_edit(config: EditConfig) -> dict[str, Any]:
     jobs = _jobs(config, schedule, generator.emotions)
     _check_outputs(jobs, config)
     editor = FaceEditor(generator, targets, schedule, strength=config.strength)
-    finder = FaceFinder(config.crop, config.face, config.detector, config.every, _is_drawn(config.run))
+    finder = FaceFinder(
+        config.crop, config.face, config.detector, config.every, generator.crop or Crop(), _is_drawn(config.run)
+    )
     media = MediaEditor(editor, finder, config.smooth, config.crf)
     alone = not config.input.is_dir()
     if alone:

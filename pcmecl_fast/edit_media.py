@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pcmecl_fast.data.canvas import FrameCanvas, PictureCanvas, changeable, closest_layout, planes
 from pcmecl_fast.data.faces import Detector, load_detector
-from pcmecl_fast.data.tracks import Choice, Track, Tracker, centre_track, choose_tracks
+from pcmecl_fast.data.tracks import Choice, Crop, Track, Tracker, centre_track, choose_tracks
 from pcmecl_fast.data.video import Encoder, Frame, Look, VideoReader, colours_of, open_video, writing_video
 from pcmecl_fast.edit_faces import FaceEditor, Plans, calmed
 from pcmecl_fast.files import write_atomically
@@ -69,6 +69,7 @@ class FaceFinder:
         choice: of several people, whose face.
         detector: a name; loaded when it is needed first.
         every: frames between two looks.
+        laid: how a face's square is laid, as in the data that the generator was trained on.
         drawn: whether the generator was trained on drawn faces, which detectors do not take for faces.
     """
 
@@ -76,6 +77,7 @@ class FaceFinder:
     choice: Choice = "largest"
     detector: str = "dlib"
     every: int = 5
+    laid: Crop = field(default_factory=Crop)
     drawn: bool = False
     _loaded: Detector | None = field(default=None, repr=False)
     _said: set[str] = field(default_factory=set, repr=False)
@@ -100,7 +102,7 @@ class FaceFinder:
                 self._say_once("none", f"{path} is taken for a face as it is, for none can be looked for: {error}")
                 return None
             raise ImportError(f"{error}; --crop centre edits the centred square") from error
-        return Tracker(self._loaded, every=self.every, rate=rate)
+        return Tracker(self._loaded, self.laid, every=self.every, rate=rate)
 
     def tracks(self, path: Path, tracker: Tracker, frames: int, width: int, height: int) -> list[Track]:
         """The tracks to edit.

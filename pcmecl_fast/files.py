@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         OSError: the disk is full or the folder cannot be written, and its message names the file; the old file, if
             any, is as it was.
     """
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(content)
 
 
@@ -46,7 +47,7 @@ def save_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header
     # safetensors writes the metadata in random order; the same tensors should be the same bytes.
     entries = json.loads(bytes(content[8:numbers]))
     entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(_head_of(entries))
         file.write(content[numbers:])
 
@@ -69,7 +70,7 @@ def save_rows(
     entry = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [0, size]}
     metadata = {"pcmecl_fast": kind, "header": json.dumps(header)}
     head = _head_of({"__metadata__": metadata, name: entry})
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(head)
 
         def append(rows: Tensor) -> None:
@@ -135,10 +136,18 @@ def content_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def unfinished(path: Path) -> Path:
+    """A temporary name beside a path, for what takes its place when it is whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing in a folder. Only for one who has the folder to themselves."""
     for path in list(folder.glob(f".*{_UNFINISHED}")):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class MappedTensor:
@@ -179,11 +188,11 @@ class MappedTensor:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file under a temporary name, which takes the old one's place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile: its files are readable only by their owner, whatever the umask.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
+    temporary = unfinished(path)
     try:
         with open(temporary, "xb") as file:
             yield file

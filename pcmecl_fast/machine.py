@@ -44,11 +44,17 @@ def busy_notice() -> str | None:
     """One line where the cores were busy in the last minute, before this command began; else None."""
     if not NOTICE or not hasattr(os, "getloadavg"):
         return None
-    load, cores = os.getloadavg()[0], _cores()
-    if load < max(1.5, 0.75 * cores):
+    load, count = os.getloadavg()[0], cores()
+    if load < max(1.5, 0.75 * count):
         return None
-    return f"others are using this machine (load {load:.1f} on {cores} cores): this will take longer than usual"
+    return f"others are using this machine (load {load:.1f} on {count} cores): this will take longer than usual"
 
 
-def _cores() -> int:
+def default_workers() -> int:
+    """Processes that read frames ahead of training: one for each core, at most four."""
+    return min(4, cores())
+
+
+def cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

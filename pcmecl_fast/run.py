@@ -8,18 +8,22 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip, load_clip
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset, split
+from pcmecl_fast.data.base import FrameDataset, FrameSubset
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
+from pcmecl_fast.data.splits import split
+from pcmecl_fast.data.tracks import Crop
 from pcmecl_fast.evaluate.intervals import summarize
 from pcmecl_fast.evaluate.metrics import clip_view, draw_trials, judge_edits, prompt_view
+from pcmecl_fast.evaluate.moving import MovingFaces, moving_faces, save_webp
 from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
 from pcmecl_fast.evaluate.results import limits_in_words, prompts_in_words, prompts_table, results_table
@@ -69,7 +73,7 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
         trials = draw_trials(held, _EVALUATED_FRAMES)
         summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
         summary |= {"individuals": len(bank.individuals), "seconds": _seconds(started, command)}
-        _publish(folder, "Personalized prompts", summary, loop.curves, {}, config, held, command)
+        _publish(folder, "Personalized prompts", summary, loop.curves, Pictures({}, []), config, held, command)
     return summary
 
 
@@ -90,7 +94,7 @@ def run_train(
         dataset, held = open_data(config)
         _check_checkpoints(config)
         # Made once to see whether it can be, before stage 1 spends its time.
-        make_generator(config.generator, dataset.emotions, config.size, config.generator_options)
+        make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
         prompts, bank, curves = _prompts_for(config, clip, dataset, folder.begin)
 
         def preview(generator: Generator) -> Tensor:
@@ -101,11 +105,12 @@ def run_train(
 
         contents = _prompts_hash(config.stage_one().out)
         generator, loop = train_generator(clip, bank, dataset, config, preview=preview, prompts_hash=contents)
+        generator.crop = _crop_of(dataset)
         save_generator(config.out / "generator.safetensors", generator)
         curves |= loop.curves
-        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, config)
+        summary, pictures = evaluate(generator, clip, prompts, bank, dataset, held, config)
         summary["seconds"] = _seconds(started, command)
-        _publish(folder, title, summary, curves, grids, config, held, command)
+        _publish(folder, title, summary, curves, pictures, config, held, command)
     return summary
 
 
@@ -131,9 +136,9 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
         prompts, _ = load_prompts(file_of_run("run", stage1, "prompts"), clip)
         bank = PromptBank.load(file_of_run("run", stage1, "bank"), clip)
         folder.begin()
-        summary, grids = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
+        summary, pictures = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
         summary["seconds"] = _seconds(started, command)
-        _publish(folder, f"Evaluation of {config.run}", summary, {}, grids, trained, held, command)
+        _publish(folder, f"Evaluation of {config.run}", summary, {}, pictures, trained, held, command)
     return summary
 
 
@@ -174,6 +179,13 @@ def _prompts_hash(folder: Path) -> str:
     return " ".join(content_hash(folder / f"{name}.safetensors") for name in ("prompts", "bank"))
 
 
+class Pictures(NamedTuple):
+    """What there is to look at of a generator's edits."""
+
+    grids: dict[str, FaceGrid]
+    clips: list[MovingFaces]
+
+
 def evaluate(
     generator: Generator,
     clip: Clip,
@@ -184,7 +196,7 @@ def evaluate(
     config: RunConfig,
     *,
     seed: int = 0,
-) -> tuple[dict[str, Any], dict[str, FaceGrid]]:
+) -> tuple[dict[str, Any], Pictures]:
     """The summary of all measures on frames held out of training, and pictures of them."""
     bank = bank_for(bank, prompts, held, clip, config)
     trials = draw_trials(held, _EVALUATED_FRAMES, seed=seed)
@@ -196,18 +208,19 @@ def evaluate(
 
     values = judge_edits(edit, held, trials, device=clip.device) if isinstance(held, SyntheticFaces) else {}
     values |= prompt_view(clip, bank, held, trials) | clip_view(edit, clip, bank, held, trials)
-    return summarize(values, held.individual_index[trials.index]), {
-        "faces": _face_grid(generator, held, people=8, references=dataset)
-    }
+    return summarize(values, held.individual_index[trials.index]), Pictures(
+        {"faces": _face_grid(generator, held, people=8, references=dataset)},
+        [] if isinstance(held, SyntheticFaces) else moving_faces(edit, held, device=clip.device),
+    )
 
 
 def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset, FrameDataset]:
-    """(training frames, held-out frames): unseen people where faces are drawn, unseen frames of a folder.
+    """(training frames, held-out frames): unseen people where faces are drawn, what `split` names of a folder.
 
     With `reserve`, a folder may lack some of `config.emotions`.
     """
     if config.data == "synthetic":
-        common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.size}
+        common: dict[str, Any] = {"emotions": config.emotions or EMOTIONS, "size": config.side}
         missing = _missing(config)
         train = SyntheticFaces(
             config.individuals,
@@ -220,12 +233,22 @@ def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset
         return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
     faces = FolderFaces(
         config.data,
-        size=config.size,
+        size=config.side,
         emotions=config.emotions,
         reserve=reserve,
         skip_broken=config.skip_broken,
     )
-    return split(faces, by="frame", fraction=config.holdout)
+    return split(faces, by=config.split, fraction=config.holdout)
+
+
+def _crop_of(dataset: FrameDataset) -> Crop | None:
+    """How `prepare` cut these faces, for `edit` to cut others alike; None where it did not find them."""
+    while isinstance(dataset, FrameSubset):
+        dataset = dataset.parent
+    prepared = dataset.prepared if isinstance(dataset, FolderFaces) else None
+    if prepared is None or prepared.get("crop") != "faces":
+        return None
+    return Crop(prepared["margin"], prepared["align"])
 
 
 def _missing(config: RunConfig) -> list[tuple[int, int]]:
@@ -343,18 +366,22 @@ def _publish(
     title: str,
     summary: dict[str, Any],
     curves: dict[str, list[tuple[int, float]]],
-    grids: dict[str, FaceGrid],
+    pictures: Pictures,
     config: RunConfig,
     held: FrameDataset,
     command: str,
 ) -> None:
+    grids, clips = pictures
     for name, grid in grids.items():
         save_grid_png(folder.path / f"{name}.png", grid)
+    for number, moving in enumerate(clips, 1):
+        save_webp(folder.path / f"clip-{number}.webp", moving)
     drawn = isinstance(held, SyntheticFaces)
     report = Report(
         title,
         lead="" if grids else "Prompts alone: this run learned them and edited no faces.",
         grids=list(grids.values()),
+        clips=clips,
         results=results_table(summary),
         prompts=prompts_table(summary),
         words=prompts_in_words(summary),

@@ -39,7 +39,8 @@ _LOCK, _HOLDER = ".lock", ".in-use"
 _ONE_FAMILY = {"demo": "train"}
 # The rest of what commands write: files, the folders that are theirs alone, and folders of files such as these.
 _FILES = (
-    *("report.html", "faces.png", "ablation.svg", "generator.safetensors", "prompts.safetensors", "bank.safetensors"),
+    *("report.html", "faces.png", "clip-1.webp", "clip-2.webp"),
+    *("ablation.svg", "generator.safetensors", "prompts.safetensors", "bank.safetensors"),
     *("stage-1.ckpt", "stage-2.ckpt"),
 )
 _FOLDERS = ("tensorboard", "trainings")

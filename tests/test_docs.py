@@ -26,6 +26,7 @@ from pcmecl_fast import ablation, cli, load_clip, run
 from pcmecl_fast.commands import COMMANDS
 from pcmecl_fast.data.media import write_frames
 from pcmecl_fast.synthetic import SyntheticFaces
+from tests.raw_trees import mead_tree
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,11 +53,12 @@ SMALL_TRAINING = [*SMALL_RUN, "--steps", "2", "--prompt-steps", "2", "--batch", 
 DRAWN = ["--individuals", "3", "--clips", "1", "--frames-per-clip", "1", "--emotions", *EMOTIONS]
 SMALL = {
     "demo": [*SMALL_TRAINING, *DRAWN],
+    "prepare": ["--crop", "centre", "--size", "32", "--skip-broken"],
     "prompts": [*SMALL_RUN, "--steps", "2"],
     "train": SMALL_TRAINING,
     "ablate": [*SMALL_TRAINING, *DRAWN, "--quick", "--quick-steps", "1", "--workers", "1"],
     "evaluate": ["--device", "cpu"],
-    "edit": ["--device", "cpu"],
+    "edit": ["--device", "cpu", "--crop", "centre"],
     "backends": [],
 }
 
@@ -121,6 +123,10 @@ def folder_of_runs(tmp_path_factory, few_frames_judged):
         write_frames(folder / "faces" / person / emotion / f"{i}.png", faces.frames([i]), None)
     for picture in ("face.png", "portraits/portrait.png"):
         write_frames(folder / picture, faces.frames([0]), None)
+
+    (folder / "MEAD").mkdir()
+    tree = mead_tree(folder / "MEAD")
+    shutil.copy(tree.whole[0].sources[0], folder / "talk.mp4")
 
     data = ["--data", str(folder / "faces")]
     assert cli.main(["prompts", *data, *SMALL["prompts"], "--out", str(folder / "runs" / "prompts")]) == 0

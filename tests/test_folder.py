@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset, as_indices, check_trainable, split
+from pcmecl_fast.data.base import FrameDataset, as_indices, check_trainable
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.data.folder import FolderFaces
+from pcmecl_fast.data.splits import split
 
 MEAD_STILLS = Path(__file__).resolve().parents[2] / "shared" / "data" / "mead_stills"
 
@@ -43,7 +45,7 @@ def video(path: Path, frames: int = 12, size: tuple[int, int] = (48, 32)) -> Pat
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for i in range(frames):
-            pixels = np.full((size[1], size[0], 3), 16 * i, dtype=np.uint8)
+            pixels = np.full((size[1], size[0], 3), min(16 * i, 255), dtype=np.uint8)
             pixels[:16, :16] = (255, 0, 0)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
@@ -556,7 +558,7 @@ def test_impossible_splits_are_rejected() -> None:
 
 def test_a_fraction_that_holds_out_nothing_is_answered_with_one_that_does() -> None:
     faces = Named(named(2, 2))
-    with pytest.raises(ValueError, match=r"needs two or more to spare one; take fraction=") as error:
+    with pytest.raises(ValueError, match=r"needs two frames to spare one; take fraction=") as error:
         split(faces, by="frame", fraction=0.001)
     (fraction,) = re.findall(r"fraction=([\d.]+) or more", str(error.value))
     assert len(split(faces, by="frame", fraction=float(fraction))[1]) >= 1

@@ -20,7 +20,7 @@ LAYERS = (
     ("models",),
     ("train",),
     ("evaluate",),
-    ("run", "run_folder", "edit", "edit_media", "edit_faces", "ablation"),
+    ("run", "run_folder", "edit", "edit_faces", "edit_media", "prepare", "ablation"),
     ("commands",),
     ("cli",),
 )

@@ -117,7 +117,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_file_that_is_not_a_picture_is_named_with_the_supported_formats(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"input: .*notes.txt is not a picture or video; takes .avi, .jpeg, .jpg"):
+    with pytest.raises(ValueError, match=r"input: .*notes.txt is not a picture or video; takes .3gp, .avi, .bmp"):
         read_frames(tmp_path / "notes.txt", 8)
 
 

@@ -336,7 +336,7 @@ def test_configuration_of_any_type_is_written_as_yaml(tmp_path: Path) -> None:
 # ---- The grid as a picture -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "shown"), [(20, 120), (64, 128), (100, 100), (300, 128)])
+@pytest.mark.parametrize(("size", "shown"), [(20, 120), (64, 128), (100, 100), (200, 200), (300, 256)])
 def test_picture_grows_by_whole_cells(size: int, shown: int) -> None:
     narrow, wide = grid_image(make_grid(2, 3, size)), grid_image(make_grid(2, 4, size))
     assert wide.shape[2] - narrow.shape[2] == shown + 4

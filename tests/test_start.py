@@ -90,7 +90,7 @@ def test_the_seconds_of_a_command_count_from_its_start(monkeypatch):
     ("load", "cores", "busy"), [(1.4, 1, False), (1.4, 2, False), (1.5, 2, True), (11, 16, False), (12, 16, True)]
 )
 def test_a_busy_machine_is_pointed_out(monkeypatch, load, cores, busy):
-    monkeypatch.setattr(machine, "_cores", lambda: cores)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     notice = machine.busy_notice()
     assert (notice is not None) == busy

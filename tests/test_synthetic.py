@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcmecl_fast.data.base import EMOTIONS, check_trainable, split
+from pcmecl_fast.data.base import check_trainable
+from pcmecl_fast.data.emotions import EMOTIONS
+from pcmecl_fast.data.splits import split
 from pcmecl_fast.synthetic import (
     ACTION_UNITS,
     IDENTITY_LENGTH,

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.data.base import EMOTIONS
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.synthetic.captions import EMOTION_WORDS, UNIT_PHRASES, UNSEEN_TEMPLATES
 from pcmecl_fast.synthetic.tiny_face_text import TextConfig, describe, emotion_sentence, strewn, train

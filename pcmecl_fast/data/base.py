@@ -1,26 +1,20 @@
-"""What all data sets of labelled faces share: labels, frames, and how they are split."""
+"""What all data sets of labelled faces share: labels and frames."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
-import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Literal, TypedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pcmecl_fast.wording import name_some
-
-EMOTIONS = ("neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised")
-"""The seven emotions of MEAD, in the order that data sets and reports use."""
-
-KNOWN_EMOTIONS = (*EMOTIONS, "contempt", "calm")
-"""`EMOTIONS`, MEAD's eighth (contempt) and the one found only in RAVDESS (calm)."""
 
 Indices = Tensor | Sequence[int]
 
@@ -33,6 +27,15 @@ class Sample(TypedDict):
     frame: Tensor  # (3, S, S) float32 in [-1, 1]
     individual: int
     emotion: int
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The C clips that L frames are from; a picture is a clip of its own."""
+
+    names: list[str]  # C unique names, as stable as keys
+    index: Tensor  # (L,) int64 in [0, C)
+    numbers: list[int | None] | None = None  # C numbers that the data set itself gives them, where it does
 
 
 class FrameDataset(Dataset[Sample], ABC):
@@ -55,6 +58,19 @@ class FrameDataset(Dataset[Sample], ABC):
         `indices` are parsed by `as_indices`, which documents what it accepts and raises.
         """
 
+    def pixels(self, indices: Indices) -> Tensor:
+        """The same as they are at hand: bytes, (len(indices), S, S, 3) uint8, or what `frames` returns.
+
+        A worker process sends these, and `as_frames` makes frames of them.
+        """
+        return self.frames(indices)
+
+    def clips(self) -> Clips:
+        """Which clip each frame is from. This default takes a key up to its "#" for the clip's name."""
+        index: dict[str, int] = {}
+        rows = [index.setdefault(key.partition("#")[0], len(index)) for key in self.keys]
+        return Clips(list(index), torch.tensor(rows, dtype=torch.int64))
+
     def stamps(self) -> list[str]:
         """What each frame is made from, L strings: an unchanged stamp guarantees unchanged pixels.
 
@@ -73,7 +89,7 @@ class FrameDataset(Dataset[Sample], ABC):
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.individual_index)
 
     def __getitem__(self, index: int) -> Sample:
         return {
@@ -114,57 +130,25 @@ class FrameSubset(FrameDataset):
         self.emotions = parent.emotions
         self.individual_index = parent.individual_index[indices]
         self.emotion_index = parent.emotion_index[indices]
-        self.keys = [parent.keys[i] for i in indices.tolist()]
+
+    @cached_property
+    def keys(self) -> list[str]:  # type: ignore[override]  # made when somebody asks: there may be millions
+        of_parent = self.parent.keys
+        return [of_parent[i] for i in self.indices.tolist()]
 
     def frames(self, indices: Indices) -> Tensor:
         return self.parent.frames(self.indices[as_indices(indices, len(self))])
 
+    def pixels(self, indices: Indices) -> Tensor:
+        return self.parent.pixels(self.indices[as_indices(indices, len(self))])
+
+    def clips(self) -> Clips:
+        of_parent = self.parent.clips()
+        return replace(of_parent, index=of_parent.index[self.indices])
+
     def stamps(self) -> list[str]:
         of_parent = self.parent.stamps()
         return [of_parent[i] for i in self.indices.tolist()]
-
-
-def split(
-    dataset: FrameDataset,
-    *,
-    by: Literal["individual", "frame"] = "individual",
-    fraction: float = 0.2,
-    seed: int = 0,
-) -> tuple[FrameDataset, FrameDataset]:
-    """Split a data set in two, the same way on every machine and for any order of its frames (ours).
-
-    Each individual or frame gets a number in [0, 1) from a hash of the seed and its name or key; low numbers are held
-    out.
-
-    - ``by="individual"``: the `fraction` of the individuals with the lowest numbers, rounded, at least one and never
-      all. Measures generalization to new people. Adding frames moves nobody; adding an individual moves at most one
-      other, the price of an exact count when people are few.
-    - ``by="frame"``: every frame whose number is below `fraction`, so the count is approximate, and a frame's side
-      does not depend on the others. One exception keeps every (individual, emotion) in the training part: if all its
-      frames would be held out, the one with the highest number stays; so does an only frame. Neighbouring frames of a
-      video are near copies, so this measures how well known people are fitted.
-
-    Args:
-        dataset: any data set of frames, subsets included.
-        by: the unit that is held out as a whole.
-        fraction: the fraction to hold out, in (0, 1).
-        seed: each seed gives another split.
-
-    Returns:
-        (train, held_out): views with the data set's individuals and emotions, frames in their original order.
-
-    Raises:
-        ValueError: `by` or `fraction` out of range, or nothing to hold out: one individual, or no frame to spare.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction: takes a number between 0 and 1, the part to hold out, got {fraction}")
-    if by == "individual":
-        held = _held_individuals(dataset, fraction, seed)
-    elif by == "frame":
-        held = _held_frames(dataset, fraction, seed)
-    else:
-        raise ValueError(f'by: takes "individual" or "frame", got {by!r}')
-    return dataset.subset(~held), dataset.subset(held)
 
 
 def check_trainable(dataset: FrameDataset) -> None:
@@ -194,6 +178,15 @@ def check_trainable(dataset: FrameDataset) -> None:
         logger.warning("only one individual: changes are not contrasted with another person's")
 
 
+def as_frames(
+    pixels: Tensor,  # (B, S, S, 3) uint8, or frames
+) -> Tensor:
+    """What `FrameDataset.pixels` returns as frames, (B, 3, S, S) float32 in [-1, 1]."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+
 def as_indices(indices: Indices, length: int) -> Tensor:
     """Indices as (len(indices),) int64 on the CPU, within [0, length).
 
@@ -221,48 +214,3 @@ def as_indices(indices: Indices, length: int) -> Tensor:
     if len(outside):
         raise IndexError(f"indices: {int(outside[0])} is out of range for {length} frames")
     return torch.where(rows < 0, rows + length, rows)
-
-
-def _held_individuals(dataset: FrameDataset, fraction: float, seed: int) -> Tensor:
-    """Which frames are held out with their individual: (L,) bool."""
-    present = dataset.individual_index.unique().tolist()
-    if len(present) < 2:
-        raise ValueError(f'dataset: by="individual" needs at least two individuals with frames, got {len(present)}')
-    rank = sorted(present, key=lambda n: _number(seed, dataset.individuals[n]))
-    count = min(max(int(fraction * len(present) + 0.5), 1), len(present) - 1)
-    return torch.isin(dataset.individual_index, torch.tensor(rank[:count]))
-
-
-def _held_frames(dataset: FrameDataset, fraction: float, seed: int) -> Tensor:
-    """Which frames are held out one by one: (L,) bool."""
-    numbers = [_number(seed, key) for key in dataset.keys]
-    last: dict[tuple[int, int], int] = {}  # the frame with the highest number of each individual and emotion
-    for i, group in enumerate(_groups(dataset)):
-        if group not in last or numbers[i] > numbers[last[group]]:
-            last[group] = i
-    held = torch.tensor([number < fraction for number in numbers], dtype=torch.bool)
-    held[list(last.values())] = False
-    if not held.any():
-        raise ValueError(f"fraction: {fraction} of {len(dataset)} frames holds out none, {_why_none(numbers, last)}")
-    return held
-
-
-def _why_none(numbers: list[float], kept: dict[tuple[int, int], int]) -> str:
-    """Why no frame is held out, and what helps: a larger fraction does only where there is a frame to spare."""
-    rule = "training keeps one of each (individual, emotion) group, so that a group needs two or more to spare one"
-    spare = [number for i, number in enumerate(numbers) if i not in kept.values()]
-    enough = math.floor(100 * min(spare, default=1.0) + 1) / 100
-    advice = "add frames" if enough >= 1 else f"take fraction={enough:g} or more, or add frames"
-    return f"since {rule}{'' if spare else f', and each of the {len(kept)} has one'}; {advice}"
-
-
-def _groups(dataset: FrameDataset) -> Iterable[tuple[int, int]]:
-    return zip(dataset.individual_index.tolist(), dataset.emotion_index.tolist(), strict=True)
-
-
-def _number(seed: int, name: str) -> float:
-    """A number in [0, 1) that depends only on the seed and the name."""
-    # Systems differ in how they compose accents in file names; `random` guarantees no sequence across versions.
-    text = f"{seed}/{unicodedata.normalize('NFC', name)}"
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48

@@ -15,8 +15,12 @@ CUT_SHORT = "cut short, or damaged"
 
 
 @contextlib.contextmanager
-def open_container(path: str | Path) -> Iterator[InputContainer]:
+def open_container(path: str | Path, *, quickly: bool = False) -> Iterator[InputContainer]:
     """A file of video or sound, open to be read.
+
+    Args:
+        path: the file.
+        quickly: decode nothing to see what it holds, which takes most of the time: for files whose header says it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -32,7 +36,9 @@ def open_container(path: str | Path) -> Iterator[InputContainer]:
         raise ValueError(f"{path} is empty")
     with naming(path):
         _check_end(path)
-        container = av.open(str(path), metadata_errors="replace")
+        # Of the first stream alone, and for the look at the file alone: what is read later is decoded as ever.
+        look = [{"skip_frame": "all"}] if quickly else None
+        container = av.open(str(path), metadata_errors="replace", stream_options=look)  # type: ignore[arg-type]
     with container:
         yield container
 

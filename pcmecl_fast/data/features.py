@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.loading import read_ahead
 from pcmecl_fast.files import load_tensors, naming_damage, remove_unfinished, save_tensors
 
 log = logging.getLogger("pcmecl_fast")
@@ -84,22 +85,27 @@ class FeatureStore:
         self._shards: dict[Path, Tensor] = {}
         self._digests: dict[Path, np.ndarray] = {}
 
-    def __call__(self, dataset: FrameDataset, *, batch_size: int = 64, backend: str | None = None) -> StoredFeatures:
+    def __call__(
+        self, dataset: FrameDataset, *, batch_size: int = 64, backend: str | None = None, workers: int = 0
+    ) -> StoredFeatures:
         """The features of a data set's frames, read from disk; missing ones are computed first, with a progress bar.
 
         Args:
             dataset: any data set of frames.
             batch_size: frames per batch of the tower.
             backend: backend of `ops.clip_frames`.
+            workers: processes that read frames while the tower runs.
         """
         frames = _digests(dataset)
         if self._missing(frames).size:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
-                self._fill(dataset, frames, batch_size, backend)
+                self._fill(dataset, frames, batch_size, backend, workers)
         return StoredFeatures(self._shards, self._digests, frames, self.clip)
 
-    def _fill(self, dataset: FrameDataset, frames: np.ndarray, batch_size: int, backend: str | None) -> None:
+    def _fill(
+        self, dataset: FrameDataset, frames: np.ndarray, batch_size: int, backend: str | None, workers: int
+    ) -> None:
         remove_unfinished(self.folder)
         missing = torch.from_numpy(self._missing(frames, remove_broken=True))
         if not len(missing):
@@ -107,8 +113,9 @@ class FeatureStore:
         bar = tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc="image features", unit="frame")
         batches: list[Tensor] = []
         done, written, since = 0, 0, time.monotonic()
-        for chunk in missing.split(min(batch_size, self.shard_frames)):
-            batches.append(_encode(self.clip, dataset, chunk, backend).to("cpu", self.dtype))
+        chunks = missing.split(min(batch_size, self.shard_frames))
+        for chunk, seen in read_ahead(dataset, chunks, lambda chunk: chunk, workers=workers):
+            batches.append(_encode(self.clip, seen, backend).to("cpu", self.dtype))
             done += len(chunk)
             bar.update(len(chunk))
             full = done - written + batch_size > self.shard_frames or time.monotonic() - since > _FLUSH_SECONDS
@@ -189,7 +196,9 @@ class LiveFeatures:
         return len(self.dataset)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        return _encode(self.clip, self.dataset, index.flatten(), None).view(*index.shape, -1)
+        if not index.numel():
+            return torch.empty(*index.shape, self.clip.embed_dim, device=self.clip.device)
+        return _encode(self.clip, self.dataset.frames(index.flatten()), None).view(*index.shape, -1)
 
 
 def individual_conditions(
@@ -215,11 +224,12 @@ def _in_parts(features: Features, size: int = 4096) -> Iterator[tuple[Tensor, Te
 
 
 @torch.no_grad()
-def _encode(clip: Clip, dataset: FrameDataset, index: Tensor, backend: str | None) -> Tensor:
-    if not len(index):
-        return torch.empty(0, clip.embed_dim, device=clip.device)
-    frames = dataset.frames(index).to(clip.device)
-    return F.normalize(clip.encode_image(frames, backend=backend).float(), dim=-1)
+def _encode(
+    clip: Clip,
+    frames: Tensor,  # (B, 3, S, S) in [-1, 1]
+    backend: str | None,
+) -> Tensor:  # (B, D)
+    return F.normalize(clip.encode_image(frames.to(clip.device), backend=backend).float(), dim=-1)
 
 
 def _digests(dataset: FrameDataset) -> np.ndarray:

@@ -1,22 +1,28 @@
-"""Faces from folders of pictures and videos: `<root>/<individual>/<emotion>/<file>`."""
+"""Faces from folders of pictures and videos: those that `pcmecl-fast prepare` makes, or any laid out like them."""
 
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from pcmecl_fast.data.base import KNOWN_EMOTIONS, FrameDataset, Indices, as_indices
-from pcmecl_fast.data.layout import LAYOUT, check_root
-from pcmecl_fast.data.media import decode, is_hidden, is_media, is_video, need_av
-from pcmecl_fast.wording import did_you_mean, name_some
+from pcmecl_fast.data.base import Clips, FrameDataset, Indices, as_frames, as_indices
+from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
+from pcmecl_fast.data.index import INDEX, Entry, read_index, unpacked_pts
+from pcmecl_fast.data.layout import check_root
+from pcmecl_fast.data.media import decode, is_media, need_av, square
+from pcmecl_fast.data.plain_folder import explain_absent, plain_entries
+from pcmecl_fast.data.video import read_at
+from pcmecl_fast.files import content_hash
+from pcmecl_fast.wording import name_some
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +30,19 @@ logger = logging.getLogger(__name__)
 class FolderFaces(FrameDataset):
     """Pictures and videos laid out as `<root>/<individual>/<emotion>/<file>`, as square frames.
 
+    A folder that `pcmecl-fast prepare` made has an index, and opens without a file being touched: a million frames in
+    seconds. Any other is indexed first, in parallel and with a progress bar, by decoding every file once, the only way
+    to find truncated ones (but WebM and Matroska files cut between two frames pass for shorter videos); where that
+    takes a while, the index stays in the folder as `.index.jsonl`, and only new and changed files are looked at again.
+
     Individuals may have different numbers of files and lack emotions. Individuals and files are in natural order (2
     before 10), emotions in the order of `KNOWN_EMOTIONS`. Hidden names (a leading "." or "__"), files that are neither
     pictures nor videos, and individuals' folders without any are skipped, the last with a warning.
 
     A frame is turned upright (EXIF, video rotation), composited onto black if transparent, cropped to the centred
-    square and resized with an antialiasing Lanczos filter. Every file is decoded once on opening, the only way to find
-    truncated ones (but WebM and Matroska files cut between two frames pass for shorter videos). The first frames, up
-    to `cache_bytes`, are kept as uint8; the others are decoded again on access, a video from its beginning: long ones
-    need memory, or a larger `video_stride`.
+    square and resized with an antialiasing Lanczos filter. Frames are decoded when they are asked for, in videos from
+    the last key frame before them: fast in prepared ones, slow in those with seconds between key frames. The first
+    frames, up to `cache_bytes`, are kept as uint8 once decoded, in memory that worker processes share.
 
     Args:
         root: the folder of individuals.
@@ -45,11 +55,15 @@ class FolderFaces(FrameDataset):
         cache: keep decoded frames in memory.
         cache_bytes: maximum size of that cache (a frame takes 3·S² bytes).
 
+    Attributes:
+        prepared: the options of the `pcmecl-fast prepare` that made the folder; None for any other.
+
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is missing or not a folder.
         ImportError: there are videos and PyAV, which reads them, is not installed.
         ValueError: an argument out of range; a folder that is not a known emotion; an emotion without a folder; files
-            at the wrong level; broken files, all in one message; nothing to read.
+            at the wrong level; broken files, all in one message; nothing to read; a damaged index. On access, a file
+            that has changed since it was indexed.
     """
 
     def __init__(
@@ -66,33 +80,64 @@ class FolderFaces(FrameDataset):
     ) -> None:
         _check_arguments(size, emotions, video_stride, cache_bytes)
         self.root = Path(root)
-        self.size = size
-        known = KNOWN_EMOTIONS if emotions is None else tuple(emotions)
-        files = _list_files(self.root, known, explicit=emotions is not None, reserve=reserve or emotions is None)
-        self._places, self._pixels = _open_all(
-            files, size, video_stride, cache_bytes if cache else 0, skip_broken=skip_broken
-        )
+        self.size, self.stride = size, video_stride
+        wanted = KNOWN_EMOTIONS if emotions is None else tuple(emotions)
+        check_root(self.root)
+        self.prepared: dict[str, Any] | None = None
+        if (self.root / INDEX).is_file():
+            self.prepared, read = read_index(self.root / INDEX)
+            _check_finished(self.root, self.prepared)
+            # Of recordings that could not be prepared there are no files; `prepare` has named them.
+            entries = _chosen(self.root, filter(_is_whole, read), wanted, reserve=reserve or emotions is None)
+        else:
+            entries = plain_entries(
+                self.root, wanted, explicit=emotions is not None, reserve=reserve or emotions is None
+            )
+        self._place(_whole(self.root, entries, skip_broken=skip_broken), wanted, every=emotions is not None)
+        self._cache = _Cache(min(len(self), cache_bytes // (3 * size * size) if cache else 0), size)
 
-        found = {place.file.individual for place in self._places}
-        shown = {place.file.emotion for place in self._places}
-        self.individuals = [name for name in dict.fromkeys(file.individual for file in files) if name in found]
-        self.emotions = [name for name in known if emotions is not None or name in shown]
-        individual = {name: n for n, name in enumerate(self.individuals)}
+    def _place(self, entries: list[Entry], wanted: tuple[str, ...], *, every: bool) -> None:
+        """Give every frame its labels and its file."""
+        shown = {entry.emotion for entry in entries}
+        self.emotions = [name for name in wanted if every or name in shown]
         emotion = {name: e for e, name in enumerate(self.emotions)}
-        self.individual_index = torch.tensor([individual[place.file.individual] for place in self._places])
-        self.emotion_index = torch.tensor([emotion[place.file.emotion] for place in self._places])
-        self.keys = [place.key(self.root) for place in self._places]
+        names = dict.fromkeys(entry.individual for entry in entries)
+        individual = {name: n for n, name in enumerate(names)}
+        self.individuals = list(individual)
+        entries.sort(key=lambda entry: (individual[entry.individual], emotion[entry.emotion]))  # stable
+        self._files = [_File.of(entry) for entry in entries]
+        counts = torch.tensor([-(-entry.frames // self.stride) for entry in entries], dtype=torch.int64)
+        self._ends = counts.cumsum(0)
+        self.individual_index = _spread([individual[entry.individual] for entry in entries], counts)
+        self.emotion_index = _spread([emotion[entry.emotion] for entry in entries], counts)
+        self._numbers = [entry.number for entry in entries]
+
+    @cached_property
+    def keys(self) -> list[str]:  # type: ignore[override]  # made when somebody asks: there may be millions
+        return [key for file in self._files for key in file.keys(self.stride)]
+
+    def clips(self) -> Clips:
+        counts = self._ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+        return Clips([file.name for file in self._files], _spread(range(len(self._files)), counts), self._numbers)
 
     def frames(self, indices: Indices) -> Tensor:
+        return as_frames(self.pixels(indices))
+
+    def pixels(self, indices: Indices) -> Tensor:
         rows = as_indices(indices, len(self))
         pixels = torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
-        cached = rows < len(self._pixels)
-        pixels[cached] = self._pixels[rows[cached]]
-        self._decode_into(pixels, rows, (~cached).nonzero().squeeze(1).tolist())
-        return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+        missing = self._cache.copy_known(rows, pixels)
+        self._decode_into(pixels, rows, missing.tolist())
+        self._cache.keep(rows[missing], pixels[missing])
+        return pixels
 
     def stamps(self) -> list[str]:
-        return [f"{place.stamp} {self.size}" for place in self._places]
+        # One string for all frames of a file: there may be millions.
+        stamps = []
+        for file in self._files:
+            of_file = f"{file.stamp(self.root)} {self.size}"
+            stamps += [of_file] * -(-file.frames // self.stride)
+        return stamps
 
     def _decode_into(
         self,
@@ -100,40 +145,115 @@ class FolderFaces(FrameDataset):
         rows: Tensor,  # (B,) int64 frames
         slots: list[int],
     ) -> None:
-        # One pass over each file, however many of its frames are wanted.
-        wanted: dict[Path, dict[int, list[int]]] = {}
-        opened: dict[Path, str] = {}
+        # Each file is opened once, however many of its frames are wanted.
+        wanted: dict[int, dict[int, list[int]]] = {}
+        of_file = torch.searchsorted(self._ends, rows, right=True)
         for slot in slots:
-            place = self._places[int(rows[slot])]
-            opened[place.file.path] = place.stamp
-            wanted.setdefault(place.file.path, {}).setdefault(place.number, []).append(slot)
-        for path, numbers in wanted.items():
-            for number, frame in decode(path, self.size, sorted(numbers)):
+            f = int(of_file[slot])
+            begin = int(self._ends[f - 1]) if f else 0
+            number = (int(rows[slot]) - begin) * self.stride
+            wanted.setdefault(f, {}).setdefault(number, []).append(slot)
+        for f, numbers in wanted.items():
+            file = self._files[f]
+            for number, frame in file.read(self.root, sorted(numbers), self.size):
                 pixels[numbers.pop(number)] = torch.from_numpy(frame)
             if numbers:
-                raise ValueError(f"{path}: changed since the data set was opened, frames {sorted(numbers)} are gone")
-            if _stamp(path) != opened[path]:
-                raise ValueError(f"{path}: changed since the data set was opened; open it again")
+                raise ValueError(
+                    f"{self.root / file.name}: changed since it was indexed, frames {sorted(numbers)} are gone"
+                )
+            file.check_unchanged(self.root)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _File:
-    path: Path
-    individual: str
-    emotion: str
+    """What reading a file takes: of an entry, what fits a million times into memory."""
+
+    name: str
+    frames: int
+    bytes: int
+    mtime: int
+    pts: dict[str, int] | list[int] | None
+    checksum: str
+
+    @classmethod
+    def of(cls, entry: Entry) -> _File:
+        return cls(entry.file, entry.frames, entry.bytes, entry.mtime, entry.pts, entry.checksum)
+
+    def keys(self, stride: int) -> Iterable[str]:
+        if self.pts is None and is_media(Path(self.name)):
+            return (self.name,)
+        return (f"{self.name}#{number}" for number in range(0, self.frames, stride))
+
+    def stamp(self, root: Path) -> str:
+        return self.checksum or f"{(root / self.name).resolve()} {self.bytes} {self.mtime}"
+
+    def read(self, root: Path, numbers: list[int], size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames of these numbers, ascending, each (S, S, 3) uint8."""
+        path = root / self.name
+        if self.pts is not None:
+            for number, frame in zip(numbers, read_at(path, numbers, unpacked_pts(self.pts, self.frames)), strict=True):
+                yield number, square(frame, size)
+        elif is_media(path):
+            yield from decode(path, size, numbers)
+        else:
+            for number in numbers:
+                for _, frame in decode(path / f"{number:06d}.png", size, [0]):
+                    yield number, frame
+
+    def check_unchanged(self, root: Path) -> None:
+        """Refuse a file that is no longer what was indexed; of copies, whose time stamps differ, the content counts."""
+        path = root / self.name
+        if path.is_dir():
+            return
+        stat = path.stat()
+        if (stat.st_size, stat.st_mtime_ns) == (self.bytes, self.mtime):
+            return
+        if self.checksum and stat.st_size == self.bytes and content_hash(path) == self.checksum:
+            self.mtime = stat.st_mtime_ns
+            return
+        if self.checksum:
+            raise ValueError(f"{path}: changed since it was prepared; remove it and prepare the folder again")
+        raise ValueError(f"{path}: changed since the data set was opened; open it again")
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a frame comes from."""
+class _Cache:
+    """The first K frames, once they have been decoded, in memory that processes forked from this one share."""
 
-    file: _File
-    number: int  # in the file: 0 for a picture
-    stamp: str  # the file's, when it was opened
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self._size = count, size
+        # Not a tensor's shared memory: that lies in /dev/shm, of which containers have little.
+        shared = mmap.mmap(-1, max(1, count * (3 * size * size + 1)))
+        whole = torch.frombuffer(shared, dtype=torch.uint8)
+        self._known = whole[:count]
+        self._pixels = whole[count : count * (3 * size * size + 1)].view(count, size, size, 3)
 
-    def key(self, root: Path) -> str:
-        name = self.file.path.relative_to(root).as_posix()
-        return f"{name}#{self.number}" if is_video(self.file.path) else name
+    def __reduce__(self) -> tuple[type[_Cache], tuple[int, int]]:
+        return _Cache, (self.count, self._size)
+
+    def copy_known(
+        self,
+        rows: Tensor,  # (B,) int64
+        pixels: Tensor,  # (B, S, S, 3), written
+    ) -> Tensor:
+        """Copy what is here; returns the other slots."""
+        known = rows < self.count
+        known[known.clone()] = self._known[rows[known]].bool()
+        pixels[known] = self._pixels[rows[known]]
+        return (~known).nonzero().squeeze(1)
+
+    def keep(
+        self,
+        rows: Tensor,  # (B,) int64
+        pixels: Tensor,  # (B, S, S, 3)
+    ) -> None:
+        fits = rows < self.count
+        self._pixels[rows[fits]] = pixels[fits]
+        self._known[rows[fits]] = 1  # last: another process may look at any moment
+
+
+def _spread(labels: Iterable[int], counts: Tensor) -> Tensor:
+    """Each file's label for each of its frames, (L,) int64."""
+    return torch.tensor(list(labels), dtype=torch.int64).repeat_interleave(counts)
 
 
 def _check_arguments(size: int, emotions: Sequence[str] | None, video_stride: int, cache_bytes: int) -> None:
@@ -148,157 +268,47 @@ def _check_arguments(size: int, emotions: Sequence[str] | None, video_stride: in
         raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
 
 
-def _list_files(root: Path, wanted: tuple[str, ...], *, explicit: bool, reserve: bool) -> list[_File]:
-    """All pictures and videos in order, or one error that explains how the layout differs from the expected one."""
-    check_root(root)
-    _check_no_media(root, "directly in the root folder")
-    people = _visible_folders(root)
-    known = tuple(dict.fromkeys((*wanted, *KNOWN_EMOTIONS)))
-    _check_levels(root, people, known)
+def _check_finished(root: Path, prepared: dict[str, Any] | None) -> None:
+    if prepared is not None and not prepared.get("finished"):
+        logger.warning("%s: not all of it has been prepared yet; the same `pcmecl-fast prepare` goes on", root)
 
-    files: list[_File] = []
-    unknown: list[Path] = []
-    shown: set[str] = set()
-    for person in people:
-        _check_no_media(person, f"in the folder of individual {person.name!r}, outside an emotion's folder")
-        folders = {folder.name: folder for folder in _visible_folders(person)}
-        unknown += [folder for name, folder in folders.items() if name not in known]
-        shown |= folders.keys()
-        for emotion in wanted:
-            if emotion in folders:
-                _check_flat(folders[emotion])
-                files += [_File(path, person.name, emotion) for path in _media(folders[emotion])]
-    if unknown:
-        raise ValueError(_explain_unknown(root, unknown, wanted, explicit=explicit))
+
+def _chosen(root: Path, entries: Iterator[Entry], wanted: tuple[str, ...], *, reserve: bool) -> list[Entry]:
+    """The entries of an index that show one of the wanted emotions."""
+    chosen: list[Entry] = []
+    others: set[str] = set()
+    for entry in entries:
+        entry.track = None  # by far the largest part
+        if entry.emotion in wanted:
+            chosen.append(entry)
+        else:
+            others.add(entry.emotion)
+    shown = {entry.emotion for entry in chosen}
     absent = [emotion for emotion in wanted if emotion not in shown]
-    if absent and shown and not reserve:
-        raise ValueError(_explain_absent(root, absent, shown))
-    if left_out := [emotion for emotion in known if emotion in shown - {*wanted}]:
-        logger.info("%s: left out, since emotions= does not name them: the folders of %s", root, name_some(left_out))
-    if not files:
-        raise ValueError(f"root: {root} holds no pictures or videos; files are expected at {LAYOUT}")
-    named = {file.individual for file in files}
-    empty = [person.name for person in people if person.name not in named]
-    if empty:
-        logger.warning("%s: no pictures or videos in %s", root, name_some(empty))
-    return files
+    if absent and not reserve:
+        raise ValueError(explain_absent(root, absent, shown | others))
+    if others:
+        left_out = [name for name in KNOWN_EMOTIONS if name in others] + sorted(others - {*KNOWN_EMOTIONS})
+        logger.info("%s: left out, since emotions= does not name them: %s", root, name_some(left_out))
+    if not chosen:
+        raise ValueError(f"root: {root / INDEX} names no clips of {name_some(wanted)}")
+    need_av([Path(entry.file) for entry in chosen if entry.pts is not None])
+    return chosen
 
 
-def _check_no_media(folder: Path, where: str) -> None:
-    if media := _media(folder):
-        raise ValueError(
-            f"root: {name_some([path.name for path in media], 3)} in {folder} lie {where}; expected {LAYOUT}"
-        )
+def _is_whole(entry: Entry) -> bool:
+    return not entry.broken
 
 
-def _check_levels(root: Path, people: list[Path], known: tuple[str, ...]) -> None:
-    """Find emotions where individuals belong: the root is one level too deep, or the two levels are swapped."""
-    for folder in people:
-        if folder.name not in known:
-            continue
-        if _media(folder):
-            raise ValueError(
-                f"root: {folder} is an emotion's folder with files where an individual's is expected ({LAYOUT}); "
-                f"if {root} is one individual, pass its parent folder"
-            )
-        inner = [child.name for child in _visible_folders(folder)]
-        if inner and not any(name in known for name in inner):
-            raise ValueError(
-                f"root: {folder} is an emotion's folder that holds {name_some(inner, 3)}: the levels are swapped, "
-                f"<emotion>/<individual> instead of {LAYOUT}"
-            )
-
-
-def _check_flat(folder: Path) -> None:
-    for inner in _visible_folders(folder):
-        for path, _, names in os.walk(inner):
-            if any(is_media(Path(name)) for name in names):
-                raise ValueError(
-                    f"root: {path} holds pictures or videos one level too deep; move them up to {folder}, since the "
-                    f"layout is {LAYOUT}"
-                )
-
-
-def _explain_unknown(root: Path, unknown: list[Path], known: tuple[str, ...], *, explicit: bool) -> str:
-    hints = []
-    for name in dict.fromkeys(folder.name for folder in unknown):
-        closest = did_you_mean(name.lower(), known)
-        hints.append(f"{name!r}" + (f" ({closest})" if closest else ""))
-    advice = "" if explicit else "; rename them, or pass emotions= with the names you use"
-    where = unknown[0].relative_to(root).as_posix()
-    return (
-        f"{'emotions' if explicit else 'root'}: folders in {root} that are not known emotions: {name_some(hints)}, "
-        f"first at {where}; known: {', '.join(known)}{advice}. Expected {LAYOUT}"
-    )
-
-
-def _explain_absent(root: Path, absent: list[str], shown: set[str]) -> str:
-    closest = did_you_mean(absent[0], sorted(shown)) or f"its folders show {name_some(sorted(shown))}"
-    return f"emotions: no folder in {root} shows {name_some([repr(name) for name in absent])}; {closest}"
-
-
-def _visible_folders(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if p.is_dir() and not is_hidden(p)), key=_natural)
-
-
-def _media(folder: Path) -> list[Path]:
-    return sorted((p for p in folder.iterdir() if is_media(p) and not p.is_dir()), key=_natural)
-
-
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    """Sort key: numbers by value, letters case-insensitively; the name itself breaks ties such as 1.jpg and 01.jpg."""
-    parts: list[str | int] = list(re.split(r"([0-9]+)", path.name.casefold()))
-    parts[1::2] = [int(digits) for digits in parts[1::2]]
-    return parts, path.name
-
-
-def _open_all(
-    files: list[_File], size: int, video_stride: int, cache_bytes: int, *, skip_broken: bool
-) -> tuple[list[_Place], Tensor]:
-    """Decode every file once: the places of all L frames, and the first K frames, (K, S, S, 3) uint8."""
-    need_av([file.path for file in files])
-    places: list[_Place] = []
-    broken: list[str] = []
-    # A bytearray grows in place, so there is never a second copy.
-    pixels = bytearray()
-    every = range(0, 2**62, video_stride)
-    for file in tqdm(files, desc="reading faces", unit="file", disable=len(files) <= 500):
-        start, stored, stamp = len(places), len(pixels), _stamp(file.path)
-        try:
-            for number, frame in decode(file.path, size, every):
-                # Once one frame does not fit, later ones do not either: the cached frames are the first ones.
-                if len(pixels) + frame.nbytes <= cache_bytes:
-                    pixels += frame.tobytes()
-                places.append(_Place(file, number, stamp))
-        except ValueError as error:
-            del places[start:], pixels[stored:]
-            broken.append(str(error))
-    _report_broken(broken, len(files), skip_broken=skip_broken)
-    if not places:
-        raise ValueError(f"root: all {len(files)} files are broken: {name_some(broken)}")
-    kept = len(pixels) // (3 * size * size)
-    if cache_bytes > 0 and kept < len(places):
-        logger.info(
-            "cache_bytes=%d holds %d of %d frames; the others are decoded again", cache_bytes, kept, len(places)
-        )
-    shape = (kept, size, size, 3)
-    # frombuffer rejects an empty buffer.
-    return places, torch.frombuffer(pixels, dtype=torch.uint8).view(shape) if kept else torch.empty(shape).byte()
-
-
-def _stamp(path: Path) -> str:
-    """A file's path, size and modification time: what changes when the file does."""
-    try:
-        stat = path.stat()
-    except OSError:  # decoding reports why
-        return ""
-    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def _report_broken(broken: list[str], total: int, *, skip_broken: bool) -> None:
-    if not broken:
-        return
-    summary = f"{len(broken)} of {total} files are broken: {name_some(broken)}"
-    if not skip_broken:
-        raise ValueError(f"root: {summary}; repair or remove them, or pass skip_broken=True to leave them out")
-    logger.warning("skipped, %s", summary)
+def _whole(root: Path, entries: list[Entry], *, skip_broken: bool) -> list[Entry]:
+    """The entries without those of broken files."""
+    whole = list(filter(_is_whole, entries))
+    broken = [entry.broken for entry in entries if entry.broken]
+    if broken:
+        summary = f"{len(broken)} of {len(entries)} files are broken: {name_some(broken)}"
+        if not skip_broken:
+            raise ValueError(f"root: {summary}; repair or remove them, or pass skip_broken=True to leave them out")
+        if not whole:
+            raise ValueError(f"root: all {len(entries)} files are broken: {name_some(broken)}")
+        logger.warning("skipped, %s", summary)
+    return whole

@@ -7,13 +7,14 @@ from pathlib import Path
 LAYOUT = "<root>/<individual>/<emotion>/<file>"
 
 
-def check_root(root: Path) -> None:
-    """Refuse what is no folder.
+def check_root(root: Path, *, raw: bool = False) -> None:
+    """Refuse what is no folder; `raw`: one of recordings, laid out in any way.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is missing or no folder.
     """
+    takes = "it takes a folder of recordings" if raw else f"it takes a folder laid out as {LAYOUT}"
     if not root.exists():
-        raise FileNotFoundError(f"root: {root} does not exist; it takes a folder laid out as {LAYOUT}")
+        raise FileNotFoundError(f"root: {root} does not exist; {takes}")
     if not root.is_dir():
-        raise NotADirectoryError(f"root: {root} is a file; it takes a folder laid out as {LAYOUT}")
+        raise NotADirectoryError(f"root: {root} is a file; {takes}")

@@ -14,15 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pcmecl_fast.data.layouts.base import PICTURES as IMAGES
+from pcmecl_fast.data.layouts.base import VIDEOS
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.wording import name_some
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
-
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-VIDEOS = frozenset({".mp4", ".mov", ".avi", ".mkv", ".webm"})
 
 
 def read_frames(path: Path, size: int) -> tuple[Fraction | None, Tensor]:
@@ -97,6 +96,23 @@ def decode(
         raise ValueError(f"{path} ({error})") from error
 
 
+def read_picture(path: Path) -> np.ndarray:  # (H, W, 3) uint8
+    """A picture, upright and whole; ValueError names a broken one."""
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError("empty file")
+        with Image.open(path) as image:
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # as in decode
+        raise ValueError(f"{path} ({error})") from error
+
+
+def check_picture(path: Path) -> None:
+    """Decode a picture once, as small as its format allows: ValueError says why one is broken."""
+    for _ in decode(path, 1, [0]):
+        pass
+
+
 def _read_picture(path: Path, size: int) -> Iterator[tuple[int, Image.Image]]:
     with Image.open(path) as image:
         # JPEG only: decode at 1/2, 1/4 or 1/8 scale if that still leaves three times the side.
@@ -143,12 +159,22 @@ def _video_frames(container: InputContainer) -> Iterator[VideoFrame]:
         yield from packet.decode()
 
 
+def square(
+    picture: np.ndarray,  # (H, W, 3) uint8
+    size: int,
+) -> np.ndarray:  # (S, S, 3) uint8
+    """The centred square of a picture, resized."""
+    if picture.shape[:2] == (size, size):
+        return picture
+    return np.array(_square(Image.fromarray(picture), size))
+
+
 def _square(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Cropped first: resize(box=…) would let the filter reach across the crop's border.
-    square = image.crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    face = image.crop((left, top, left + side, top + side))
+    return face.resize((size, size), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def need_av(files: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from pcmecl_fast.data.containers import check_packet, naming, open_container
+from pcmecl_fast.files import replacing
 
 if TYPE_CHECKING:
     from av import AudioFrame, AudioStream, Packet
@@ -115,3 +116,20 @@ def _takes(encoder: str, rate: int) -> bool:
     import av
 
     return rate in (av.Codec(encoder, "w").audio_rates or [rate])
+
+
+def write_sound(path: Path, source: str | Path) -> None:
+    """The sound of a file alone, as .m4a: copied packet by packet, or as AAC where it is uncompressed.
+
+    Raises:
+        ValueError: the source is damaged; the message names it.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    import av
+
+    with (
+        replacing(path) as file,
+        av.open(file.name, "w", format="ipod", options={"fflags": "+bitexact"}) as output,
+        sound_into(output, source, most=1, compress=True) as until,
+    ):
+        until(None)

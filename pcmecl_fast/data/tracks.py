@@ -204,9 +204,15 @@ class Tracker:
         raw[:, 3] = np.unwrap(raw[:, 3])
         squares = np.stack([np.interp(at, link.numbers, column) for column in raw.T], axis=1)
         looks = self.rate / self.every
+        smooth = _fit_lines(_without_outliers(squares, round(_MEDIAN * looks / 2)), _SIGMA * looks)
+        after = frames - 1 - at[-1]
+        if link.numbers[-1] == self._looked[-1] and len(at) > 1 and after > 0:
+            # The few frames after the last look go on as the last ones did.
+            at = np.append(at, frames - 1)
+            smooth = np.concatenate([smooth, smooth[-1:] + (smooth[-1:] - smooth[-2:-1]) * after / self.every])
         return Track(
             at,
-            _fit_lines(_without_outliers(squares, round(_MEDIAN * looks / 2)), _SIGMA * looks),
+            smooth,
             len(link.numbers) / len(self._looked),
             self._missing(link, frames),
         )

@@ -7,17 +7,14 @@ made here.
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 import torch
@@ -25,10 +22,13 @@ import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from pcmecl_fast.evaluate.drawing import fitted, font, wrapped
+from pcmecl_fast.evaluate.moving import MovingFaces, as_webp
 from pcmecl_fast.evaluate.origin import Origin
+from pcmecl_fast.evaluate.pages import data_uri, png, template, webp
 from pcmecl_fast.evaluate.results import Table, readable
 from pcmecl_fast.files import write_atomically
 
@@ -39,7 +39,7 @@ class FaceGrid:
 
     The source frame appears once, at the left of its row; each cell shows the edited frame, above its truth if there is
     one. `layout` says so in words. A frame that is all NaN counts as absent (the truth of an emotion that was never
-    recorded) and leaves its cell empty. Frames wider than 128 pixels are shrunk to that.
+    recorded) and leaves its cell empty. Frames wider than 256 pixels are shrunk to that.
 
     Raises:
         ValueError: a tensor's shape, or the number of labels, does not match the rows and columns.
@@ -84,6 +84,7 @@ class Report:
     title: str
     lead: str = ""  # one paragraph below the title
     grids: list[FaceGrid] = field(default_factory=list)
+    clips: list[MovingFaces] = field(default_factory=list)
     results: Table | None = None
     prompts: Table | None = None
     words: list[str] = field(default_factory=list)  # paragraphs: what the prompts did
@@ -99,10 +100,11 @@ def write_report(path: Path, report: Report) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    page = _template().render(
+    page = template("report.html").render(
         title=report.title,
         lead=report.lead,
         grids=[_grid_view(grid) for grid in report.grids],
+        clips=[_clip_view(clip) for clip in report.clips],
         results=_if_filled(report.results),
         prompts=_if_filled(report.prompts),
         words=report.words,
@@ -121,20 +123,12 @@ def save_grid_png(path: Path, grid: FaceGrid) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    write_atomically(path, _png(_draw_grid(grid)))
+    write_atomically(path, png(_draw_grid(grid)))
 
 
 def grid_image(grid: FaceGrid) -> Tensor:
     """The grid as one labelled picture, (3, H, W) float32 in [0, 1]: as TensorBoard's `add_image` expects."""
     return torch.from_numpy(np.array(_draw_grid(grid))).permute(2, 0, 1).float() / 255
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
 def _if_filled(table: Table | None) -> Table | None:
@@ -279,7 +273,8 @@ def _inline_svg(figure: Figure, prefix: str) -> Markup:
 
 # ---- Faces -----------------------------------------------------------------------------------------------------------
 
-_WIDEST = 128  # pixels of one frame on the page and in the picture
+_WIDEST = 128  # pixels of one frame on the page, and of a small one in the picture
+_FINEST = 256  # pixels that are kept of a large one
 
 
 def _grid_view(grid: FaceGrid) -> dict[str, Any]:
@@ -306,6 +301,7 @@ def _grid_view(grid: FaceGrid) -> dict[str, Any]:
         "same": bool(set(grid.columns) & set(grid.source_emotions)),
         "broken": any(map(_partly_broken, (grid.source, grid.edited, grid.truth))),
         "width": _shown_width(grid),
+        "fine": grid.source.shape[-1] > _WIDEST,
     }
 
 
@@ -318,16 +314,21 @@ def _partly_broken(frames: Tensor | None) -> bool:
 
 
 def _uris(frames: Tensor) -> list[str | None]:
-    return [
-        None if face is None else "data:image/png;base64," + base64.b64encode(_png(face)).decode()
-        for face in _pictures(frames)
-    ]
+    return [None if face is None else _uri(face) for face in _pictures(frames)]
+
+
+def _uri(face: Image.Image) -> str:
+    return data_uri(png(face), "png") if face.width <= _WIDEST else data_uri(webp(face), "webp")
+
+
+def _clip_view(clip: MovingFaces) -> dict[str, Any]:
+    return {"name": clip.name, "columns": clip.columns, "width": clip.width, "uri": data_uri(as_webp(clip), "webp")}
 
 
 def _pictures(
     frames: Tensor,  # (K, 3, S, S) in [-1, 1]
 ) -> list[Image.Image | None]:
-    """Frames as pictures no wider than `_WIDEST`: None where all is NaN, magenta where a pixel is not finite."""
+    """Frames as pictures no wider than `_FINEST`: None where all is NaN, magenta where a pixel is not finite."""
     frames = frames.detach().float().cpu()
     broken = ~frames.isfinite().all(dim=1)  # (K, S, S)
     pixels = ((frames.nan_to_num(0.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -338,21 +339,20 @@ def _pictures(
             pictures.append(None)
             continue
         picture = Image.fromarray(face.numpy())
-        picture.thumbnail((_WIDEST, _WIDEST), Image.Resampling.LANCZOS)
+        picture.thumbnail((_FINEST, _FINEST), Image.Resampling.LANCZOS)
         pictures.append(picture)
     return pictures
 
 
 def _shown_width(grid: FaceGrid) -> int:
-    """The largest integer multiple of a frame's side up to `_WIDEST`: uneven pixels would distort small features."""
-    side = max(1, min(grid.source.shape[-1], _WIDEST))
-    return _WIDEST // side * side
+    """On the page."""
+    return min(_drawn_width(grid), _WIDEST)
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+def _drawn_width(grid: FaceGrid) -> int:
+    """Of small frames the largest integer multiple up to `_WIDEST`: uneven pixels would distort small features."""
+    side = max(1, min(grid.source.shape[-1], _FINEST))
+    return side if side > _WIDEST else _WIDEST // side * side
 
 
 _INK, _PALE, _PAPER, _LINE, _MARK = "#1d2127", "#6a717c", "#ffffff", "#e2e5e9", "#2a62c9"
@@ -361,13 +361,13 @@ _MARGIN, _GAP, _ROW_GAP, _KIND_WIDTH = 16, 4, 14, 22
 
 def _draw_grid(grid: FaceGrid) -> Image.Image:
     """The grid as a picture: title and caption, then the header, then a band for each individual."""
-    width = _shown_width(grid)
+    width = _drawn_width(grid)
     kinds = [("edited", grid.edited)] + ([("truth", grid.truth)] if grid.truth is not None else [])
     left = _MARGIN + width + _KIND_WIDTH  # where the first column starts
     total_width = max(left + len(grid.columns) * (width + _GAP) - _GAP + _MARGIN, 3 * _WIDEST)
-    title, body, small = _font(20, bold=True), _font(14), _font(12)
-    heading = _wrapped(grid.title, title, total_width - 2 * _MARGIN)
-    caption = _wrapped(f"{grid.caption} {grid.layout}", body, total_width - 2 * _MARGIN)
+    title, body, small = font(20, bold=True), font(14), font(12)
+    heading = wrapped(grid.title, title, total_width - 2 * _MARGIN)
+    caption = wrapped(f"{grid.caption} {grid.layout}", body, total_width - 2 * _MARGIN)
     own_emotion_shown = bool(set(grid.columns) & set(grid.source_emotions))
     legend = _MARGIN + 26 * len(heading) + 4 + 20 * len(caption)
     top = legend + (20 if own_emotion_shown else 0) + 8
@@ -387,15 +387,15 @@ def _draw_grid(grid: FaceGrid) -> Image.Image:
     pen.text((_MARGIN + width / 2, top + 8), "source", _PALE, body, anchor="mm")
     for c, emotion in enumerate(grid.columns):
         centre = left + c * (width + _GAP) + width / 2
-        pen.text((centre, top + 8), _fitted(emotion, body, width), _INK, body, anchor="mm")
+        pen.text((centre, top + 8), fitted(emotion, body, width), _INK, body, anchor="mm")
 
     for r, individual in enumerate(grid.rows):
         y = top + 24 + r * band
         if r:
             pen.line([(_MARGIN, y - _ROW_GAP / 2), (total_width - _MARGIN, y - _ROW_GAP / 2)], _LINE)
         _place(picture, _pictures(grid.source[r : r + 1])[0], _MARGIN, y, width)
-        pen.text((_MARGIN, y + width + 6), _fitted(individual, _font(13, bold=True), width), _INK, _font(13, bold=True))
-        pen.text((_MARGIN, y + width + 23), _fitted(grid.source_emotions[r], small, width), _PALE, small)
+        pen.text((_MARGIN, y + width + 6), fitted(individual, font(13, bold=True), width), _INK, font(13, bold=True))
+        pen.text((_MARGIN, y + width + 23), fitted(grid.source_emotions[r], small, width), _PALE, small)
         for k, (kind, frames) in enumerate(kinds):
             at = y + k * (width + _GAP)
             _write_upwards(picture, kind, _MARGIN + width + _KIND_WIDTH // 2, at + width // 2)
@@ -416,42 +416,8 @@ def _place(picture: Image.Image, face: Image.Image | None, x: int, y: int, width
 
 def _write_upwards(picture: Image.Image, text: str, x: int, y: int) -> None:
     """Text rotated by 90°, centred at (x, y)."""
-    font = _font(12)
-    label = Image.new("RGB", (math.ceil(font.getlength(text)) + 2, 16), _PAPER)
-    ImageDraw.Draw(label).text((label.width / 2, 8), text, _PALE, font, anchor="mm")
+    small = font(12)
+    label = Image.new("RGB", (math.ceil(small.getlength(text)) + 2, 16), _PAPER)
+    ImageDraw.Draw(label).text((label.width / 2, 8), text, _PALE, small, anchor="mm")
     turned = label.rotate(90, expand=True)
     picture.paste(turned, (x - turned.width // 2, y - turned.height // 2))
-
-
-@cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as shipped with Matplotlib: the same on every system, and it covers most alphabets."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
-
-
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text on one line of at most `width` pixels, its middle elided if need be: ends tell names apart."""
-    text = _printable(text)
-    if font.getlength(text) <= width:
-        return text
-    for kept in range(min(len(text), 200) - 1, 0, -1):
-        short = text[: (kept + 1) // 2] + "…" + text[len(text) - kept // 2 :]
-        if font.getlength(short) <= width:
-            return short
-    return "…"
-
-
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    lines: list[str] = []
-    for word in _printable(text).split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(_fitted(word, font, width))
-    return lines
-
-
-def _printable(text: str) -> str:
-    """On one line, without unprintable characters: names come from folders and may hold any character."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))

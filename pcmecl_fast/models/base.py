@@ -12,7 +12,7 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcmecl_fast.data.tracks import Crop
 from pcmecl_fast.files import load_tensors, naming_damage, save_tensors
 from pcmecl_fast.options import from_options, plain_options
 from pcmecl_fast.wording import did_you_mean
@@ -53,11 +54,13 @@ class Generator(nn.Module, ABC):
     Attributes:
         Config: a dataclass of options, each with a default: numbers, strings, or lists of them.
         driven_by: how the target is given; set it in the class or in the constructor.
+        crop: how the faces were cut that it is trained on; None where nothing says. The trainer sets it.
     """
 
     Config: ClassVar[type] = NoOptions
     driven_by: Literal["emotion", "reference"] = "emotion"
     config: Any
+    crop: Crop | None = None
 
     def __init__(self, emotions: Sequence[str], size: int, config: Any = None) -> None:
         super().__init__()
@@ -168,6 +171,7 @@ class _MadeWith:
     emotions: list[str]
     size: int
     options: dict[str, Any]
+    crop: Crop | None = None
 
 
 def save_generator(path: str | Path, generator: Generator) -> None:
@@ -177,6 +181,7 @@ def save_generator(path: str | Path, generator: Generator) -> None:
         "options": plain_options(generator.config),
         "emotions": generator.emotions,
         "size": generator.size,
+        "crop": None if generator.crop is None else asdict(generator.crop),
     }
     # Copies, because safetensors rejects weights that share memory, such as tied ones.
     save_tensors(path, "generator", {k: v.clone() for k, v in generator.state_dict().items()}, header)
@@ -207,10 +212,12 @@ def load_generator(
         )
     generator_class(name)  # whose own errors are not the file's
     with naming_damage(path):
-        made_with = from_options(_MadeWith, {k: header[k] for k in ("emotions", "size", "options")}, source="header")
+        known = {k: header[k] for k in ("emotions", "size", "options")} | {"crop": header.get("crop")}
+        made_with = from_options(_MadeWith, known, source="header")
     try:
         loaded = make_generator(name, made_with.emotions, made_with.size, made_with.options)
         loaded.load_state_dict(state)
+        loaded.crop = made_with.crop
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"path: {path} was written by the generator {name}, not as it is here: {error}") from error
     return loaded.eval().requires_grad_(False).to(device)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pcmecl_fast.data.base import EMOTIONS, FrameDataset, Indices, as_indices
+from pcmecl_fast.data.base import FrameDataset, Indices, as_indices
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.synthetic.painter import NOISE_IMAGES, draw, noise_images
 from pcmecl_fast.synthetic.people import (
     PROTOTYPES,

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.data.base import EMOTIONS
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.synthetic.augment import SIDE, at_side, augmented, drawn
 from pcmecl_fast.synthetic.faces import SyntheticFaces
 from pcmecl_fast.synthetic.people import ACTION_UNITS, IDENTITY_LENGTH

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pcmecl_fast.clip import tiny_face_config, tiny_face_model, tiny_face_state
-from pcmecl_fast.data.base import EMOTIONS
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.synthetic.augment import augmented, drawn
 from pcmecl_fast.synthetic.captions import (
     EMOTION_WORDS,

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.data.base import EMOTIONS
+from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.synthetic.augment import augmented, drawn
 from pcmecl_fast.synthetic.captions import (
     EMOTION_WORDS,

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
+from pcmecl_fast.machine import default_workers
 from pcmecl_fast.options import option_name
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
-FREE_ON_RESUME = {"out", "resume", "overwrite", "checkpoint_every", "device", "backend", "cuda_graphs", "features"}
+FREE_ON_RESUME = {
+    *("out", "resume", "overwrite", "checkpoint_every", "device", "backend", "cuda_graphs", "features", "workers"),
+}
 """Where a run is kept, on what it runs and how often it saves: what may change between a kill and the resumption."""
 
 
@@ -37,7 +40,7 @@ class Range(NamedTuple):
 
 _AT_LEAST_ONE = """
 size individuals clips frames_per_clip n_ctx batch batch_individuals steps prompt_steps quick_steps seeds
-checkpoint_every
+checkpoint_every every
 """
 _NOT_NEGATIVE = """
 missing workers around_seeds prompt_lr lr critic_lr lambda_diff contrast min_change strength w_pcmecl w_adversarial
@@ -46,10 +49,12 @@ w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_di
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), Range(0)),
-    "crf": Range(0, 51),
     "every": Range(1),
     "holdout": Range(0, 1, open=True),
     "jitter": Range(0, 1),
+    "margin": Range(0, 0.9),
+    "fps": Range(1, 240),
+    "crf": Range(0, 51),
     "mouth_box": Range(0, 1),
     "seed": Range(0, 2**32 - 1),
     "smooth": Range(0, 1),
@@ -64,9 +69,10 @@ class DataConfig:
     """Which frames to use."""
 
     data: str = "synthetic"
-    """"synthetic" (drawn talking faces) or a folder `<individual>/<emotion>/*.jpg|png|webp|mp4 …`."""
-    size: int = 64
-    """Side in pixels that frames are resized to."""
+    """"synthetic" (drawn talking faces), a folder that `pcmecl-fast prepare` made, or any laid out as
+    `<individual>/<emotion>/*.jpg|png|webp|mp4 …`."""
+    size: int | None = None
+    """Side in pixels that frames are resized to; by default 64 where they are drawn, and 256 from a folder."""
     emotions: list[str] | None = None
     """Emotions to use, in this order; by default those in the data."""
     individuals: int = 200
@@ -77,10 +83,28 @@ class DataConfig:
     """synthetic: frames per clip."""
     missing: int = 0
     """synthetic: emotions (other than neutral) that each individual lacks in training."""
+    split: Literal["clip", "individual", "frame", "mead"] = "clip"
+    """folder: what is held out as a whole. clip: never frames of one clip on both sides; individual: people never seen
+    in training; mead: MEAD's own test clips."""
     holdout: float = 0.2
-    """folder: the fraction of each individual's frames held out for evaluation."""
+    """folder: the fraction of the clips, individuals or frames held out for evaluation."""
     skip_broken: bool = False
     """folder: skip unreadable files with a warning that names them, instead of stopping."""
+    workers: int | None = None
+    """Processes that read frames ahead; by default none where frames are drawn, and from a folder one for each core, at
+    most 4. Results do not depend on it."""
+
+    @property
+    def side(self) -> int:
+        """`size`, or its default for this data."""
+        return self.size or (64 if self.data == "synthetic" else 256)
+
+    @property
+    def readers(self) -> int:
+        """`workers`, or its default for this data."""
+        if self.workers is not None:
+            return self.workers
+        return 0 if self.data == "synthetic" else default_workers()
 
 
 @dataclass
@@ -134,7 +158,7 @@ class RunConfig(DataConfig):
             places["data"] = _whole(self.data)
         if self.clip_pretrained is not None and os.path.isfile(os.path.expanduser(self.clip_pretrained)):
             places["clip_pretrained"] = _whole(self.clip_pretrained)
-        return replace(self, **places)
+        return replace(self, size=self.side, **places)
 
     def what_counts(self) -> dict[str, Any]:
         """The options that change the result: a run is resumed only where they are the same."""
@@ -304,6 +328,56 @@ class AblateConfig(TrainConfig):
 
 
 @dataclass
+class PrepareConfig:
+    """Cut the faces out of a raw data set, with their sound: a folder that anyone can open, and `train` in seconds."""
+
+    data: Path
+    """The folder of a raw data set."""
+    layout: str = "auto"
+    """How it is laid out: mead, ravdess, crema-d, ned, folder (<individual>/<emotion>/<file>); auto looks and says."""
+    individuals: list[str] | None = None
+    """The individuals to prepare; by default all."""
+    emotions: list[str] | None = None
+    """The emotions to prepare; by default all."""
+    views: list[str] | None = None
+    """The cameras' views to prepare, such as front; by default all."""
+    levels: list[str] | None = None
+    """The levels of an emotion to prepare, such as 3 or strong; by default all."""
+    crop: Literal["faces", "centre"] = "faces"
+    """faces: found, followed through time and cut out; centre: the centred square, for recordings framed already."""
+    detector: str = "dlib"
+    """What finds faces; dlib needs the extra [faces]."""
+    face: Literal["largest", "left"] = "largest"
+    """Which of several people: the one who is large and long present, or the one on the left."""
+    margin: float = 70 / 256
+    """Part of the side that is not face, NED's 70 of 256 pixels by default."""
+    align: Literal["none", "eyes"] = "none"
+    """eyes: turned so that the eyes are level, and placed by eyes and nose."""
+    every: int = 5
+    """Frames from one look for faces to the next."""
+    size: int = 256
+    """Side of a prepared frame in pixels."""
+    fps: float | None = None
+    """Frames a second, such as 25 or 30; by default the recording's own, also where they vary."""
+    frames: Literal["mp4", "png"] = "mp4"
+    """A clip as one video, or as a folder of numbered pictures, without loss and ten times the size."""
+    crf: float = 14
+    """x264's quality of videos: lower is better and larger."""
+    sound: Literal["keep", "need", "drop"] = "keep"
+    """keep the sound where there is one, in the recording or beside it; need: a recording without is an error."""
+    skip_broken: bool = False
+    """Leave out recordings that are broken or show no face without ending in an error; the report names them anyway."""
+    workers: int = 0
+    """Processes; 0 means one for each core."""
+    overwrite: bool = False
+    """Prepare again what was prepared with other options, or has changed since."""
+    out: Path = Path("faces")
+    """Output folder; what is prepared there already is kept."""
+
+    command: ClassVar[str] = "prepare"
+
+
+@dataclass
 class EvaluateConfig:
     """Evaluate a finished run of `pcmecl-fast train` or `demo` again."""
 
@@ -384,7 +458,7 @@ class EditConfig:
     command: ClassVar[str] = "edit"
 
 
-Command = RunConfig | EvaluateConfig | EditConfig
+Command = RunConfig | EvaluateConfig | EditConfig | PrepareConfig
 
 
 def device_named(name: str) -> str:
@@ -421,9 +495,10 @@ def check_options(config: Command) -> None:
     for name, limits in LIMITS.items():
         given = getattr(config, name, None)
         for value in given if isinstance(given, list) else [given]:
-            if value is not None and value not in limits:
+            if value is not None and not isinstance(value, str) and value not in limits:
                 raise ValueError(f"{option_name(name)}: takes {limits}, got {value}")
     box = getattr(config, "mouth_box", [0, 0, 1, 1])
     if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
         raise ValueError(f"--mouth-box: takes left, top, right and bottom, the first two the smaller, got {box}")
-    device_named(config.device)
+    if hasattr(config, "device"):
+        device_named(config.device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.criterion import TOLERANCE, PCMECLCriterion
 from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.loading import read_ahead
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.models import Edit, Generator, PatchDiscriminator, make_generator
 from pcmecl_fast.ops.operator import requested_backend
@@ -66,9 +67,9 @@ def train_generator(
         prompts_hash: of the files that the bank was loaded from; a checkpoint with another one is refused.
     """
     torch.manual_seed(config.seed)
-    generator = make_generator(config.generator, dataset.emotions, config.size, config.generator_options)
+    generator = make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
     players = _Players(generator.to(clip.device), PatchDiscriminator().to(clip.device), config, clip.device)
-    draw = _Batches(dataset, bank, with_reference=generator.driven_by == "reference")
+    draw = _Plans(dataset, bank, with_reference=generator.driven_by == "reference")
     terms_of = _Terms(players, criterion or criterion_for(clip, bank, dataset, config), clip, dataset, config)
     loop = Loop(
         config.out,
@@ -80,11 +81,14 @@ def train_generator(
         resume=config.resume,
         signature=_signature(clip, dataset, generator, config) | {"the contents of --prompts": prompts_hash},
     )
-    for step in loop:
+    plans = (draw(config.batch, loop.generator(step)) for step in range(loop.done, config.steps))
+    for step, (plan, frames) in zip(
+        loop, read_ahead(dataset, plans, _Plan.wanted, workers=config.readers), strict=True
+    ):
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
         torch.manual_seed(loop.generator(step).initial_seed())
         players.set_rates(_schedule(step, config.steps))
-        batch = draw(config.batch, loop.generator(step)).to(clip.device)
+        batch = _Batch.of(plan, frames).to(clip.device)
         edited, terms = terms_of(batch, loop.generator(~step))
         loss = players.improve_generator(terms_of.weighted(terms))
         critic_loss = players.improve_critic(batch.frames, edited)
@@ -300,6 +304,21 @@ def mouth_loss(
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """What a step trains on, before its frames are read."""
+
+    index: Tensor  # (B,) frames of the data set
+    reference: Tensor | None  # (B,) frames that show the targets, for a generator driven by them
+    row: Tensor  # (B,) rows of the bank
+    source: Tensor  # (B,) emotions shown
+    target: Tensor  # (B,) target emotions
+
+    def wanted(self) -> Tensor:
+        """All frames to read, (B,) or (2 B,)."""
+        return self.index if self.reference is None else torch.cat([self.index, self.reference])
+
+
+@dataclass(frozen=True)
 class _Batch:
     index: Tensor  # (B,) frames of the data set
     frames: Tensor  # (B, 3, S, S)
@@ -309,13 +328,21 @@ class _Batch:
     source: Tensor  # (B,) emotions shown
     target: Tensor  # (B,) target emotions
 
+    @classmethod
+    def of(cls, plan: _Plan, frames: Tensor) -> _Batch:
+        drive, back = plan.target, plan.source
+        if plan.reference is not None:
+            frames, drive = frames.split(len(plan.index))
+            back = frames
+        return cls(plan.index, frames, drive, back, plan.row, plan.source, plan.target)
+
     def to(self, device: torch.device) -> _Batch:
         """On the device, except `index`, which is used to read features from disk."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "index"}
         return replace(self, **moved)
 
 
-class _Batches:
+class _Plans:
     """Draws frames and target emotions; emotions are drawn evenly, so that rare ones are seen as often."""
 
     def __init__(self, dataset: FrameDataset, bank: PromptBank, *, with_reference: bool) -> None:
@@ -330,17 +357,14 @@ class _Batches:
         else:
             self.rows = bank.rows(dataset.individuals)[dataset.individual_index]
 
-    def __call__(self, count: int, generator: torch.Generator) -> _Batch:
+    def __call__(self, count: int, generator: torch.Generator) -> _Plan:
         index = torch.multinomial(self.weight, count, replacement=True, generator=generator)
         source = self.dataset.emotion_index[index]
         target = self.shown[torch.randint(len(self.shown), (count,), generator=generator)]
         keep = torch.arange(count) % 8 == 7
         target = torch.where(keep, source, target)
-        if not self.with_reference:
-            return _Batch(index, self.dataset.frames(index), target, source, self.rows[index], source, target)
-        reference = draw_references(self.dataset.emotion_index, target, generator)
-        frames, shown = self.dataset.frames(torch.cat([index, reference])).split(count)
-        return _Batch(index, frames, shown, frames, self.rows[index], source, target)
+        reference = draw_references(self.dataset.emotion_index, target, generator) if self.with_reference else None
+        return _Plan(index, reference, self.rows[index], source, target)
 
 
 def draw_references(

@@ -143,7 +143,8 @@ def frame_features(clip: Clip, dataset: FrameDataset, config: RunConfig) -> Feat
     """Image features of a data set's frames: from the store, or recomputed on every access by the reference backend."""
     if requested_backend(None) == "reference":
         return LiveFeatures(clip, dataset)
-    return FeatureStore(config.features_folder, clip, dtype=getattr(torch, config.features_dtype))(dataset)
+    store = FeatureStore(config.features_folder, clip, dtype=getattr(torch, config.features_dtype))
+    return store(dataset, workers=config.readers)
 
 
 def matching_loss(
