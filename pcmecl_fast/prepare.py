@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -233,6 +234,11 @@ def _prepare(jobs: list[_Job], cutting: Cutting, config: PrepareConfig, prepared
                 writer.append(entry)
                 if entry.broken:
                     log.warning("not prepared: %s", entry.broken)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"--workers: one of {workers} processes was ended by the system, perhaps for want of memory; with "
+            "fewer, the same command goes on"
+        ) from error
     finally:
         writer.close()
 

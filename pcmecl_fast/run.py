@@ -44,7 +44,7 @@ from pcmecl_fast.train.config import (
     check_options,
     device_named,
 )
-from pcmecl_fast.train.generator import check_emotions, draw_references, train_generator
+from pcmecl_fast.train.generator import FramesByEmotion, check_emotions, train_generator
 from pcmecl_fast.train.loop import read_checkpoint
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
 
@@ -310,13 +310,13 @@ class _References:
 
     def __init__(self, generator: Generator, dataset: FrameDataset) -> None:
         self.by_frame = generator.driven_by == "reference"
+        self.by_emotion = FramesByEmotion(dataset.emotion_index)
         self.dataset = dataset
 
     def __call__(self, target: Tensor, device: torch.device) -> Tensor:
         if not self.by_frame:
             return target.to(device)
-        random = torch.Generator().manual_seed(0)
-        index = draw_references(self.dataset.emotion_index, target.cpu(), random)
+        index = self.by_emotion.draw(target.cpu(), torch.Generator().manual_seed(0))
         return self.dataset.frames(index).to(device)
 
 

@@ -387,6 +387,7 @@ def test_emotions_and_levels_are_known_by_other_words() -> None:
     clips = some_clips()
     assert select(clips, emotions=["Anger"]) == select(clips, emotions=["angry"]) != []
     assert select(clips, levels=["3"]) == select(clips, levels=["LEVEL_3"]) != []
+    assert {clip.emotion for clip in select(clips, levels=["3"])} == {"neutral", "angry"}  # neutral has no levels
     other = [RawClip("a", "sad", level, (), level=level) for level in ("strong", "HI", "normal")]
     assert [clip.level for clip in select(other, levels=["strong", "hi"])] == ["strong", "HI"]
 

@@ -25,9 +25,9 @@ from pcmecl_fast.data.splits import split
 from pcmecl_fast.data.tracks import Crop, Track
 from pcmecl_fast.data.video import open_video
 from pcmecl_fast.models import load_generator
-from tests.raw_trees import TREES, click_offset, face_place, mead_tree, write_video
+from tests.raw_trees import TREES, click_offset, face_place, mead_tree, write_sound, write_video
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,43 @@ def test_frames_are_resampled_in_time(tmp_path, fps, frames):
         times = [frame.time for frame in reader]
     assert {round(1 / float(b - a), 3) for a, b in itertools.pairwise(times)} == {float(fps)}
     assert abs(float(times[-1]) - 40 / 25) <= 1 / float(fps)
+
+
+def test_uneven_times_are_kept(tmp_path):
+    times = [0, 1, 3, 4, 8, 9, 10, 15]
+    path = tmp_path / "raw/ann/happy/a.mkv"
+    path.parent.mkdir(parents=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for n, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 * n, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    with open_video(tmp_path / "faces/ann/happy/a.mp4") as reader:
+        assert [float(frame.time) for frame in reader] == pytest.approx([t / 25 for t in times], abs=1e-3)
+    faces = FolderFaces(tmp_path / "faces", size=64, cache=False)
+    grey = (faces.frames([5, 1, 7]).mean(dim=(1, 2, 3)) + 1) * 127.5
+    np.testing.assert_allclose(grey.numpy(), [100, 20, 140], atol=3)
+
+
+def test_a_worker_that_the_system_ends_is_told(tmp_path, monkeypatch, capsys):
+    dotted(tmp_path / "raw/ann/happy/a.mp4", 4)
+    monkeypatch.setattr("pcmecl_fast.data.cutting.write_clip", lambda *_, **__: os._exit(9))
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 1
+    assert "was ended by the system" in last_line(capsys)
+    monkeypatch.undo()
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+
+
+def test_a_file_without_pictures_is_named(tmp_path, capsys):
+    write_sound(tmp_path / "raw/ann/happy/a.m4a", np.zeros(4800, np.float32), 48000).rename(
+        tmp_path / "raw/ann/happy/a.mp4"
+    )
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 1
+    assert "a.mp4 (it contains no video)" in last_line(capsys)
 
 
 def test_filters_take_what_they_name_and_more_can_be_added_later(trees, tmp_path):

@@ -31,7 +31,7 @@ from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train import generator as stage_two
 from pcmecl_fast.train import prompts as stage_one
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
-from pcmecl_fast.train.generator import criterion_for, draw_references, mouth_loss, train_generator
+from pcmecl_fast.train.generator import FramesByEmotion, criterion_for, mouth_loss, train_generator
 from pcmecl_fast.train.loop import Loop
 from pcmecl_fast.train.prompts import learn_prompts, matching_loss
 
@@ -332,7 +332,7 @@ def test_drawn_faces_are_compared_by_the_reader_and_others_by_pixels(clip, stage
 def test_references_show_the_target_emotion():
     shown = torch.tensor([0, 1, 2, 1, 0, 2])
     target = torch.tensor([2, 2, 1, 0] * 10)
-    index = draw_references(shown, target, torch.Generator().manual_seed(0))
+    index = FramesByEmotion(shown).draw(target, torch.Generator().manual_seed(0))
     assert torch.equal(shown[index], target)
     assert len(index.unique()) == 6
 

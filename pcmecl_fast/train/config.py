@@ -342,7 +342,7 @@ class PrepareConfig:
     views: list[str] | None = None
     """The cameras' views to prepare, such as front; by default all."""
     levels: list[str] | None = None
-    """The levels of an emotion to prepare, such as 3 or strong; by default all."""
+    """The levels of an emotion to prepare, such as 3 or strong; neutral, which has none, stays. By default all."""
     crop: Literal["faces", "centre"] = "faces"
     """faces: found, followed through time and cut out; centre: the centred square, for recordings framed already."""
     detector: str = "dlib"

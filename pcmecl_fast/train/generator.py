@@ -350,7 +350,9 @@ class _Plans:
         self.with_reference = with_reference
         counts = torch.bincount(dataset.emotion_index, minlength=len(dataset.emotions))
         self.shown = (counts > 0).nonzero()[:, 0]
-        self.weight = 1.0 / counts[dataset.emotion_index]
+        # PyTorch draws from at most 2^24: of more, first the emotion and then the frame, which is the same.
+        self.weight = 1.0 / counts[dataset.emotion_index] if len(dataset) <= 2**24 else None
+        self.by_emotion = FramesByEmotion(dataset.emotion_index)
         check_emotions(bank, dataset.emotions)
         if bank.condition == "frame":
             self.rows = bank.rows(dataset.keys)
@@ -358,20 +360,35 @@ class _Plans:
             self.rows = bank.rows(dataset.individuals)[dataset.individual_index]
 
     def __call__(self, count: int, generator: torch.Generator) -> _Plan:
-        index = torch.multinomial(self.weight, count, replacement=True, generator=generator)
+        if self.weight is None:
+            shown = self.shown[torch.randint(len(self.shown), (count,), generator=generator)]
+            index = self.by_emotion.draw(shown, generator)
+        else:
+            index = torch.multinomial(self.weight, count, replacement=True, generator=generator)
         source = self.dataset.emotion_index[index]
         target = self.shown[torch.randint(len(self.shown), (count,), generator=generator)]
         keep = torch.arange(count) % 8 == 7
         target = torch.where(keep, source, target)
-        reference = draw_references(self.dataset.emotion_index, target, generator) if self.with_reference else None
+        reference = self.by_emotion.draw(target, generator) if self.with_reference else None
         return _Plan(index, reference, self.rows[index], source, target)
 
 
-def draw_references(
-    emotion_index: Tensor,  # (L,) int
-    target: Tensor,  # (B,) int
-    generator: torch.Generator,
-) -> Tensor:  # (B,) int
-    """For each target, a frame of somebody (not necessarily the same person) showing it."""
-    matches = (emotion_index[None] == target[:, None]).float()
-    return torch.multinomial(matches, 1, generator=generator)[:, 0]
+class FramesByEmotion:
+    """Draws frames of given emotions, of anybody who shows them."""
+
+    def __init__(
+        self,
+        emotion_index: Tensor,  # (L,) int
+    ) -> None:
+        self.order = emotion_index.argsort(stable=True)
+        self.counts = torch.bincount(emotion_index)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def draw(
+        self,
+        emotion: Tensor,  # (B,) int, each shown by some frame
+        generator: torch.Generator,
+    ) -> Tensor:  # (B,) int
+        # In float64: of many frames, float32 would never draw some.
+        place = torch.rand(len(emotion), generator=generator, dtype=torch.float64) * self.counts[emotion]
+        return self.order[self.starts[emotion] + place.long()]

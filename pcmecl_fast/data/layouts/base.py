@@ -131,8 +131,7 @@ def select(
     """The clips that have one of the values of every list, in their order; None takes all.
 
     Emotions are known by their usual synonyms, levels also by their number ("3" is "level_3"), and capitals do not
-    matter. Levels are taken literally: MEAD's neutral has `level_1` alone and RAVDESS's is never strong, so that other
-    levels alone leave neutral out.
+    matter. A neutral clip is of every level: MEAD's has `level_1` alone, RAVDESS's is never strong, CREMA-D's is XX.
 
     Raises:
         ValueError: a value that no clip has; the message lists those there are.
@@ -141,7 +140,11 @@ def select(
     wanted = {"individual": individuals, "emotion": emotions, "view": views, "level": levels}
     # Looked up among all clips: a person who lacks one of the emotions asked for is no mistake.
     values = {field: _values(clips, field, words) for field, words in wanted.items() if words is not None}
-    return [clip for clip in clips if all(getattr(clip, field) in values[field] for field in values)]
+    return [clip for clip in clips if all(_has(clip, field, values[field]) for field in values)]
+
+
+def _has(clip: RawClip, field: str, values: set[str]) -> bool:
+    return getattr(clip, field) in values or (field == "level" and clip.emotion == "neutral")
 
 
 def _values(clips: Sequence[RawClip], field: str, words: Sequence[str]) -> set[str]:
