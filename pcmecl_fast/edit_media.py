@@ -154,13 +154,12 @@ class MediaEditor:
             image, alpha, kept = read_picture(source)
         before = np.array(image)
         canvas = PictureCanvas(before.copy())
-        with self.clock("detect"):
-            tracker = self.finder.tracker(source, image.width, image.height)
-            if tracker is None:
-                tracks = [centre_track(image.width, image.height)]
-            else:
+        tracker = self.finder.tracker(source, image.width, image.height)
+        tracks = [centre_track(image.width, image.height)]
+        if tracker is not None:
+            with self.clock("detect"):
                 tracker.look(0, before)
-                tracks = self.finder.tracks(source, tracker, 1, image.width, image.height)
+            tracks = self.finder.tracks(source, tracker, 1, image.width, image.height)
         with self.clock("edit"):
             for planned in [self.editor.plan(canvas, track.square(0), 0.0) for track in tracks]:
                 self.editor.carry_out(canvas, planned)
@@ -263,6 +262,12 @@ class MediaEditor:
             first.width, first.height, pixels, int(first.colorspace), full, int(context.color_primaries),
             int(context.color_trc), reader.stream.sample_aspect_ratio, reader.display,
         )  # fmt: skip
+        if encoder.codec != "libx264" and look.aspect not in (None, 1):
+            log.info(
+                "%s: WebM takes its pixels, of shape %s, for square ones; --format mkv keeps them",
+                reader.path,
+                look.aspect,
+            )
         clock: dict[str, Any] = {"time_base": reader.time_base, "rate": reader.rate, "sound": reader.path}
         write = stack.enter_context(writing_video(output, look, encoder, **clock))
         if compare is None:

@@ -214,6 +214,16 @@ def test_sound_that_the_output_cannot_hold_is_encoded_and_that_is_said(config, t
 
 
 @needs_av
+def test_uncompressed_sound_becomes_aac_in_mp4_and_that_is_said(config, tmp_path, caplog):
+    caplog.set_level("INFO", "pcmecl_fast")
+    source = write_scene(tmp_path / "talk.mov", TIMES, sound=write_tone(tmp_path / "tone.wav", 1.0))
+    path = edited(config, input=source, format="mp4")
+    assert "the output cannot hold sound of the kind pcm_s16le, which becomes aac" in caplog.text
+    with open_video(path) as reader:
+        assert [stream.codec_context.name for stream in reader.container.streams.audio] == ["aac"]
+
+
+@needs_av
 def test_what_cannot_be_an_output_becomes_mp4(config, tmp_path):
     source = write_scene(tmp_path / "talk.flv", [k * 40 for k in range(8)], time_base=Fraction(1, 1000), codec="flv1")
     path = edited(config, input=source)

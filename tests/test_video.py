@@ -64,6 +64,21 @@ def test_every_container_gives_its_frames(tmp_path, name):
     assert np.abs(frames[0].rgb().astype(int) - scene(0)).mean() < 6
 
 
+def test_no_frame_is_lost_where_the_sound_is_the_first_stream(tmp_path):
+    """The decoder keeps the last frames back until it is told of the end."""
+    source = write_scene(tmp_path / "talk.mp4", [k * 1001 for k in range(40)], sound=write_tone(tmp_path / "tone.wav"))
+    with av.open(str(source)) as container, av.open(str(tmp_path / "sound-first.mp4"), "w") as output:
+        kinds = {kind: getattr(container.streams, kind)[0] for kind in ("audio", "video")}
+        streams = {kind: output.add_stream_from_template(stream) for kind, stream in kinds.items()}
+        for packet in container.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.type]
+                output.mux(packet)
+    with open_container(tmp_path / "sound-first.mp4") as container:
+        assert [stream.type for stream in container.streams] == ["audio", "video"]
+    assert len(scan(tmp_path / "sound-first.mp4")) == 40
+
+
 def test_frames_without_times_are_counted_on(tmp_path):
     whole = write_scene(tmp_path / "talk.mp4", list(range(10)), time_base=Fraction(1, 25), rate=Fraction(25))
     raw = tmp_path / "talk.264"

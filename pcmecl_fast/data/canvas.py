@@ -140,7 +140,7 @@ class FrameCanvas:
     def __init__(self, raw: VideoFrame, rotation: int = 0) -> None:
         self.raw, self.turns = raw, rotation // 90
         self.planes = planes(raw)
-        self.layout = LAYOUTS[raw.format.name]
+        self.layout = LAYOUTS[_planar_name(raw)]
         matrix, full = colours_of(raw)
         self.red, self.blue = _WEIGHTS.get(matrix, _BT601)
         unit = 2 ** (self.layout.bits - 8)

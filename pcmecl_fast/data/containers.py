@@ -87,6 +87,6 @@ def _check_end(path: Path) -> None:
             length = int.from_bytes(first + file.read(width - 1), "big") & (2 ** (7 * width) - 1)
             if length == 2 ** (7 * width) - 1:
                 return
+            if file.tell() + length > path.stat().st_size:
+                raise ValueError(CUT_SHORT)
             file.seek(length, 1)
-        if file.tell() > path.stat().st_size:
-            raise ValueError(CUT_SHORT)

@@ -83,7 +83,9 @@ def _track(
     """What makes packets of the output of those of a stream."""
     name = stream.codec_context.name
     plain = name.startswith("pcm_")
-    if name in output.supported_codecs and not (plain and compress):
+    # FFmpeg lists uncompressed sound among what MP4 holds, and fails at the end of such a file.
+    encoded = plain and (compress or output.format.name == "mp4")
+    if name in output.supported_codecs and not encoded:
         copied = output.add_stream_from_template(stream)
 
         def copy(packet: Packet) -> list[Packet]:
@@ -94,7 +96,7 @@ def _track(
 
         return copy
     encoder, rate = _ENCODERS.get(output.format.name, _AAC)
-    if not plain:
+    if not (plain and compress):
         log.info("%s: the output cannot hold sound of the kind %s, which becomes %s", path, name, encoder)
     context = stream.codec_context
     rate = context.rate if _takes(encoder, context.rate) else rate

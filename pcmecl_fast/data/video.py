@@ -109,7 +109,7 @@ class VideoReader:
         packets = 0
         for packet in self.container.demux():
             check_packet(packet)  # of sound, too: it may be where the file was cut
-            if packet.stream_index != self.stream.index:
+            if packet.stream.index != self.stream.index:  # not stream_index: at the end, that is 0 for every stream
                 continue
             packets += packet.size > 0
             yield from packet.decode()  # type: ignore[misc]  # of a video stream
