@@ -307,7 +307,9 @@ def _prepare(config: PrepareConfig, command: str) -> None:
 def _edit(config: EditConfig, command: str) -> None:
     from pcmecl_fast.edit import run_edit
 
-    _print_rows(run_edit(config))
+    done = run_edit(config)
+    spent = ", ".join(f"{part} {ms}" for part, ms in done.pop("milliseconds").items())
+    _print_rows(done | {"milliseconds a frame": spent})
 
 
 def _ablate(config: AblateConfig, command: str) -> None:
