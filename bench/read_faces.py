@@ -62,7 +62,7 @@ def _write_large_index(root: Path) -> None:
         for i, (n, emotion, clip) in enumerate(itertools.islice(_spread_evenly(names), CLIPS)):
             file = f"M{n:03d}/{emotion}/front-level_3-{clip:05d}.mp4"
             yield Entry(
-                file, f"M{n:03d}", emotion, FRAMES, 50_000, pts={"first": 0, "step": 512}, rate="30",
+                file, f"M{n:03d}", emotion, FRAMES, "video", 50_000, pts={"first": 0, "step": 512}, rate="30",
                 checksum=f"{i:016x}", source=f"M{n:03d}/video/front/{emotion}/level_3/{clip:05d}.mp4",
                 stamp=f"{i:016x}", level="level_3", view="front", number=clip, found=1.0, track=track,
             )  # fmt: skip
@@ -86,7 +86,7 @@ def _write_videos(root: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_clip(path, enumerate(_swaying(picture, video, random)), time_base=Fraction(1, 30), group=GROUP)
         pts = packed_pts(scan(path).tolist())
-        entry = Entry(file, f"p{video % 6}", EMOTIONS[video % 7], LENGTH, path.stat().st_size, pts=pts)
+        entry = Entry(file, f"p{video % 6}", EMOTIONS[video % 7], LENGTH, "video", path.stat().st_size, pts=pts)
         entries.append(replace(entry, checksum=content_hash(path)))
     write_index(root / INDEX, entries, {"layout": "folder", "finished": True})
 

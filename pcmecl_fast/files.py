@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 _UNFINISHED = ".unfinished"
+_NAMED = 200  # bytes of a name that its temporary one repeats
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -138,16 +139,22 @@ def content_hash(path: str | Path) -> str:
 
 def unfinished(path: Path) -> Path:
     """A temporary name beside a path, for what takes its place when it is whole."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
+    name = os.fsdecode(os.fsencode(path.name)[:_NAMED])  # a file's name has 255 bytes at most
+    return path.with_name(f".{name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process was writing in a folder. Only for one who has the folder to themselves."""
     for path in list(folder.glob(f".*{_UNFINISHED}")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 class MappedTensor:

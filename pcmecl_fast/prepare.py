@@ -12,43 +12,43 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import os
 import shutil
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from pcmecl_fast.data.cutting import Cutting, cut_clip
+from pcmecl_fast.data.cutting import SUFFIXES, Cutting, NoFaceError, cut_clip, hash_of
 from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
 from pcmecl_fast.data.faces import load_detector
-from pcmecl_fast.data.index import INDEX, Entry, IndexWriter, read_index, write_index
-from pcmecl_fast.data.layouts import RawClip, find_layout, select
-from pcmecl_fast.data.layouts.base import natural
+from pcmecl_fast.data.index import (
+    INDEX,
+    Entry,
+    Form,
+    IndexWriter,
+    in_order,
+    mark_finished,
+    read_index,
+    rewrite_index,
+)  # fmt: skip
+from pcmecl_fast.data.layouts import Listing, RawClip, find_layout, select
 from pcmecl_fast.data.media import is_hidden, need_av
 from pcmecl_fast.evaluate.contact_sheet import write_contact_sheet
-from pcmecl_fast.files import remove_unfinished
+from pcmecl_fast.files import remove, remove_unfinished, unfinished
 from pcmecl_fast.machine import cores
 from pcmecl_fast.options import named_differences
 from pcmecl_fast.train.config import PrepareConfig, check_options
 from pcmecl_fast.wording import name_some
+from pcmecl_fast.workers import WorkerEndedError, in_workers
 
 log = logging.getLogger("pcmecl_fast")
 
-_AHEAD = 4  # clips that wait for each worker
 _LOCK = ".lock"
 
 
@@ -62,7 +62,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
             changed since they were prepared; and at the end, recordings that could not be prepared: the others are.
         OSError: the disk is full; what was prepared is whole, and the same command goes on.
     """
-    check_options(config)
+    _check(config)
     layout, why = find_layout(config.data, config.layout)
     log.info("%s is laid out as %s: %s", config.data, layout.name, why)
     listing = layout.list(config.data)
@@ -75,21 +75,20 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     )
     if listing.unknown:
         log.warning("not of this data set, by their names: %s", name_some(listing.unknown, 5))
-    cutting = _cutting(config)
-    jobs = _jobs(clips, config)
-    _check_out(config)
-    prepared = {"layout": layout.name, "data": os.path.abspath(config.data), **asdict(cutting)}
+    cutting = Cutting(**{f.name: getattr(config, f.name) for f in fields(Cutting)})
+    jobs = _jobs(clips, listing, config)
+    sources = {clip.sources[0].relative_to(config.data).as_posix() for clip in listing.clips}
+    prepared = {"layout": layout.name, "data": os.path.realpath(config.data), **asdict(cutting)}
     with _locked(config.out):
-        done = _done_before(config, prepared, jobs)
-        left = [job for job in jobs if job.file not in done]
+        left = _left_to_do(config, prepared, jobs, sources)
         if len(left) < len(jobs):
             log.info("%d of %d clips are prepared already", len(jobs) - len(left), len(jobs))
         _check_tools(cutting, left)
         _prepare(left, cutting, config, prepared)
-        entries = _in_order(config.out / INDEX)
+        entries = rewrite_index(config.out / INDEX, prepared, order=in_order)
         asked = {job.file for job in jobs}
         write_contact_sheet(config.out, entries, prepared, why, listing.unknown)
-        write_index(config.out / INDEX, entries, prepared | {"finished": True})  # last: who sees it sees all
+        mark_finished(config.out / INDEX)  # last: who sees it sees all
     broken = [entry for entry in entries if entry.broken and entry.file in asked]
     if broken:
         _report_broken(broken, len(jobs), config)
@@ -102,23 +101,46 @@ class _Job:
 
     clip: RawClip
     file: str  # of the prepared clip, in the output folder
+    form: Form
     source: str  # of the recording, in the raw folder
     stamp: str
+    replaces: bool = False  # what an earlier call made of the recording as it was
 
 
-def _cutting(config: PrepareConfig) -> Cutting:
-    return Cutting(**{f.name: getattr(config, f.name) for f in fields(Cutting)})
+def _check(config: PrepareConfig) -> None:
+    """Refuse what would fail clip by clip, and an output folder that is somebody else's, before anything is written."""
+    check_options(config)
+    for name in ("individuals", "emotions", "views", "levels"):
+        if getattr(config, name) == []:
+            raise ValueError(f"--{name}: takes one name or more; without it, all are prepared")
+    if config.frames == "mp4" and config.size % 2:
+        raise ValueError(f"--size: takes an even number, as videos do, got {config.size}; --frames png takes any")
+    out, data = config.out.resolve(), config.data.resolve()
+    if out.is_relative_to(data) or data.is_relative_to(out):
+        raise ValueError(f"--out: {config.out} lies in --data, or around it; name a folder beside it")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out: {config.out} is a file; name a folder")
+    others = [path.name for path in out.iterdir() if not is_hidden(path)] if out.is_dir() else []
+    if others and INDEX not in others:
+        raise FileExistsError(
+            f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name "
+            "another folder"
+        )
 
 
-def _jobs(clips: Iterable[RawClip], config: PrepareConfig) -> list[_Job]:
+def _jobs(clips: Sequence[RawClip], listing: Listing, config: PrepareConfig) -> list[_Job]:
     """The clips with their places in the output folder, in the order of the index."""
     if not clips:
-        raise ValueError(f"--data: {config.data} holds no recordings")
+        why = "the options leave none of its recordings" if listing.clips else "it holds no recordings"
+        raise ValueError(f"--data: {config.data}: {why}")
     jobs: dict[str, _Job] = {}
     for clip in clips:
-        suffix = ".png" if clip.is_picture else "" if config.frames == "png" else ".mp4"
-        file = f"{clip.individual}/{clip.emotion}/{clip.name}{suffix}"
-        jobs[file] = _Job(clip, file, clip.sources[0].relative_to(config.data).as_posix(), _stamp(clip))
+        form: Form = "picture" if clip.is_picture else "pictures" if config.frames == "png" else "video"
+        file = f"{clip.individual}/{clip.emotion}/{clip.name}{SUFFIXES[form]}"
+        source = clip.sources[0].relative_to(config.data).as_posix()
+        if file in jobs:
+            raise ValueError(f"--data: {jobs[file].source} and {source} would both become {file}; rename one of them")
+        jobs[file] = _Job(clip, file, form, source, _stamp(clip))
     return list(jobs.values())
 
 
@@ -126,8 +148,11 @@ def _stamp(clip: RawClip) -> str:
     """What changes when a recording does: the sizes and time stamps of its files."""
     digest = hashlib.blake2b(digest_size=8)
     for path in (*clip.sources, *filter(None, [clip.sound])):
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        try:
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        except OSError:  # a link that leads nowhere, which reading it will say
+            digest.update(f"{path.name} is not there\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -146,56 +171,60 @@ def _locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_out(config: PrepareConfig) -> None:
-    """Refuse an output folder that is somebody else's, before anything is written."""
-    out, data = config.out.resolve(), config.data.resolve()
-    if out.is_relative_to(data) or data.is_relative_to(out):
-        raise ValueError(f"--out: {config.out} lies in --data, or around it; name a folder beside it")
-    others = [path.name for path in out.iterdir() if not is_hidden(path)] if out.is_dir() else []
-    if others and INDEX not in others:
-        raise FileExistsError(
-            f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name "
-            "another folder"
-        )
-
-
-def _done_before(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job]) -> dict[str, Entry]:
-    """What an earlier call has prepared, or found broken, as far as it still stands; refuses to mix or to lose it."""
+def _left_to_do(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job], sources: set[str]) -> list[_Job]:
+    """The jobs that no earlier call has done, or found broken; refuses to mix or to lose what one has done."""
     index = config.out / INDEX
     if not index.exists():
-        return {}
+        return jobs
     before, read = read_index(index)
-    entries = {entry.file: entry for entry in read}
-    was = {k: v for k, v in (before or {}).items() if k != "finished"}
-    if differing := named_differences(was, prepared):
+    if before is None:
+        raise FileExistsError(f"--out: {config.out} holds an index that `pcmecl-fast prepare` did not write")
+    if differing := named_differences({k: v for k, v in before.items() if k != "finished"}, prepared):
         if not config.overwrite:
             raise FileExistsError(
                 f"--out: {config.out} was prepared with other options: {differing}; --overwrite prepares it again, "
                 "and another --out keeps it"
             )
-        _remove(config.out, entries.values())
+        _remove(config.out, read)
         index.unlink()
-        return {}
+        return jobs
     stamps = {job.file: job.stamp for job in jobs}
-    changed = [e for e in entries.values() if not e.broken and stamps.get(e.file, e.stamp) != e.stamp]
-    if changed and not config.overwrite:
-        names = name_some([str(config.data / entry.source) for entry in changed], 3)
+    known = {entry.file: replace(entry, track=None) for entry in read}
+    changed = {e.file for e in known.values() if stamps.get(e.file, e.stamp) != e.stamp}
+    again = [e for e in known.values() if e.file in changed and not e.broken]
+    gone = [entry for entry in known.values() if entry.source not in sources]
+    if again and not config.overwrite:
+        names = name_some([str(config.data / entry.source) for entry in again], 3)
         raise ValueError(
-            f"--data: {names} changed since {'they were' if len(changed) > 1 else 'it was'} prepared; --overwrite "
+            f"--data: {names} changed since {'they were' if len(again) > 1 else 'it was'} prepared; --overwrite "
             "prepares what has changed again, and another --out keeps what there is"
         )
-    kept = {e.file: e for e in entries.values() if stamps.get(e.file, e.stamp) == e.stamp and _is_there(config.out, e)}
-    if len(kept) < len(entries):
-        write_index(index, kept.values(), prepared)
-    return kept
+    if gone:
+        names, is_are = name_some([entry.file for entry in gone], 3), "are" if len(gone) > 1 else "is"
+        if config.overwrite:
+            _remove(config.out, gone)
+        log.warning(
+            "%s: the recordings of %s %s no longer in --data%s", config.out, names, is_are,
+            ": removed" if config.overwrite else "; --overwrite removes what was prepared of them",
+        )  # fmt: skip
+
+    def stands(entry: Entry) -> bool:
+        if entry.file in changed or (config.overwrite and (entry.broken or entry.source not in sources)):
+            return False
+        return bool(entry.broken) or _is_there(config.out, entry)
+
+    standing = {entry.file for entry in known.values() if stands(entry)}
+    if len(standing) < len(known):
+        rewrite_index(index, prepared, keep=lambda entry: entry.file in standing)
+    return [replace(job, replaces=job.file in known) for job in jobs if job.file not in standing]
 
 
 def _is_there(out: Path, entry: Entry) -> bool:
-    if entry.broken:
-        return True
+    path = out / entry.file
     try:
-        path = out / entry.file
-        return path.is_dir() if not path.suffix else path.stat().st_size == entry.bytes
+        if entry.form == "pictures":
+            return sum(name.endswith(".png") for name in os.listdir(path)) == entry.frames
+        return path.stat().st_size == entry.bytes
     except OSError:
         return False
 
@@ -215,7 +244,7 @@ def _remove(out: Path, entries: Iterable[Entry]) -> None:
 
 def _check_tools(cutting: Cutting, jobs: list[_Job]) -> None:
     """See that what the work needs is installed before it begins."""
-    need_av([job.clip.sources[0] for job in jobs])
+    need_av([Path(job.file) if job.form == "video" else job.clip.sources[0] for job in jobs])
     if cutting.crop == "faces" and any(not job.clip.cropped for job in jobs):
         load_detector(cutting.detector)
 
@@ -225,77 +254,57 @@ def _prepare(jobs: list[_Job], cutting: Cutting, config: PrepareConfig, prepared
     for folder in {(config.out / job.file).parent for job in jobs}:
         remove_unfinished(folder)
     writer = IndexWriter(config.out / INDEX, prepared)
-    workers = config.workers or cores()
+    workers = min(config.workers or cores(), max(1, len(jobs)))
+    done = in_workers(partial(_do, cutting=cutting, out=config.out), jobs, workers)
     try:
-        with _pool(min(workers, max(1, len(jobs)))) as pool:
-            done = _in_workers(pool, jobs, cutting, config.out, ahead=_AHEAD * workers)
-            # The pool has its processes before the bar has its thread.
-            for entry in tqdm(done, total=len(jobs), desc="preparing", unit="clip", disable=not jobs):
-                writer.append(entry)
-                if entry.broken:
-                    log.warning("not prepared: %s", entry.broken)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"--workers: one of {workers} processes was ended by the system, perhaps for want of memory; with "
-            "fewer, the same command goes on"
-        ) from error
+        for entry in tqdm(done, total=len(jobs), desc="preparing", unit="clip", disable=not jobs):
+            writer.append(entry)
+            if entry.broken:
+                log.warning("not prepared: %s", entry.broken)
+    except WorkerEndedError as error:
+        raise RuntimeError(f"--workers: {error}; with fewer, the same command goes on") from error
     finally:
         writer.close()
 
 
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that end with this one, however it ends."""
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),))
+def _do(job: _Job, *, cutting: Cutting, out: Path) -> Entry:
+    """Prepare one clip, in a worker; a recording that cannot be prepared gives an entry that says why.
+
+    Raises:
+        FileExistsError: what lies in its place is not what becomes of the recording.
+        ValueError, OSError: an error that is not of this recording.
+    """
+    path = out / job.file
     try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _in_workers(
-    pool: ProcessPoolExecutor, jobs: list[_Job], cutting: Cutting, out: Path, *, ahead: int
-) -> Iterator[Entry]:
-    """The entries of the jobs as they are finished, with few of them waiting at any time."""
-    waiting: set[Future[Entry]] = set()
-    left = iter(jobs)
-    first = list(itertools.islice(left, ahead))
-    waiting |= {pool.submit(_do, job, cutting, out) for job in first}
-    while waiting:
-        finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        waiting |= {pool.submit(_do, job, cutting, out) for job in itertools.islice(left, len(finished))}
-        for future in finished:
-            yield future.result()
-
-
-def _begin_worker(parent: int) -> None:
-    # Ctrl-C reaches every process of a terminal; this one ends with its parent.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _do(job: _Job, cutting: Cutting, out: Path) -> Entry:
-    """Prepare one clip, in a worker; a recording that cannot be prepared gives an entry that says why."""
-    try:
-        entry = cut_clip(job.clip, cutting, out / job.file)
-    except (ValueError, FileNotFoundError) as error:
+        if path.exists() and not job.replaces:
+            entry = _cut_beside(job, cutting, path)
+        else:
+            entry = cut_clip(job.clip, cutting, job.form, path)
+    except (ValueError, OSError) as error:
+        if isinstance(error, FileExistsError) or not _is_of(error, job.clip):
+            raise
         entry = Entry("", job.clip.individual, job.clip.emotion, 0, broken=" ".join(str(error).split()))
-    entry.file, entry.source, entry.stamp = job.file, job.source, job.stamp
+    entry.file, entry.form, entry.source, entry.stamp = job.file, job.form, job.source, job.stamp
     return entry
 
 
-def _in_order(index: Path) -> list[Entry]:
-    """The entries as they are listed, however their lines came about."""
-    rank = {name: i for i, name in enumerate(KNOWN_EMOTIONS)}
-    return sorted(read_index(index)[1], key=lambda e: (natural(e.individual), rank[e.emotion], natural(e.file)))
+def _cut_beside(job: _Job, cutting: Cutting, path: Path) -> Entry:
+    """Prepare a clip whose place is taken: by the same, of a command killed before its index had it, or by another."""
+    folder = unfinished(path)
+    folder.mkdir()
+    try:
+        entry = cut_clip(job.clip, cutting, job.form, folder / path.name)
+        if hash_of(path) != entry.checksum:
+            raise FileExistsError(f"--out: {path} is there, and is not what becomes of {job.source}; move it away")
+    finally:
+        remove(folder)
+    return entry
+
+
+def _is_of(error: Exception, clip: RawClip) -> bool:
+    """Whether an error speaks of a recording, and not of the disk or the encoder."""
+    files = (*clip.sources, *filter(None, [clip.sound]))
+    return isinstance(error, NoFaceError) or any(str(path) in str(error) for path in files)
 
 
 def _report_broken(broken: list[Entry], total: int, config: PrepareConfig) -> None:

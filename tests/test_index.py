@@ -11,7 +11,18 @@ import torch
 from pcmecl_fast.data import folder as folder_module
 from pcmecl_fast.data import plain_folder
 from pcmecl_fast.data.folder import FolderFaces
-from pcmecl_fast.data.index import INDEX, Entry, IndexWriter, packed_pts, read_index, unpacked_pts, write_index
+from pcmecl_fast.data.index import (
+    INDEX,
+    Entry,
+    IndexWriter,
+    in_order,
+    mark_finished,
+    packed_pts,
+    read_index,
+    rewrite_index,
+    unpacked_pts,
+    write_index,
+)
 from tests.test_folder import needs_av, people, picture, video
 
 
@@ -71,8 +82,11 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ("", "its first line is none of an index"),
-        ('{"pcmecl_fast": "index", "version": 99, "prepared": null}\n', "of version 1"),
+        ("", "its first line is not that of an index"),
+        (
+            '{"pcmecl_fast": "index", "version": 99, "prepared": null}\n',
+            "written by another version of pcmecl_fast",
+        ),
         ('{"pcmecl_fast": "index", "version": 1, "prepared": null}\n{"file": 3}\n', "line 2 is damaged"),
         ('{"pcmecl_fast": "index", "version": 1, "prepared": null}\nx\n', "line 2 is damaged"),
     ],
@@ -91,7 +105,7 @@ def test_times_are_packed_where_they_are_even():
 
 
 def test_a_prepared_folder_opens_without_a_file_being_touched(tmp_path, monkeypatch):
-    entries = [Entry(f"p{n}/{e}/{c}.mp4", f"p{n}", e, 5, 100, pts={"first": 0, "step": 1}, checksum="c")
+    entries = [Entry(f"p{n}/{e}/{c}.mp4", f"p{n}", e, 5, "video", 100, pts={"first": 0, "step": 1}, checksum="c")
                for n in range(3) for e in ("neutral", "happy") for c in range(2)]  # fmt: skip
     write_index(tmp_path / INDEX, entries, {"finished": True})
     faces = FolderFaces(tmp_path, size=16)  # there are no such files
@@ -108,6 +122,23 @@ def test_a_prepared_folder_opens_without_a_file_being_touched(tmp_path, monkeypa
 def test_what_could_not_be_prepared_is_no_part_of_the_data_set(tmp_path):
     write_index(tmp_path / INDEX, [entry(1), entry(2, broken="empty")], {"finished": True})
     assert len(FolderFaces(tmp_path, size=16)) == 3
+
+
+def test_an_unfinished_index_opens_in_natural_order(tmp_path):
+    names = ("p10/sad/2", "p2/sad/10", "p2/happy/1", "p2/sad/9")
+    entries = [Entry(f"{n}.mp4", n.split("/")[0], n.split("/")[1], 1, "video", 9, pts=[0]) for n in names]
+    write_index(tmp_path / INDEX, entries, {})
+    assert FolderFaces(tmp_path, size=16).clips().names == [f"{names[i]}.mp4" for i in (2, 3, 1, 0)]
+
+
+def test_an_index_is_put_in_order_with_its_tracks(tmp_path):
+    path = tmp_path / INDEX
+    write_index(path, [entry(10, track={"at": [0]}), entry(9), entry(2)], {"layout": "mead"})
+    left = rewrite_index(path, {"layout": "mead"}, keep=lambda e: e.file != "ann/happy/9.mp4", order=in_order)
+    assert [e.file for e in left] == ["ann/happy/2.mp4", "ann/happy/10.mp4"]
+    assert read(path)[1] == [entry(2), entry(10, track={"at": [0]})]
+    mark_finished(path)
+    assert read(path) == ({"layout": "mead", "finished": True}, [entry(2), entry(10, track={"at": [0]})])
 
 
 # A folder without an index

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from pcmecl_fast.commands import run_command
+from pcmecl_fast.data import cutting
 from pcmecl_fast.data import faces as faces_module
 from pcmecl_fast.data.faces import Face
 from pcmecl_fast.data.folder import FolderFaces
@@ -26,6 +27,7 @@ from pcmecl_fast.data.tracks import Crop, Track
 from pcmecl_fast.data.video import open_video
 from pcmecl_fast.models import load_generator
 from tests.raw_trees import TREES, click_offset, face_place, mead_tree, write_sound, write_video
+from tests.test_folder import picture
 
 av = pytest.importorskip("av")
 
@@ -382,6 +384,144 @@ def test_a_prepared_clip_that_changes_is_refused_by_the_data_set(tmp_path):
         FolderFaces(tmp_path / "faces", size=32).frames([1])
 
 
+# What names may be
+
+
+def test_a_clip_is_what_it_is_whatever_its_name(tmp_path):
+    """Names with dots, and those that look like files of another kind, in both forms."""
+    raw = tmp_path / "raw/ann/happy"
+    for name in ("a.mp4.mp4", "take.v1.mp4"):
+        dotted(raw / name, 6)
+    for name in ("pictures.png", "frames.jpg"):
+        for n in range(3):
+            picture(raw / name / f"{n}.png", size=(64, 64), seed=n)
+    picture(raw / "face.v2.jpg", size=(64, 64))
+    dotted(tmp_path / "raw/ann/sad/plain.mp4", 6)
+    for form in ("mp4", "png"):
+        out = tmp_path / form
+        assert prepare(tmp_path / "raw", out, "--frames", form) == 0
+        before = content(out)
+        assert prepare(tmp_path / "raw", out, "--frames", form) == 0
+        assert content(out) == before
+        entries = entries_of(out)
+        assert sorted(e.frames for e in entries) == [1, 3, 3, 6, 6, 6]
+        assert not [e for e in entries if e.broken]
+        faces = FolderFaces(out, size=32, cache=False)
+        assert len(faces) == len(set(faces.keys)) == 25
+        assert faces.frames(range(25)).shape == (25, 3, 32, 32)
+
+
+def test_two_recordings_never_become_one_clip(tmp_path, capsys):
+    raw = tmp_path / "raw/ann/happy"
+    picture(raw / "x.jpg", size=(64, 64))
+    for n in range(3):
+        picture(raw / "x.png" / f"{n}.png", size=(64, 64))
+    assert prepare(tmp_path / "raw", tmp_path / "faces", "--frames", "png") == 1
+    assert "would both become ann/happy/x.png; rename one of them" in last_line(capsys)
+    assert prepare(tmp_path / "raw", tmp_path / "videos") == 0
+
+
+def test_nothing_is_written_or_removed_outside_the_folder(tmp_path, capsys):
+    tree = TREES["ned"](tmp_path / "raw")
+    info = tree.root / "Tom/videos/_frame_info.txt"
+    info.write_text(info.read_text() + "happy_/../../../../evil_0 0\n")
+    assert prepare(tree.root, tmp_path / "faces", "--skip-broken") == 0
+    assert not list(tmp_path.rglob("evil*"))
+    (tmp_path / "victim.txt").write_text("mine")
+    index = tmp_path / "faces" / INDEX
+    index.write_text(index.read_text() + '{"file":"../victim.txt","individual":"a","emotion":"sad","frames":1}\n')
+    assert prepare(tree.root, tmp_path / "faces", "--skip-broken", "--overwrite", "--fps", "10") == 1
+    assert "that is not in the folder" in last_line(capsys)
+    assert (tmp_path / "victim.txt").read_text() == "mine"
+
+
+def test_one_bad_file_stops_nothing_else(tmp_path):
+    dotted(tmp_path / "raw/ann/happy/a.mp4", 6)
+    (tmp_path / "raw/ann/happy/gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    dotted(tmp_path / f"raw/ann/happy/{'長' * 80}.mp4", 6)
+    assert prepare(tmp_path / "raw", tmp_path / "faces", "--skip-broken") == 0
+    assert [bool(e.broken) for e in entries_of(tmp_path / "faces")].count(True) == 1
+
+
+# Whose files they are
+
+
+def test_a_file_that_somebody_put_there_is_not_written_over(tmp_path, capsys):
+    dotted(tmp_path / "raw/ann/happy/a.mp4", 6)
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    dotted(tmp_path / "raw/ann/happy/b.mp4", 6)
+    own = dotted(tmp_path / "faces/ann/happy/b.mp4", 3).read_bytes()
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 1
+    assert "b.mp4 is there, and is not what becomes of ann/happy/b.mp4; move it away" in last_line(capsys)
+    assert (tmp_path / "faces/ann/happy/b.mp4").read_bytes() == own
+    assert [p.name for p in (tmp_path / "faces/ann/happy").iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_was_broken_is_tried_again_when_asked(tmp_path, monkeypatch):
+    dotted(tmp_path / "raw/ann/happy/a.mp4", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("pcmecl_fast.data.cutting.has_sound", failing(ValueError))
+        assert prepare(tmp_path / "raw", tmp_path / "faces", "--skip-broken") == 0
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 1
+    assert prepare(tmp_path / "raw", tmp_path / "faces", "--overwrite") == 0
+
+
+def failing(kind):
+    def fail(path):
+        raise kind(f"{path} (for a while)")
+
+    return fail
+
+
+def test_an_error_that_is_not_the_recordings_stops_and_marks_nothing(tmp_path, monkeypatch, capsys):
+    dotted(tmp_path / "raw/ann/happy/a.mp4", 6)
+    with monkeypatch.context() as patch:
+        patch.setattr("pcmecl_fast.data.cutting.scan", lambda path: [][0])
+        assert prepare(tmp_path / "raw", tmp_path / "faces", "--skip-broken") == 1
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+
+
+def test_recordings_that_are_gone_are_told_and_removed_when_asked(tmp_path, caplog):
+    dotted(tmp_path / "raw/ann/happy/a.mp4", 6)
+    dotted(tmp_path / "raw/ann/happy/z.mp4", 6)
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    (tmp_path / "raw/ann/happy/a.mp4").rename(tmp_path / "raw/ann/happy/b.mp4")
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    assert "the recordings of ann/happy/a.mp4 is no longer in --data" in caplog.text
+    assert prepare(tmp_path / "raw", tmp_path / "faces", "--overwrite") == 0
+    assert [e.file for e in entries_of(tmp_path / "faces")] == ["ann/happy/b.mp4", "ann/happy/z.mp4"]
+    assert not (tmp_path / "faces/ann/happy/a.mp4").exists()
+
+
+def test_clips_that_somebody_named_are_left_out(tmp_path, caplog):
+    for n in range(3):
+        dotted(tmp_path / f"raw/ann/happy/{n}.mp4", 6)
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    (tmp_path / "faces/left_out.txt").write_text("ann/happy/1.mp4\nann/happy/9.mp4\n")
+    faces = FolderFaces(tmp_path / "faces", size=32)
+    assert faces.clips().names == ["ann/happy/0.mp4", "ann/happy/2.mp4"]
+    assert "ann/happy/9.mp4" in caplog.text
+
+
+def test_a_damaged_clip_is_shown_as_such_and_made_again_once_it_is_removed(tmp_path, caplog):
+    dotted(tmp_path / "raw/ann/happy/a.mp4", 6)
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    before = content(tmp_path / "faces")
+    clip = tmp_path / "faces/ann/happy/a.mp4"
+    clip.write_bytes(bytes(clip.stat().st_size))
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    assert "a.mp4" in caplog.text
+    assert "damaged" in (tmp_path / "faces/report.html").read_text()
+    clip.unlink()
+    assert prepare(tmp_path / "raw", tmp_path / "faces") == 0
+    assert content(tmp_path / "faces") == before
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(29.97, "30000/1001"), (23.976, "24000/1001"), (25, "25"), (12.5, "25/2")])
+def test_rates_are_the_usual_fractions(fps, rate):
+    assert str(cutting._exact(fps)) == rate
+
+
 # Bad input
 
 
@@ -406,6 +546,8 @@ def test_a_folder_that_holds_something_else_is_not_touched(tmp_path, capsys):
         (["--detector", "mtcnn", "--crop", "faces"], "--detector: got 'mtcnn'; takes one of dlib"),
         (["--margin", "1"], "--margin: takes 0 to 0.9, got 1"),
         (["--every", "0"], "--every: takes 1 or more, got 0"),
+        (["--size", "65"], "--size: takes an even number, as videos do, got 65; --frames png takes any"),
+        (["--individuals", "bob"], "--individuals: no clip has 'bob'"),
         (["--levels", "3"], "--levels: no clip has '3'; these clips have no levels"),
     ],
 )

@@ -36,6 +36,7 @@ class Clips:
     names: list[str]  # C unique names, as stable as keys
     index: Tensor  # (L,) int64 in [0, C)
     numbers: list[int | None] | None = None  # C numbers that the data set itself gives them, where it does
+    rates: list[float | None] | None = None  # C rates in frames a second, where they are known
 
 
 class FrameDataset(Dataset[Sample], ABC):
@@ -138,6 +139,11 @@ class FrameSubset(FrameDataset):
 
     def frames(self, indices: Indices) -> Tensor:
         return self.parent.frames(self.indices[as_indices(indices, len(self))])
+
+    def labels_hash(self) -> str:
+        digest = hashlib.blake2b(self.parent.labels_hash().encode(), digest_size=8)
+        digest.update(self.indices.numpy().tobytes())
+        return digest.hexdigest()
 
     def pixels(self, indices: Indices) -> Tensor:
         return self.parent.pixels(self.indices[as_indices(indices, len(self))])

@@ -17,16 +17,18 @@ import numpy as np
 from PIL import Image
 
 from pcmecl_fast.data.faces import Detector, load_detector
-from pcmecl_fast.data.index import Entry, packed_pts
+from pcmecl_fast.data.index import Entry, Form, packed_pts
 from pcmecl_fast.data.layouts.base import RawClip, is_picture
 from pcmecl_fast.data.media import read_picture
 from pcmecl_fast.data.sound import has_sound, write_sound
 from pcmecl_fast.data.tracks import Crop, Track, Tracker, centre_track, choose_tracks, cut
 from pcmecl_fast.data.video import Frame, open_video, scan, write_clip
-from pcmecl_fast.files import content_hash, replacing, unfinished
+from pcmecl_fast.files import content_hash, remove, replacing, unfinished
 
 GROUP = 8
 """Pictures from one keyframe to the next: what reading any one frame of a prepared clip decodes at most."""
+
+SUFFIXES: dict[Form, str] = {"video": ".mp4", "picture": ".png", "pictures": ""}
 
 _RATE = Fraction(25)  # of frames given as pictures, where nothing says theirs
 
@@ -55,6 +57,7 @@ class NoFaceError(ValueError):
 def cut_clip(
     clip: RawClip,
     cutting: Cutting,
+    form: Form,
     path: Path,  # of the prepared file, or folder of pictures
 ) -> Entry:
     """Prepare one clip: `path` is whole or absent. The entry lacks what only the caller knows: file, source, stamp.
@@ -72,10 +75,10 @@ def cut_clip(
     if track is not None:
         entry.track, entry.found = track.to_json(), round(track.found, 3)
     faces = recording.faces(track, cutting)
-    if path.suffix == ".png":
+    if form == "picture":
         write_png(path, next(faces)[1])
         entry.frames = 1
-    elif path.suffix == ".mp4":
+    elif form == "video":
         clock, rate = recording.clock(cutting)
         write_clip(path, faces, time_base=clock, rate=rate, sound=sound, crf=cutting.crf, group=GROUP)
         pts = scan(path).tolist()
@@ -83,11 +86,19 @@ def cut_clip(
     else:
         entry.frames = _write_pictures(path, faces, sound)
         entry.rate = str(recording.clock(cutting)[1])
-    if path.is_file():
-        entry.bytes, entry.checksum = path.stat().st_size, content_hash(path)
-    else:
-        entry.checksum = _hash_of_all(path)
+    entry.form, entry.checksum = form, hash_of(path)
+    entry.bytes = 0 if form == "pictures" else path.stat().st_size
     return entry
+
+
+def hash_of(path: Path) -> str:
+    """A prepared clip's checksum: of a file its content's, of a folder that of all its files."""
+    if path.is_file():
+        return content_hash(path)
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(path.iterdir()):
+        digest.update(f"{file.name} {content_hash(file)}\n".encode())
+    return digest.hexdigest()
 
 
 class _Video:
@@ -170,7 +181,9 @@ def _detector(name: str) -> Detector:
 
 
 def _exact(fps: float) -> Fraction:
-    return Fraction(fps).limit_denominator(1001)  # 29.97 is 30000/1001
+    """29.97 is 30000/1001, as television counts; 25 is 25."""
+    ntsc = Fraction(round(fps * 1001 / 1000) * 1000, 1001)
+    return ntsc if abs(ntsc - fps) < 0.004 and abs(fps - round(fps)) > 0.001 else Fraction(fps).limit_denominator(1000)
 
 
 def _as_recorded(frames: Iterable[Frame]) -> Iterator[tuple[int, Frame]]:
@@ -229,16 +242,8 @@ def _new_folder(path: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        if path.exists():  # of a command that was killed before it could enter it into the index
-            shutil.rmtree(path)
+        remove(path)
         os.replace(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _hash_of_all(folder: Path) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.iterdir()):
-        digest.update(f"{path.name} {content_hash(path)}\n".encode())
-    return digest.hexdigest()

@@ -236,5 +236,7 @@ def _digests(dataset: FrameDataset) -> np.ndarray:
     """A name for each frame, a hash of what it is made from: (L,) of 16 bytes."""
     pairs = zip(dataset.keys, dataset.stamps(), strict=True)
     names = (f"{key}\0{stamp}".encode("utf-8", "surrogateescape") for key, stamp in pairs)
-    whole = b"".join(hashlib.blake2b(name, digest_size=_DIGEST).digest() for name in names)
+    whole = bytearray()  # which grows in place: there may be millions
+    for name in names:
+        whole += hashlib.blake2b(name, digest_size=_DIGEST).digest()
     return np.frombuffer(whole, dtype=f"S{_DIGEST}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from torch import Tensor
 
 from pcmecl_fast.data.base import Clips, FrameDataset, Indices, as_frames, as_indices
 from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
-from pcmecl_fast.data.index import INDEX, Entry, read_index, unpacked_pts
+from pcmecl_fast.data.index import INDEX, Entry, Form, in_order, read_index, unpacked_pts
 from pcmecl_fast.data.layout import check_root
-from pcmecl_fast.data.media import decode, is_media, need_av, square
+from pcmecl_fast.data.media import decode, need_av, square
 from pcmecl_fast.data.plain_folder import explain_absent, plain_entries
 from pcmecl_fast.data.video import read_at
 from pcmecl_fast.files import content_hash
@@ -26,14 +28,19 @@ from pcmecl_fast.wording import name_some
 
 logger = logging.getLogger(__name__)
 
+LEFT_OUT = "left_out.txt"
+"""In a prepared folder: its clips that are not to be used, one a line, as `index.jsonl` names them."""
+
 
 class FolderFaces(FrameDataset):
     """Pictures and videos laid out as `<root>/<individual>/<emotion>/<file>`, as square frames.
 
     A folder that `pcmecl-fast prepare` made has an index, and opens without a file being touched: a million frames in
-    seconds. Any other is indexed first, in parallel and with a progress bar, by decoding every file once, the only way
-    to find truncated ones (but WebM and Matroska files cut between two frames pass for shorter videos); where that
-    takes a while, the index stays in the folder as `.index.jsonl`, and only new and changed files are looked at again.
+    seconds. What is added by hand is not seen, and what `left_out.txt` names, one clip a line, is not used.
+
+    Any other folder is indexed first, in parallel and with a progress bar, by decoding every file once, the only way to
+    find truncated ones (but WebM and Matroska files cut between two frames pass for shorter videos); where that takes a
+    while, the index stays in the folder as `.index.jsonl`, and only new and changed files are looked at again.
 
     Individuals may have different numbers of files and lack emotions. Individuals and files are in natural order (2
     before 10), emotions in the order of `KNOWN_EMOTIONS`. Hidden names (a leading "." or "__"), files that are neither
@@ -63,7 +70,7 @@ class FolderFaces(FrameDataset):
         ImportError: there are videos and PyAV, which reads them, is not installed.
         ValueError: an argument out of range; a folder that is not a known emotion; an emotion without a folder; files
             at the wrong level; broken files, all in one message; nothing to read; a damaged index. On access, a file
-            that has changed since it was indexed.
+            that has changed since it was indexed (of a folder of pictures, one that is gone or broken).
     """
 
     def __init__(
@@ -86,9 +93,14 @@ class FolderFaces(FrameDataset):
         self.prepared: dict[str, Any] | None = None
         if (self.root / INDEX).is_file():
             self.prepared, read = read_index(self.root / INDEX)
-            _check_finished(self.root, self.prepared)
             # Of recordings that could not be prepared there are no files; `prepare` has named them.
-            entries = _chosen(self.root, filter(_is_whole, read), wanted, reserve=reserve or emotions is None)
+            whole = _without_left_out(self.root, filter(_is_whole, read))
+            entries = _chosen(self.root, whole, wanted, reserve=reserve or emotions is None)
+            if not (self.prepared or {}).get("finished"):
+                logger.warning(
+                    "%s: not all of it has been prepared yet; the same `pcmecl-fast prepare` goes on", self.root
+                )
+                entries.sort(key=in_order)
         else:
             entries = plain_entries(
                 self.root, wanted, explicit=emotions is not None, reserve=reserve or emotions is None
@@ -111,6 +123,7 @@ class FolderFaces(FrameDataset):
         self.individual_index = _spread([individual[entry.individual] for entry in entries], counts)
         self.emotion_index = _spread([emotion[entry.emotion] for entry in entries], counts)
         self._numbers = [entry.number for entry in entries]
+        self._rates = [float(Fraction(entry.rate)) / self.stride if entry.rate else None for entry in entries]
 
     @cached_property
     def keys(self) -> list[str]:  # type: ignore[override]  # made when somebody asks: there may be millions
@@ -118,7 +131,16 @@ class FolderFaces(FrameDataset):
 
     def clips(self) -> Clips:
         counts = self._ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        return Clips([file.name for file in self._files], _spread(range(len(self._files)), counts), self._numbers)
+        names = [file.name for file in self._files]
+        return Clips(names, _spread(range(len(names)), counts), self._numbers, self._rates)
+
+    def labels_hash(self) -> str:
+        # Of files and not of frames: there may be millions.
+        digest = hashlib.blake2b(repr((self.individuals, self.emotions, self.stride)).encode(), digest_size=8)
+        for file in self._files:
+            digest.update(f"{file.name}\0{file.frames}\0".encode("utf-8", "surrogateescape"))
+        digest.update(self.individual_index.numpy().tobytes() + self.emotion_index.numpy().tobytes())
+        return digest.hexdigest()
 
     def frames(self, indices: Indices) -> Tensor:
         return as_frames(self.pixels(indices))
@@ -170,6 +192,7 @@ class _File:
 
     name: str
     frames: int
+    form: Form
     bytes: int
     mtime: int
     pts: dict[str, int] | list[int] | None
@@ -177,10 +200,10 @@ class _File:
 
     @classmethod
     def of(cls, entry: Entry) -> _File:
-        return cls(entry.file, entry.frames, entry.bytes, entry.mtime, entry.pts, entry.checksum)
+        return cls(entry.file, entry.frames, entry.form, entry.bytes, entry.mtime, entry.pts, entry.checksum)
 
     def keys(self, stride: int) -> Iterable[str]:
-        if self.pts is None and is_media(Path(self.name)):
+        if self.form == "picture":
             return (self.name,)
         return (f"{self.name}#{number}" for number in range(0, self.frames, stride))
 
@@ -193,7 +216,7 @@ class _File:
         if self.pts is not None:
             for number, frame in zip(numbers, read_at(path, numbers, unpacked_pts(self.pts, self.frames)), strict=True):
                 yield number, square(frame, size)
-        elif is_media(path):
+        elif self.form == "picture":
             yield from decode(path, size, numbers)
         else:
             for number in numbers:
@@ -202,9 +225,9 @@ class _File:
 
     def check_unchanged(self, root: Path) -> None:
         """Refuse a file that is no longer what was indexed; of copies, whose time stamps differ, the content counts."""
-        path = root / self.name
-        if path.is_dir():
+        if self.form == "pictures":  # hashing all of them would take longer than what is read of them
             return
+        path = root / self.name
         stat = path.stat()
         if (stat.st_size, stat.st_mtime_ns) == (self.bytes, self.mtime):
             return
@@ -268,9 +291,21 @@ def _check_arguments(size: int, emotions: Sequence[str] | None, video_stride: in
         raise ValueError(f"emotions: takes a sequence of different names, at least one, got {emotions!r}")
 
 
-def _check_finished(root: Path, prepared: dict[str, Any] | None) -> None:
-    if prepared is not None and not prepared.get("finished"):
-        logger.warning("%s: not all of it has been prepared yet; the same `pcmecl-fast prepare` goes on", root)
+def _without_left_out(root: Path, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries but those that `left_out.txt` names, one a line: wrong crops, which somebody has seen."""
+    try:
+        named = {line.strip() for line in (root / LEFT_OUT).read_text().splitlines()} - {""}
+    except FileNotFoundError:
+        yield from entries
+        return
+    found = set()
+    for entry in entries:
+        if entry.file in named:
+            found.add(entry.file)
+        else:
+            yield entry
+    if unknown := sorted(named - found):
+        logger.warning("%s names clips that are not in the folder: %s", root / LEFT_OUT, name_some(unknown))
 
 
 def _chosen(root: Path, entries: Iterator[Entry], wanted: tuple[str, ...], *, reserve: bool) -> list[Entry]:

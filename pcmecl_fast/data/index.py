@@ -14,14 +14,18 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pcmecl_fast.files import naming_damage, write_atomically
+from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
+from pcmecl_fast.data.layouts.base import natural
+from pcmecl_fast.files import naming_damage, replacing, write_atomically
 
 INDEX = "index.jsonl"
+Form = Literal["", "video", "picture", "pictures"]
 _VERSION = 1
 
 
@@ -32,6 +36,7 @@ class Entry:
     Attributes:
         file: its path in the folder, with "/": `<individual>/<emotion>/<name>`.
         frames: how many frames it holds.
+        form: "video"; "picture"; or "pictures", a folder of PNGs numbered from 000000.
         bytes, mtime: its size, and its time stamp in ns, when it was indexed; 0 for a folder of pictures.
         pts: the time stamps of a video's frames in units of its time base, as they are presented; one that begins at
             `first` and advances by `step` is written as {"first": 0, "step": 512}. None for pictures.
@@ -40,7 +45,7 @@ class Entry:
         checksum: of the file's content, where `prepare` wrote it: "" elsewhere.
         source: the recording that it was prepared from, in the raw data set's folder.
         stamp: of that recording: another one means that it has changed since.
-        layout, level, view, sentence, repetition, number: what the data set's names say of the clip.
+        level, view, sentence, repetition, number: what the data set's names say of the clip.
         found: the part of the frames looked at in which the face was found.
         track: where the face was, `faces.Track` as JSON.
     """
@@ -49,6 +54,7 @@ class Entry:
     individual: str
     emotion: str
     frames: int
+    form: Form = ""
     bytes: int = 0
     mtime: int = 0
     pts: dict[str, int] | list[int] | None = None
@@ -57,7 +63,6 @@ class Entry:
     checksum: str = ""
     source: str = ""
     stamp: str = ""
-    layout: str = ""
     level: str | None = None
     view: str | None = None
     sentence: str | None = None
@@ -87,6 +92,12 @@ def unpacked_pts(pts: dict[str, int] | list[int], frames: int) -> Sequence[int]:
     if isinstance(pts, dict):
         return range(pts["first"], pts["first"] + frames * pts["step"], pts["step"])
     return pts
+
+
+def in_order(entry: Entry) -> Any:
+    """Sort key: individuals and files in natural order (2 before 10), emotions as in `KNOWN_EMOTIONS`."""
+    rank = KNOWN_EMOTIONS.index(entry.emotion) if entry.emotion in KNOWN_EMOTIONS else len(KNOWN_EMOTIONS)
+    return natural(entry.individual), rank, natural(entry.file)
 
 
 def write_index(path: Path, entries: Iterable[Entry], prepared: dict[str, Any] | None) -> None:
@@ -126,6 +137,36 @@ class IndexWriter:
         self._file.close()
 
 
+def rewrite_index(
+    path: Path,
+    prepared: dict[str, Any],
+    *,
+    keep: Callable[[Entry], bool] = lambda entry: True,
+    order: Callable[[Entry], Any] | None = None,
+) -> list[Entry]:
+    """Write an index again: only the entries that are kept, and in order. Returns them, without their tracks."""
+    kept: list[tuple[Entry, str]] = []
+    for number, line in enumerate(itertools.islice(_lines(path), 1, None), 2):
+        entry = _entry(path, number, line)
+        entry.track = None  # by far the largest part; its text is kept
+        if keep(entry):
+            kept.append((entry, line))
+    if order is not None:
+        kept.sort(key=lambda pair: order(pair[0]))
+    with replacing(path) as file:
+        file.write(_head(prepared).encode(*_CODEC))
+        file.writelines(line.encode(*_CODEC) for _, line in kept)
+    return [entry for entry, _ in kept]
+
+
+def mark_finished(path: Path) -> None:
+    """Say in an index's first line that all of it has been prepared."""
+    with open(path, "rb") as old, replacing(path) as file:
+        head = json.loads(old.readline())
+        file.write(_head(head["prepared"] | {"finished": True}).encode(*_CODEC))
+        shutil.copyfileobj(old, file)
+
+
 def read_index(path: Path) -> tuple[dict[str, Any] | None, Iterator[Entry]]:
     """What the folder was prepared with, or None, and its entries one after the other.
 
@@ -135,8 +176,14 @@ def read_index(path: Path) -> tuple[dict[str, Any] | None, Iterator[Entry]]:
     lines = _lines(path)
     with naming_damage(path):
         head = json.loads(next(lines, "null"))
-        if not isinstance(head, dict) or head.get("pcmecl_fast") != "index" or head.get("version") != _VERSION:
-            raise ValueError(f"its first line is none of an index of version {_VERSION}")
+        if not isinstance(head, dict) or head.get("pcmecl_fast") != "index":
+            raise ValueError("its first line is not that of an index")
+    if head.get("version") != _VERSION:
+        raise ValueError(
+            f"path: {path} was written by another version of pcmecl_fast: an index of version {head.get('version')}, "
+            f"while this one reads {_VERSION}; prepare the faces again, into another folder"
+        )
+    with naming_damage(path):
         prepared = head["prepared"]
         if not (prepared is None or isinstance(prepared, dict)):
             raise ValueError("its first line says nothing of how it was prepared")
@@ -145,12 +192,19 @@ def read_index(path: Path) -> tuple[dict[str, Any] | None, Iterator[Entry]]:
 
 def _entries(path: Path, lines: Iterator[str]) -> Iterator[Entry]:
     for number, line in enumerate(lines, 2):
-        with naming_damage(f"{path}, line {number}"):
-            values = json.loads(line)
-            entry = Entry(**{name: value for name, value in values.items() if name in _NAMES})
-            if not (isinstance(entry.file, str) and isinstance(entry.frames, int) and entry.frames >= 0):
-                raise ValueError(f"a file {entry.file!r} of {entry.frames!r} frames")
-        yield entry
+        yield _entry(path, number, line)
+
+
+def _entry(path: Path, number: int, line: str) -> Entry:
+    with naming_damage(f"{path}, line {number}"):
+        values = json.loads(line)
+        entry = Entry(**{name: value for name, value in values.items() if name in _NAMES})
+        if not (isinstance(entry.file, str) and isinstance(entry.frames, int) and entry.frames >= 0):
+            raise ValueError(f"a file {entry.file!r} of {entry.frames!r} frames")
+        # Files are read and removed by what stands here: never outside the folder.
+        if {"", ".", ".."} & {*entry.file.split("/")}:
+            raise ValueError(f"a file {entry.file!r} that is not in the folder")
+    return entry
 
 
 _CODEC = ("utf-8", "surrogateescape")  # names of files need not be valid UTF-8

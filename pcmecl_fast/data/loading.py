@@ -22,7 +22,7 @@ def read_ahead(
     *,
     workers: int = 0,
 ) -> Iterator[tuple[Plan, Tensor]]:
-    """Each plan with the frames at its indices, (B, 3, S, S) float32 in [-1, 1]; the workers are two plans ahead.
+    """Each plan with the frames at its indices, (B, 3, S, S) float32 in [-1, 1]; each worker is two plans ahead.
 
     Plans are made in this process, in order; workers only decode. So whatever is random about a plan does not depend on
     the number of workers.

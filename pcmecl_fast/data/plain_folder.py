@@ -21,12 +21,15 @@ from pcmecl_fast.data.layout import LAYOUT, check_root
 from pcmecl_fast.data.layouts.base import natural
 from pcmecl_fast.data.media import check_picture, is_hidden, is_media, is_video, need_av
 from pcmecl_fast.data.video import scan
+from pcmecl_fast.machine import cores
 from pcmecl_fast.wording import did_you_mean, name_some
 
 logger = logging.getLogger(__name__)
 
 KEPT = ".index.jsonl"
 _WORTH_KEEPING = 2.0  # seconds that indexing took
+_KEEP_EVERY = 60.0  # seconds: what an interruption loses at most, besides the files at work
+_AT_ONCE = 1024  # files
 _BAR_FROM = 500  # files
 
 
@@ -54,22 +57,25 @@ def plain_entries(root: Path, wanted: tuple[str, ...], *, explicit: bool, reserv
     """
     files = _list_files(root, wanted, explicit=explicit, reserve=reserve)
     need_av([file.path for file in files])
-    began = time.monotonic()
+    began = kept = time.monotonic()
     known = _kept(root / KEPT)
     entries = [_seen_before(known, root, file) for file in files]
     new = [i for i, entry in enumerate(entries) if entry is None]
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(cores()) as pool,
         tqdm(total=len(new), desc="indexing faces", unit="file", disable=len(new) <= _BAR_FROM) as bar,
     ):
-        for i, entry in zip(new, pool.map(lambda i: _look(root, files[i]), new), strict=True):
-            entries[i] = entry
-            bar.update()
-    found = [entry for entry in entries if entry is not None]
+        for begin in range(0, len(new), _AT_ONCE):
+            some = new[begin : begin + _AT_ONCE]
+            for i, entry in zip(some, pool.map(lambda i: _look(root, files[i]), some), strict=True):
+                entries[i] = entry
+                bar.update()
+            if time.monotonic() - kept > _KEEP_EVERY:
+                _keep(root / KEPT, entries, known)
+                kept = time.monotonic()
     if new and time.monotonic() - began > _WORTH_KEEPING:
-        listed = {entry.file for entry in found}
-        _keep(root / KEPT, [*found, *(entry for name, entry in known.items() if name not in listed)])
-    return found
+        _keep(root / KEPT, entries, known)
+    return [entry for entry in entries if entry is not None]
 
 
 def _kept(path: Path) -> dict[str, Entry]:
@@ -81,9 +87,11 @@ def _kept(path: Path) -> dict[str, Entry]:
         return {}
 
 
-def _keep(path: Path, entries: list[Entry]) -> None:
+def _keep(path: Path, entries: list[Entry | None], known: dict[str, Entry]) -> None:
+    """Keep what has been seen, now and before."""
+    found = {entry.file: entry for entry in entries if entry is not None}
     try:
-        write_index(path, entries, None)
+        write_index(path, (known | found).values(), None)
     except OSError as error:
         logger.info("the index of these faces is not kept, and will be made again: %s", error)
 
@@ -107,11 +115,11 @@ def _look(root: Path, file: File) -> Entry:
         stat = file.path.stat()
         entry.bytes, entry.mtime = stat.st_size, stat.st_mtime_ns
         if is_video(file.path):
-            pts = scan(file.path).tolist()
+            entry.form, pts = "video", scan(file.path).tolist()
             entry.frames, entry.pts = len(pts), packed_pts(pts)
         else:
             check_picture(file.path)
-            entry.frames = 1
+            entry.form, entry.frames = "picture", 1
     except (OSError, ValueError) as error:
         entry.broken = str(error)
     return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from pcmecl_fast.data.media import read_picture
 from pcmecl_fast.data.video import read_at
 from pcmecl_fast.evaluate.pages import data_uri, template, webp
 from pcmecl_fast.files import write_atomically
+
+log = logging.getLogger("pcmecl_fast")
 
 POOR = 0.8
 """Clips whose face was found in a smaller part of the frames looked at are pointed out."""
@@ -39,22 +42,21 @@ def write_contact_sheet(
         unknown: files that are not of the data set, by their names.
 
     Raises:
-        ValueError: a prepared clip is damaged; the message names it.
         OSError: the page cannot be written.
     """
     whole = [entry for entry in entries if not entry.broken]
     shown = {entry.emotion for entry in whole}
     emotions = [name for name in KNOWN_EMOTIONS if name in shown]
-    groups: dict[str, dict[str, list[Entry]]] = {}
+    people: dict[str, dict[str, list[Entry]]] = {}
     for entry in whole:
-        groups.setdefault(entry.individual, collections.defaultdict(list))[entry.emotion].append(entry)
+        people.setdefault(entry.individual, collections.defaultdict(list))[entry.emotion].append(entry)
     page = template("contact_sheet.html").render(
         title=f"Faces prepared from {prepared['layout']}",
         prepared={name: value for name, value in prepared.items() if value is not None},
         why=why,
         counts=_counts(whole),
         emotions=emotions,
-        rows=[(who, [_cell(root, of.get(emotion, [])) for emotion in emotions]) for who, of in groups.items()],
+        rows=[(who, [_cell(root, theirs.get(emotion, [])) for emotion in emotions]) for who, theirs in people.items()],
         side=_SIDE,
         poor=[e for e in whole if _is_poor(e)][:_MOST_NAMES],
         broken=[e.broken for e in entries if e.broken][:_MOST_NAMES],
@@ -82,10 +84,15 @@ def _cell(root: Path, entries: Sequence[Entry]) -> dict[str, Any] | None:
     if not entries:
         return None
     entry = min(entries, key=lambda e: 1.0 if e.found is None else e.found)  # of equals the first
-    face = Image.fromarray(_middle_frame(root, entry))
-    face.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    uri = None
+    try:
+        face = Image.fromarray(_middle_frame(root, entry))
+        face.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        uri = data_uri(webp(face), "webp")
+    except (ValueError, OSError) as error:
+        log.warning("a prepared clip is damaged: %s; remove it, and the same command prepares it again", error)
     return {
-        "uri": data_uri(webp(face), "webp"),
+        "uri": uri,
         "file": entry.file,
         "found": None if entry.found is None else f"{entry.found:.0%}",
         "poor": _is_poor(entry),
@@ -97,4 +104,4 @@ def _middle_frame(root: Path, entry: Entry) -> Any:
     path, number = root / entry.file, entry.frames // 2
     if entry.pts is not None:
         return read_at(path, [number], unpacked_pts(entry.pts, entry.frames))[0]
-    return read_picture(path if path.is_file() else path / f"{number:06d}.png")
+    return read_picture(path / f"{number:06d}.png" if entry.form == "pictures" else path)

@@ -19,8 +19,9 @@ from pcmecl_fast.files import write_atomically
 _SIDE = 192
 """Pixels of a face, at most."""
 _HEADER, _GAP = 24, 4
-_LEAST, _MOST = 12, 75
-_RATE = 25.0  # frames a second
+_LEAST = 12  # frames
+_SECONDS = 3
+_RATE = 25.0  # frames a second, where nothing says theirs
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ def moving_faces(
 
     Empty where the data set has no clips of at least twelve frames; of a longer one, three seconds are shown.
     """
-    of = held.clips()
-    lengths = torch.bincount(of.index, minlength=len(of.names))
+    of_clip = held.clips()
+    order = of_clip.index.argsort(stable=True)
+    lengths = torch.bincount(of_clip.index, minlength=len(of_clip.names))
+    starts = lengths.cumsum(0) - lengths
     shown: list[MovingFaces] = []
     seen: set[int] = set()
     for c in (lengths >= _LEAST).nonzero()[:, 0].tolist():
-        rows = (of.index == c).nonzero()[:, 0][:_MOST]
+        rate = (of_clip.rates[c] if of_clip.rates else None) or _RATE
+        rows = order[starts[c] : starts[c] + min(int(lengths[c]), round(_SECONDS * rate))]
         individual, emotion = int(held.individual_index[rows[0]]), int(held.emotion_index[rows[0]])
         if individual in seen:
             continue
@@ -76,7 +80,7 @@ def moving_faces(
         targets = [e for e in range(len(held.emotions)) if e != emotion]
         edited = [edit(source.to(device), torch.full((len(rows),), e, device=device)).cpu() for e in targets]
         columns = [f"source, {held.emotions[emotion]}", *(held.emotions[e] for e in targets)]
-        shown.append(MovingFaces(of.names[c], columns, torch.stack([source, *edited], dim=1), _RATE))
+        shown.append(MovingFaces(of_clip.names[c], columns, torch.stack([source, *edited], dim=1), rate))
         if len(shown) == clips:
             break
     return shown

@@ -350,8 +350,9 @@ class _Plans:
         self.with_reference = with_reference
         counts = torch.bincount(dataset.emotion_index, minlength=len(dataset.emotions))
         self.shown = (counts > 0).nonzero()[:, 0]
-        # PyTorch draws from at most 2^24: of more, first the emotion and then the frame, which is the same.
-        self.weight = 1.0 / counts[dataset.emotion_index] if len(dataset) <= 2**24 else None
+        # PyTorch adds weights up in float32, in which some of millions would never be drawn: of many frames, first the
+        # emotion is drawn and then the frame.
+        self.weight = 1.0 / counts[dataset.emotion_index] if len(dataset) <= 2**18 else None
         self.by_emotion = FramesByEmotion(dataset.emotion_index)
         check_emotions(bank, dataset.emotions)
         if bank.condition == "frame":

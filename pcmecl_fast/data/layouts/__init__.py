@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
+from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.data.layouts.base import LAYOUTS, Layout, Listing, RawClip, register, select
 from pcmecl_fast.wording import did_you_mean, listed
 
@@ -35,10 +36,7 @@ def find_layout(root: str | Path, name: str = "auto") -> tuple[Layout, str]:
         raise ValueError(
             f"layout: no layout is named {name!r}; {f'{close} ' if close else ''}known: auto, {', '.join(LAYOUTS)}"
         )
-    if not root.exists():
-        raise FileNotFoundError(f"root: {root} does not exist; it takes a folder of recordings")
-    if not root.is_dir():
-        raise NotADirectoryError(f"root: {root} is a file; it takes a folder of recordings")
+    check_root(root, raw=True)
     if name != "auto":
         layout = LAYOUTS[name]
         return layout, layout.evidence(root) or f"as asked for, though nothing in {root} lies as {layout.expects}"

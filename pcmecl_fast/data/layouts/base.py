@@ -180,7 +180,10 @@ class Gathered:
         return _identity(individual, emotion, name) not in self._taken
 
     def add(self, clip: RawClip) -> None:
-        """Keep a clip; one whose name is taken counts as unknown."""
+        """Keep a clip; one whose name is taken, or cannot be a file's, counts as unknown."""
+        if any("/" in name or "\\" in name or name in ("", ".", "..") for name in (clip.individual, clip.name)):
+            self.cannot_name(*clip.sources)
+            return
         identity = _identity(clip.individual, clip.emotion, clip.name)
         if identity in self._taken:
             self.cannot_name(*clip.sources)
