@@ -58,9 +58,9 @@ class PCMECLCriterion(nn.Module):
     features of its own source frames, and `individual` means nothing and may be None.
 
     The clip and the prompts are in no `state_dict()` and move with the criterion. A `copy.deepcopy` or a pickle holds
-    its own; replicas of `DataParallel` share one on each device. DistributedDataParallel sends the bank from rank 0
-    before every forward, as it does all buffers: keep the criterion out of the module it wraps, or give it
-    `broadcast_buffers=False`.
+    its own; replicas of `DataParallel`, which splits tensors but no lists of names, share one on each device.
+    DistributedDataParallel sends rank 0's buffers, and so the bank, to all others before every forward: where it is
+    large, keep the criterion out of the module it wraps.
 
     Args:
         clip: the model the bank was built with.

@@ -272,7 +272,7 @@ def test_text_features_of_frames_are_computed_in_the_step(by_frame, faces):
     assert on_the_fly(faces[0], edited, "whoever", *labels) == loss
     known = on_the_fly.clip.encode_image(faces[0])
     torch.testing.assert_close(on_the_fly(faces[0], edited, None, *labels, source_features=known), loss)
-    assert on_the_fly.explain(faces[0], edited, None, *labels).loss == pytest.approx(float(loss), abs=1e-5)
+    assert on_the_fly.explain(faces[0], edited, None, *labels).loss == pytest.approx(loss.item(), abs=1e-5)
 
 
 def test_one_source_of_a_clip_is_one_run_of_the_prompts(by_frame, faces, monkeypatch):
