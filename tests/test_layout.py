@@ -14,7 +14,7 @@ LAYERS = (
     ("ops", "kernels"),
     ("towers", "preprocessing", "weights", "clip"),
     ("prompts",),
-    ("criterion",),
+    ("criterion", "criterion_parts", "explanation", "frames_in", "labels"),
     ("data",),
     ("lengths", "synthetic"),
     ("models",),

@@ -328,6 +328,19 @@ def condition_of(
     return F.normalize(clip.encode_image(frames.to(clip.device)).float(), dim=-1).mean(0)
 
 
+@torch.no_grad()
+def row_of(
+    prompts: PersonalizedPrompts,
+    clip: Clip,
+    frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+    *,
+    backend: str | None = None,
+) -> Tensor:  # (E, D)
+    """The bank's row of somebody seen in a few frames; without a condition everybody's, whatever the frames."""
+    condition = None if prompts.condition is None else condition_of(clip, frames)[None]
+    return prompts(condition, backend=backend)[0]
+
+
 def save_prompts(path: str | Path, prompts: PersonalizedPrompts, emotions: Sequence[str], clip: Clip) -> None:
     """Write learned prompts (V and h), so that individuals added later can get rows of the bank."""
     header = {
