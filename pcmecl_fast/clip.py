@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ def load_clip(
         torch.manual_seed(0)
         model = _open_clip_model(name, pretrained)
     preprocessing = of_file or of_open_clip(registered or open_clip.get_model_preprocess_cfg(model), given)
-    clip = Clip(model, name, pretrained or "random", preprocessing, lambda: _open_clip_tokenizer(name))
+    clip = Clip(model, name, pretrained or "random", preprocessing, partial(_open_clip_tokenizer, name))
     return clip.to(device=device, dtype=dtype)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip, load_clip
+from pcmecl_fast.criterion_parts import LENGTHS, save_lengths
 from pcmecl_fast.data.base import FrameDataset, FrameSubset
 from pcmecl_fast.data.emotions import EMOTIONS
 from pcmecl_fast.data.features import Features, individual_conditions
@@ -28,6 +29,7 @@ from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
 from pcmecl_fast.evaluate.results import limits_in_words, prompts_in_words, prompts_table, results_table
 from pcmecl_fast.files import content_hash
+from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.machine import command_seconds
 from pcmecl_fast.models import Generator, load_generator, make_generator, save_generator
 from pcmecl_fast.models.base import generator_config
@@ -69,6 +71,7 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
         dataset, held = open_data(config)
         _check_checkpoints(config)
         prompts, bank, loop = learn_prompts(clip, dataset, config, begin=folder.begin)
+        _keep_lengths(clip, bank, dataset, config)
         bank = bank_for(bank, prompts, held, clip, config)
         trials = draw_trials(held, _EVALUATED_FRAMES)
         summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
@@ -140,6 +143,15 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
         summary["seconds"] = _seconds(started, command)
         _publish(folder, f"Evaluation of {config.run}", summary, {}, pictures, trained, held, command)
     return summary
+
+
+def _keep_lengths(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: PromptsConfig) -> None:
+    """Keep beside the bank how far real changes go, for `PCMECLCriterion.load`; not where the data do not say."""
+    measure = real_lengths if bank.condition == "frame" else personal_lengths
+    try:
+        save_lengths(config.out / LENGTHS, measure(frame_features(clip, dataset, config), dataset, bank), bank)
+    except ValueError as error:
+        log.info("the lengths of real changes are not kept, since %s", error)
 
 
 def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFolder]:

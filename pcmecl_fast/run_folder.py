@@ -40,7 +40,7 @@ _ONE_FAMILY = {"demo": "train"}
 # The rest of what commands write: files, the folders that are theirs alone, and folders of files such as these.
 _FILES = (
     *("report.html", "faces.png", "clip-1.webp", "clip-2.webp"),
-    *("ablation.svg", "generator.safetensors", "prompts.safetensors", "bank.safetensors"),
+    *("ablation.svg", "generator.safetensors", "prompts.safetensors", "bank.safetensors", "lengths.safetensors"),
     *("stage-1.ckpt", "stage-2.ckpt"),
 )
 _FOLDERS = ("tensorboard", "trainings")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.criterion import TOLERANCE, PCMECLCriterion
+from pcmecl_fast.criterion_parts import LENGTHS, save_lengths
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.loading import read_ahead
 from pcmecl_fast.lengths import personal_lengths, real_lengths
@@ -117,6 +118,7 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
         measure = personal_lengths if config.lengths == "individual" and bank.condition != "frame" else real_lengths
         try:
             lengths = measure(frame_features(clip, dataset, config), dataset, bank)
+            save_lengths(config.out / LENGTHS, lengths, bank)
         except ValueError as error:
             log.warning("strength=%s: the length of edits is not constrained, since %s", config.strength, error)
     strength = 0.0 if lengths is None else config.strength
