@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.libraries import installed_version, missing_library
-from pcmecl_fast.machine import busy_notice
+from pcmecl_fast.machine import busy_notice, stopping_at_once
 from pcmecl_fast.options import in_options, option_name, read_config
 from pcmecl_fast.train.config import (
     AblateConfig,
@@ -65,6 +65,9 @@ def run_command(arguments: Sequence[str]) -> int:
         notice = busy_notice() if name in _LONG else None
         if notice:
             logging.getLogger("pcmecl_fast").info(notice)
+        logging.getLogger("torch").setLevel(logging.WARNING)
+        with stopping_at_once(f"{command}: stopped"):
+            import torch  # noqa: F401  # seconds, in which nothing is begun yet
         COMMANDS[name][1](config, shlex.join(["pcmecl-fast", *arguments]))
     except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PCMECL_TRACEBACK"):
@@ -90,6 +93,8 @@ def _way_on(name: str, config: Any) -> str:
     """What the same command can do with what it did before it was stopped."""
     if name == "prepare" and config is not None:
         return f"; the same command goes on with what is missing in {config.out}"
+    if name == "edit" and config is not None and config.input.is_dir():
+        return f"; --resume edits what is missing in {config.out}"
     if name == "ablate" and config is not None:
         return f"; the same command trains what is missing in {config.out}"
     if not hasattr(config, "resume") or not (config.out / "config.yaml").exists():

@@ -59,6 +59,8 @@ def run_edit(config: EditConfig) -> dict[str, Any]:
     )
     targets = _targets(generator, schedule, config)
     jobs = _jobs(config, schedule, generator.emotions)
+    if config.resume:
+        jobs = _missing(jobs, config)
     _check_outputs(jobs, config)
     editor = FaceEditor(generator, targets, schedule, strength=config.strength)
     finder = FaceFinder(
@@ -73,6 +75,7 @@ def run_edit(config: EditConfig) -> dict[str, Any]:
     backend = ops.use_backend(usable_backend(config.backend))
     with backend, _few_threads(), _Progress([job.source for job in jobs]) as progress:
         for job in jobs:
+            progress.begin()
             try:
                 frames += _edit(media, job, progress)
             except ValueError as error:  # an OSError, such as a full disk, is not of this file alone
@@ -166,10 +169,26 @@ def _jobs(config: EditConfig, schedule: Schedule, emotions: Sequence[str]) -> li
     return jobs
 
 
+def _missing(jobs: list[_Job], config: EditConfig) -> list[_Job]:
+    """Those whose edits are not there: every edit is whole or absent."""
+    if config.overwrite:
+        raise ValueError("--resume edits what is missing and --overwrite replaces what is there: give one of them")
+    left = [job for job in jobs if not job.output.exists()]
+    if len(left) < len(jobs):
+        log.info("%d of %d files are edited already", len(jobs) - len(left), len(jobs))
+    for job in left:  # a comparison has its name just before its edit has
+        if job.compare is not None:
+            job.compare.unlink(missing_ok=True)
+    return left
+
+
 def _suffix(file: Path, config: EditConfig) -> str:
     pictures = config.format in ("png", "jpg")
     if config.format is not None and pictures != _is_video(file):
         return f".{config.format}"
+    if config.format is not None and not config.input.is_dir():
+        takes = "mp4, mkv, webm or mov" if _is_video(file) else "png or jpg"
+        raise ValueError(f"--format: {file} becomes {takes}, not {config.format}")
     if file.suffix.lower() in _WRITTEN:
         return file.suffix
     return ".mp4" if _is_video(file) else ".png"
@@ -265,10 +284,19 @@ class _Progress(tqdm):
         bar = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
         super().__init__(total=sum(self.expected.values()), desc="editing", bar_format=bar)
 
+    def begin(self) -> None:
+        self.begun = self.n
+
     def expect(self, file: Path, frames: int) -> None:
         self.total = (self.total or 0) + frames - self.expected[file]
         self.expected[file] = frames
+        self.n = min(self.n, self.total)
         self.refresh()
 
     def skip(self, file: Path) -> None:
+        self.n = self.begun
         self.expect(file, 0)
+
+    def update(self, n: float | None = 1) -> bool | None:
+        # A file may have more frames than it says.
+        return super().update(min(n or 0, (self.total or 0) - self.n))

@@ -188,7 +188,7 @@ class MediaEditor:
             OSError: the disk is full, or the folder cannot be written.
         """
         tracks, looked = self._look(source, advance)
-        count = 0
+        count, edited = 0, False
         with open_video(source) as reader, contextlib.ExitStack() as stack:
             encoder = encoder_for(output, self.crf)
             pixels = closest_layout(reader.first, even=encoder.codec == "libx264")
@@ -197,12 +197,15 @@ class MediaEditor:
                 with self.clock("edit"):
                     for planned in plans.values():
                         self.editor.carry_out(canvas, planned)
+                        edited = edited or planned.plan is not None
                 with self.clock("encode"):
                     if write_both is not None:
                         write_both(_joined(frame, canvas.raw), frame.pts)
                     write(canvas.raw, frame.pts)
                 count += 1
                 advance(1 - _LOOKING if looked else 1)
+        if not edited and self.editor.strength:
+            log.warning("%s: nothing in it is edited: it ends before the first time in --at", source)
         return count
 
     def _look(self, source: Path, advance: Advance) -> tuple[list[Track], bool]:

@@ -9,9 +9,12 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 
 SPINS = 30_000
 """How often a waiting thread looks before it sleeps, some hundred microseconds; None leaves OpenMP's own."""
@@ -48,6 +51,24 @@ def busy_notice() -> str | None:
     if load < max(1.5, 0.75 * count):
         return None
     return f"others are using this machine (load {load:.1f} on {count} cores): this will take longer than usual"
+
+
+@contextlib.contextmanager
+def stopping_at_once(message: str) -> Iterator[None]:
+    """Ctrl-C in this block ends the process, with a message: for imports, in which libraries swallow interruptions."""
+
+    def stop(*_: object) -> None:
+        os.write(2, f"\n{message}\n".encode())
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # somebody else's to say, or ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def default_workers() -> int:

@@ -129,6 +129,7 @@ def in_options(text: str, config_class: type) -> str:
 
 _OPTIONS = {
     "bank": ("prompts", "run"),
+    "by": ("split",),
     "clip": ("run",),
     "dataset": ("data", "run"),
     "fraction": ("holdout",),

@@ -82,7 +82,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     with _locked(config.out):
         left = _left_to_do(config, prepared, jobs, sources)
         if len(left) < len(jobs):
-            log.info("%d of %d clips are prepared already", len(jobs) - len(left), len(jobs))
+            log.info("%d of %d clips are done already", len(jobs) - len(left), len(jobs))
         _check_tools(cutting, left)
         _prepare(left, cutting, config, prepared)
         entries = rewrite_index(config.out / INDEX, prepared, order=in_order)
@@ -179,6 +179,8 @@ def _left_to_do(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job
     before, read = read_index(index)
     if before is None:
         raise FileExistsError(f"--out: {config.out} holds an index that `pcmecl-fast prepare` did not write")
+    if before.get("data") != prepared["data"]:
+        raise FileExistsError(f"--out: {config.out} holds faces out of {before.get('data')}; name another folder")
     if differing := named_differences({k: v for k, v in before.items() if k != "finished"}, prepared):
         if not config.overwrite:
             raise FileExistsError(
@@ -313,7 +315,10 @@ def _report_broken(broken: list[Entry], total: int, config: PrepareConfig) -> No
         f"{config.out / 'report.html'} lists them"
     )
     if not config.skip_broken:
-        raise ValueError(f"--data: {summary}, the others are prepared; --skip-broken leaves them out without an error")
+        raise ValueError(
+            f"--data: {summary}, the others are prepared; --skip-broken leaves them out without an error, and "
+            "--overwrite tries them again"
+        )
     log.warning("left out, %s", summary)
 
 
@@ -324,7 +329,7 @@ def _summary(entries: list[Entry], out: Path) -> dict[str, Any]:
         "frames": sum(entry.frames for entry in whole),
         "individuals": len({entry.individual for entry in whole}),
         "emotions": ", ".join(name for name in KNOWN_EMOTIONS if name in {entry.emotion for entry in whole}),
-        "left out": len(entries) - len(whole),
+        "not prepared": len(entries) - len(whole),
         "faces at a glance": str(out / "report.html"),
         "next": f"pcmecl-fast train --data {out}",
     }

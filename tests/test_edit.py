@@ -478,6 +478,35 @@ def test_of_a_folder_the_others_are_edited(config, tmp_path):
 
 
 @needs_av
+def test_of_a_folder_what_is_missing_is_edited_when_asked(config, tmp_path, caplog):
+    for name in ("a", "b"):
+        write_scene(tmp_path / f"in/{name}.mp4", TIMES[:6])
+    again = dataclasses.replace(config, input=tmp_path / "in")
+    run_edit(again)
+    (config.out / "a.happy.mp4").unlink()
+    kept = (config.out / "b.happy.mp4").stat().st_mtime_ns
+    assert run_edit(dataclasses.replace(again, resume=True))["files"] == 1
+    assert sorted(path.name for path in config.out.iterdir()) == ["a.happy.mp4", "b.happy.mp4"]
+    assert (config.out / "b.happy.mp4").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="give one of them"):
+        run_edit(dataclasses.replace(again, resume=True, overwrite=True))
+
+
+@needs_av
+def test_times_after_the_end_are_told(config, tmp_path, caplog):
+    write_scene(config.input, TIMES[:6])
+    edited(config, emotion=None, at="0:09=happy")
+    assert "nothing in it is edited: it ends before the first time in --at" in caplog.text
+
+
+@needs_av
+def test_a_format_that_a_file_cannot_become_is_refused(config):
+    write_scene(config.input, TIMES[:6])
+    with pytest.raises(ValueError, match=r"--format: .*talk.mp4 becomes mp4, mkv, webm or mov, not png"):
+        run_edit(dataclasses.replace(config, format="png"))
+
+
+@needs_av
 def test_a_full_disk_stops_the_command_names_the_output_and_leaves_nothing(config, tmp_path):
     import resource
 

@@ -213,8 +213,13 @@ def _sound_of(clip: RawClip, recording: _Video | _Pictures, cutting: Cutting) ->
         return None
     # A video's own sound first: one that lies apart need not begin with the pictures.
     for path in (recording.path if isinstance(recording, _Video) else None, clip.sound):
-        if path is not None and has_sound(path):
-            return path
+        try:
+            if path is not None and has_sound(path):
+                return path
+        except ValueError as error:
+            if path in clip.sources:
+                raise
+            raise ValueError(f"{clip.sources[0]} (its sound, {error}; --sound drop does without)") from error
     if cutting.sound == "need" and not (isinstance(recording, _Pictures) and recording.count == 1):
         raise ValueError(f"{clip.sources[0]} (no sound, in it or beside it)")
     return None

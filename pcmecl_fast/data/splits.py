@@ -117,8 +117,8 @@ def _held_by_mead(dataset: FrameDataset) -> Tensor:
     clips = dataset.clips()
     if clips.numbers is None or all(number is None for number in clips.numbers):
         raise ValueError(
-            'by: "mead" takes clips with MEAD\'s numbers: a folder that `pcmecl-fast prepare` made of MEAD; '
-            '"clip" holds out clips of any data set'
+            "by: mead takes clips with MEAD's numbers: a folder that `pcmecl-fast prepare` made of MEAD; clip holds "
+            "out clips of any data set"
         )
     numbers = torch.tensor([-1 if number is None else number for number in clips.numbers])[clips.index]
     neutral = dataset.emotions.index("neutral") if "neutral" in dataset.emotions else -1
@@ -126,7 +126,10 @@ def _held_by_mead(dataset: FrameDataset) -> Tensor:
     held = numbers >= least
     if not held.any() or held.all():
         which = "none" if not held.any() else "all"
-        raise ValueError(f'by: "mead" holds out {which} of these clips; "clip" holds out clips of any data set')
+        raise ValueError(
+            "by: mead holds out the clips numbered 31 and more of neutral, and 25 and more of other emotions, which "
+            f"are {which} of these; clip holds out clips of any data set"
+        )
     return held
 
 

@@ -58,6 +58,7 @@ def write_contact_sheet(
         emotions=emotions,
         rows=[(who, [_cell(root, theirs.get(emotion, [])) for emotion in emotions]) for who, theirs in people.items()],
         side=_SIDE,
+        looked_for=any(entry.found is not None for entry in whole),
         poor=[e for e in whole if _is_poor(e)][:_MOST_NAMES],
         broken=[e.broken for e in entries if e.broken][:_MOST_NAMES],
         unknown=list(unknown)[:_MOST_NAMES],

@@ -445,6 +445,8 @@ class EditConfig:
     """Also write talk.happy.compare.mp4: source and edit side by side."""
     recursive: bool = False
     """Edit what is in the subfolders of a folder too; the output folder gets the same ones."""
+    resume: bool = False
+    """Edit only those files of a folder whose edits are not in the output folder yet."""
     overwrite: bool = False
     """Write over files of an earlier edit."""
     seed: int = 0
