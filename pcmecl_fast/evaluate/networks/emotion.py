@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcmecl_fast.evaluate.networks.base import AuthorsFile, PreparedNetwork, fill
+from pcmecl_fast.evaluate.networks.base import AuthorsFile, PreparedNetwork, fill, resize_as_opencv
 
 if TYPE_CHECKING:
     from h5py import Dataset, Group
@@ -114,9 +114,8 @@ def small_grey_faces(
 ) -> Tensor:  # (B, 1, 64, 64) in [-1, 1]
     """Grey by BT.601, resized to 64 × 64 without smoothing, as the package does with OpenCV."""
     red, green, blue = pictures.int().unbind(1)
-    grey = (4899 * red + 9617 * green + 1868 * blue + 0x2000 >> 14).float()[:, None]  # OpenCV's 14-bit weights
-    small = F.interpolate(grey, (64, 64), mode="bilinear", align_corners=False)
-    return small.round().div(127.5).sub(1)
+    grey = 9798 * red + 19235 * green + 3735 * blue + 0x4000 >> 15  # OpenCV's 15-bit weights
+    return resize_as_opencv(grey[:, None], 64, 64) / 127.5 - 1
 
 
 def _find(weights: Path | None) -> Path:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcmecl_fast.evaluate.networks.base import AuthorsFile, fill, frozen
+from pcmecl_fast.evaluate.networks.base import AuthorsFile, fill, frozen, resize_as_opencv
 from pcmecl_fast.weights import read_weights
 
 WEIGHTS = AuthorsFile(
@@ -84,7 +83,7 @@ class SyncNet(nn.Module):
         """The features of every window of 5 frames."""
         parts = []
         for first in range(0, len(pictures) - WINDOW + 1, _AT_ONCE):
-            seen = _as_seen(pictures[first : first + _AT_ONCE + WINDOW - 1].to(self._like))
+            seen = _as_seen(pictures[first : first + _AT_ONCE + WINDOW - 1].to(self._like.device)).to(self._like)
             windows = seen.unfold(0, WINDOW, 1)  # (N, 3, 224, 224, 5)
             stacked = windows.permute(0, 1, 4, 2, 3).flatten(1, 2)  # a colour's five frames side by side
             parts.append(self.netfclip(self.netcnnlip(stacked).flatten(1)))
@@ -108,13 +107,10 @@ class SyncNet(nn.Module):
 
 
 def _as_seen(
-    pictures: Tensor,  # (T, 3, H, W) RGB, 0 to 255
+    pictures: Tensor,  # (T, 3, H, W) uint8 RGB
 ) -> Tensor:  # (T, 3, 224, 224) BGR, 0 to 255
-    """Blue first, as OpenCV reads pictures, and resized as it does: without smoothing, to whole numbers."""
-    turned = pictures.flip(1)
-    if turned.shape[2:] == (_SIDE, _SIDE):
-        return turned
-    return F.interpolate(turned, (_SIDE, _SIDE), mode="bilinear", align_corners=False).round()
+    """Blue first, and resized as OpenCV does, with which both protocols read pictures."""
+    return resize_as_opencv(pictures.flip(1), _SIDE, _SIDE)
 
 
 def _layer(
