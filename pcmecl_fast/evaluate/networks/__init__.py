@@ -1,4 +1,4 @@
-"""The networks of the field's metrics, by name. Their architectures are built here; their weights are their authors'."""
+"""The networks of the field's metrics by name: architectures built here, with the weights that their authors publish."""
 
 from __future__ import annotations
 

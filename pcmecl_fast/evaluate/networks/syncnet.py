@@ -79,13 +79,15 @@ class SyncNet(nn.Module):
     def lips(
         self,
         pictures: Tensor,  # (T, 3, H, W) uint8 RGB
-    ) -> Tensor:  # (T − 4, 1024)
-        """The features of every window of 5 frames."""
+        starts: Tensor,  # (W,) int in [0, T − 5]
+    ) -> Tensor:  # (W, 1024)
+        """The features of windows of 5 frames, by their first."""
         parts = []
-        for first in range(0, len(pictures) - WINDOW + 1, _AT_ONCE):
-            seen = _as_seen(pictures[first : first + _AT_ONCE + WINDOW - 1].to(self._like.device)).to(self._like)
-            windows = seen.unfold(0, WINDOW, 1)  # (N, 3, 224, 224, 5)
-            stacked = windows.permute(0, 1, 4, 2, 3).flatten(1, 2)  # a colour's five frames side by side
+        for part in starts.split(_AT_ONCE):
+            needed, place = (part[:, None] + torch.arange(WINDOW)).unique(return_inverse=True)
+            seen = _as_seen(pictures[needed].to(self._like.device)).to(self._like)
+            # A colour's five frames lie side by side, as the parameters of the 3-D convolution do.
+            stacked = seen[place].transpose(1, 2).flatten(1, 2)  # (N, 3 · 5, 224, 224)
             parts.append(self.netfclip(self.netcnnlip(stacked).flatten(1)))
         return torch.cat(parts) if parts else self._like.new_zeros(0, WIDTH)
 
@@ -103,7 +105,7 @@ class SyncNet(nn.Module):
     @property
     def _like(self) -> Tensor:
         """Whose device and dtype everything takes."""
-        return self.netfclip[0].weight
+        return self.netfclip.get_parameter("0.weight")
 
 
 def _as_seen(
