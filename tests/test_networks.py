@@ -15,6 +15,8 @@ from PIL import Image
 
 from pcmecl_fast.data.faces import Face
 from pcmecl_fast.evaluate.networks import MissingWeights, base, emotion, load_network, load_syncnet
+from pcmecl_fast.evaluate.networks import identity as identity_module
+from pcmecl_fast.evaluate.networks.dlib_face import DlibFace
 
 MEAD_STILLS = Path(__file__).resolve().parents[2] / "shared" / "data" / "mead_stills"
 needs_fer = pytest.mark.skipif(
@@ -260,13 +262,44 @@ def test_who_a_face_is_does_not_depend_on_where_it_is_and_no_face_is_nobody(iden
     torch.testing.assert_close(identity(frames, faces)[0], here)
 
 
+def test_identities_are_those_that_dlib_itself_finds(identity):
+    dlib = pytest.importorskip("dlib")
+    theirs = dlib.face_recognition_model_v1(str(identity_module._weights_file()))
+    chips = PICTURES["square"][:2, :, :150, :150]
+    for chip, features in zip(chips, DlibFace(identity_module._weights_file()).eval()(chips.float()), strict=True):
+        written = torch.tensor(theirs.compute_face_descriptor(chip.permute(1, 2, 0).contiguous().numpy()))
+        torch.testing.assert_close(features.detach(), written, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"no network", "is not dlib's face network: it has no further con_4"),
+        (b"\x01\x05con_4\x01\x02\x02\x80\x12\x01\x01\x01\x01\x01\x01", "is cut short"),
+        (
+            b"\x01\x05con_4\x01\x02"
+            + b"\x01\x01" * 4
+            + bytes(4)
+            + b"\x01\x07affine_\x01\x02"
+            + b"\x01\x01" * 4
+            + bytes(4),
+            "a layer has 1 numbers, not 64",
+        ),
+    ],
+)
+def test_a_file_that_is_not_dlibs_network_is_refused(tmp_path, content, says):
+    (tmp_path / "other.dat").write_bytes(content)
+    with pytest.raises(ValueError, match=f"other.dat {says}|other.dat is not dlib's face network: {says}"):
+        DlibFace(tmp_path / "other.dat")
+
+
 @pytest.fixture(scope="module")
 def stills():
-    """Frames, actors and emotions of real stills, two of each actor and emotion."""
+    """Frames, actors and emotions of real stills, four of each actor and emotion."""
     if not MEAD_STILLS.is_dir():
         pytest.skip(f"there is no folder {MEAD_STILLS} on this machine")
     folders = sorted(path for path in MEAD_STILLS.glob("*/*") if path.is_dir())
-    files = [file for folder in folders for file in sorted(folder.glob("*.jpg"))[:2]]
+    files = [file for folder in folders for file in sorted(folder.glob("*.jpg"))[:4]]
     pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
     frames = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     return frames, [file.parts[-3] for file in files], [file.parts[-2] for file in files]

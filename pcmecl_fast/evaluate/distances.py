@@ -108,8 +108,8 @@ def frechet_distance(
         ‖μ₁ − μ₂‖² + tr(Σ₁) + tr(Σ₂) − 2 tr √(Σ₁ Σ₂)
 
     the square of Fréchet's distance, as FID is defined (Heusel et al. 2017). With A Aᵀ = Σ₁ and B Bᵀ = Σ₂, the trace of
-    the root is the sum of the singular values of Aᵀ B, which are real: where there are fewer frames than features, the scripts that
-    take the root of Σ₁ Σ₂ itself find it complex, add a constant, or give up.
+    the root is the sum of the singular values of Aᵀ B, which are real. Where there are fewer frames than features, the
+    scripts that take the root of Σ₁ Σ₂ itself find it complex, add a constant, or give up.
 
     Raises:
         ValueError: fewer than two frames, features that are not finite, or different widths.
