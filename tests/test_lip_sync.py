@@ -253,6 +253,7 @@ def test_frames_at_another_rate_are_repeated_or_left_out_for_the_original_protoc
         ({"sample_rate": 44_100}, "sample_rate: got 44100; takes 16000, which read_waveform gives"),
         ({"waveform": torch.zeros(2, 900)}, r"waveform: got torch.float32 \(2, 900\); takes floats \(N,\)"),
         ({"waveform": torch.zeros(900)}, "at least 6 frames with sound; got 8 frames at 30 .*, and 0.06 seconds"),
+        ({"most_windows": 0}, "most_windows: got 0; takes at least 1, or None for all"),
         ({"waveform": torch.zeros(0)}, "and 0.00 seconds of sound"),
         ({"frames": torch.zeros(5, 3, 8, 8)}, "at least 6 frames with sound; got 5 frames"),
     ],

@@ -167,7 +167,12 @@ def spoil(weights, tmp_path):
         ("efficient_face", "module.stage3.2.branch2.0.weight", None, "it has no stage3.2.branch2.0.weight"),
         ("efficient_face", "module.fc.weight", torch.zeros(8, 1024), r"its fc.weight is \(8, 1024\), not \(7, 1024\)"),
         ("efficient_face", "module.se.weight", torch.zeros(1), "it has se.weight, which is unknown here"),
-        ("syncnet", "netcnnlip.0.weight", torch.zeros(96, 3, 3, 7, 7), r"its netcnnlip.0.weight is \(96, 9, 7, 7\)"),
+        (
+            "syncnet",
+            "netcnnlip.0.weight",
+            torch.zeros(96, 3, 3, 7, 7),
+            r"its netcnnlip.0.weight is \(96, 3, 3, 7, 7\), not \(96, 3, 5, 7, 7\)",
+        ),
     ],
 )
 def test_weights_of_another_architecture_are_refused_by_the_first_key_that_differs(spoil, name, key, value, says):

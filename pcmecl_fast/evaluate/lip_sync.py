@@ -87,12 +87,14 @@ def lip_sync(
             into the frames' windows. None, as both protocols have it, is all.
 
     Raises:
-        ValueError: a shape, rate or protocol; a clip or sound too short for one window.
+        ValueError: a shape, rate, protocol or number of windows; a clip or sound too short for one window.
     """
     if protocol not in ("cdrl", "original"):
         raise ValueError(f"protocol: got {protocol!r}; takes cdrl or original")
     if not 0 < rate < math.inf:
         raise ValueError(f"rate: got {rate}; takes frames a second, above 0")
+    if most_windows is not None and most_windows < 1:
+        raise ValueError(f"most_windows: got {most_windows}; takes at least 1, or None for all")
     if waveform.ndim != 1 or not waveform.is_floating_point():
         raise ValueError(f"waveform: got {waveform.dtype} {tuple(waveform.shape)}; takes floats (N,) in [-1, 1]")
     if sample_rate != SAMPLE_RATE:

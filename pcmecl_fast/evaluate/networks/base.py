@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pcmecl_fast.weights import read_weights
 from pcmecl_fast.wording import name_some
 
-_AT_ONCE = 32  # frames: ResNetFace's first layer takes 4 MB for each
+_AT_ONCE = 8  # frames: ResNetFace's first layer takes 4 MB for each, and the caches of a CPU hold no more
 
 Module = TypeVar("Module", bound=nn.Module)
 
