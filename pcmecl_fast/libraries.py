@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 LIBRARIES = {
     **dict.fromkeys(("dacite", "jinja2", "matplotlib", "rich", "tensorboard", "torchmetrics", "tyro", "yaml"), "train"),
     "av": "video",
+    "h5py": "metrics",
     **dict.fromkeys(("dlib", "face_recognition_models"), "faces"),
 }
 """Modules, and the extra that installs each: pyproject.toml has the versions."""
