@@ -22,6 +22,7 @@ from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.splits import split
 from pcmecl_fast.data.tracks import Crop
+from pcmecl_fast.evaluate.changes import Changes, change_view, changes_table
 from pcmecl_fast.evaluate.intervals import summarize
 from pcmecl_fast.evaluate.metrics import clip_view, draw_trials, judge_edits, prompt_view
 from pcmecl_fast.evaluate.moving import MovingFaces, moving_faces, save_webp
@@ -49,10 +50,12 @@ from pcmecl_fast.train.config import (
 from pcmecl_fast.train.generator import FramesByEmotion, check_emotions, train_generator
 from pcmecl_fast.train.loop import read_checkpoint
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
+from pcmecl_fast.wording import name_some
 
 log = logging.getLogger("pcmecl_fast")
 
 _EVALUATED_FRAMES = 336
+_FEW_FRAMES = 8
 
 
 def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
@@ -69,6 +72,7 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
         _point_out_faces(config)
         clip = load_clip_for(config)
         dataset, held = open_data(config)
+        _point_out_few_frames(dataset)
         _check_checkpoints(config)
         prompts, bank, loop = learn_prompts(clip, dataset, config, begin=folder.begin)
         _keep_lengths(clip, bank, dataset, config)
@@ -76,7 +80,9 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
         trials = draw_trials(held, _EVALUATED_FRAMES)
         summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
         summary |= {"individuals": len(bank.individuals), "seconds": _seconds(started, command)}
-        _publish(folder, "Personalized prompts", summary, loop.curves, Pictures({}, []), config, held, command)
+        changes = change_view(clip, bank, held, trials)
+        nothing = Pictures({}, [])
+        _publish(folder, "Personalized prompts", summary, loop.curves, nothing, config, held, command, changes)
     return summary
 
 
@@ -177,6 +183,16 @@ def _point_out_faces(config: RunConfig) -> None:
             "tiny-face has seen drawn faces only, its features of photographs mean little: "
             "give --clip ViT-B-32 --clip-pretrained openai"
         )
+
+
+def _point_out_few_frames(dataset: FrameDataset) -> None:
+    counts = torch.bincount(dataset.individual_index, minlength=len(dataset.individuals)).tolist()
+    few = [name for name, count in zip(dataset.individuals, counts, strict=True) if 0 < count < _FEW_FRAMES]
+    if few and not isinstance(dataset, SyntheticFaces):
+        log.warning(
+            "fewer than %d frames to learn from: %s; what personalizes their prompts is mostly chance",
+            _FEW_FRAMES, name_some(few),
+        )  # fmt: skip
 
 
 def _check_checkpoints(config: PromptsConfig | TrainConfig) -> None:
@@ -382,6 +398,7 @@ def _publish(
     config: RunConfig,
     held: FrameDataset,
     command: str,
+    changes: Changes | None = None,
 ) -> None:
     grids, clips = pictures
     for name, grid in grids.items():
@@ -397,6 +414,8 @@ def _publish(
         results=results_table(summary),
         prompts=prompts_table(summary),
         words=prompts_in_words(summary),
+        changes=None if changes is None else changes_table(changes),
+        confusion=None if changes is None else (changes.emotions, changes.confusion),
         limits=limits_in_words(summary, emotions=len(held.emotions), clip=config.clip, drawn=drawn, edited=bool(grids)),
         curves=curves,
         origin=origin(command, seconds=summary["seconds"], device=device_named(config.device)),

@@ -81,7 +81,7 @@ def clip_view(
 ) -> Values:
     """What CLIP itself sees in the edits: works for real faces too, but flatters edits trained against CLIP."""
     bank = bank.to(clip.device)
-    rows = _bank_rows(bank, dataset, trials)
+    rows = bank_rows(bank, dataset, trials)
     plain = zero_shot_features(clip, bank.descriptions)
     values = _Collected()
     for chunk in torch.arange(len(trials.index)).split(batch_size):
@@ -104,7 +104,7 @@ def prompt_view(clip: Clip, bank: PromptBank, dataset: FrameDataset, trials: Tri
     """Whether CLIP names the emotion of the unedited frames: by the plain descriptions, by the personalized prompts,
     and, where there are other individuals, by the mean over the prompts of each of those."""
     bank = bank.to(clip.device)
-    rows = _bank_rows(bank, dataset, trials)
+    rows = bank_rows(bank, dataset, trials)
     everybody = bank.rows(dataset.individuals).to(clip.device) if bank.condition == "individual" else rows[:0]
     plain = zero_shot_features(clip, bank.descriptions)
     values = _Collected()
@@ -150,7 +150,7 @@ class _Collected:
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
 
-def _bank_rows(bank: PromptBank, dataset: FrameDataset, trials: Trials) -> Tensor:
+def bank_rows(bank: PromptBank, dataset: FrameDataset, trials: Trials) -> Tensor:
     """Whose prompts each trial uses: (T,) rows of the bank."""
     if bank.condition == "frame":
         return bank.rows([dataset.keys[i] for i in trials.index.tolist()])

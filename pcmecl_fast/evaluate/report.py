@@ -21,6 +21,7 @@ import torch
 import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -88,6 +89,8 @@ class Report:
     results: Table | None = None
     prompts: Table | None = None
     words: list[str] = field(default_factory=list)  # paragraphs: what the prompts did
+    changes: Table | None = None  # of each individual, how often a change finds its text
+    confusion: tuple[list[str], Tensor] | None = None  # E emotions, and (E, E) frames of a row's named as a column's
     limits: list[str] = field(default_factory=list)  # paragraphs: what the numbers do not say
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # "group/name" -> (step, value)
     origin: Origin | None = None
@@ -108,6 +111,8 @@ def write_report(path: Path, report: Report) -> None:
         results=_if_filled(report.results),
         prompts=_if_filled(report.prompts),
         words=report.words,
+        changes=_if_filled(report.changes),
+        confusion=None if report.confusion is None else _confusion(*report.confusion),
         limits=report.limits,
         groups=_chart_groups(report.curves),
         origin=report.origin,
@@ -269,6 +274,30 @@ def _inline_svg(figure: Figure, prefix: str) -> Markup:
     for paint, colour in _PAINT.items():
         svg = svg.replace(paint, colour)
     return Markup(svg)
+
+
+def _confusion(
+    emotions: list[str],
+    counts: Tensor,  # (E, E)
+) -> Markup:
+    """Which part of each emotion's frames is named as which, a row for each emotion shown."""
+    shares = (counts / counts.sum(1, keepdim=True).clamp(min=1)).numpy()
+    side = 1.4 + 0.46 * len(emotions)
+    figure = Figure(figsize=(side + 0.5, side), layout="constrained")
+    axes = figure.add_subplot()
+    for (row, column), share in np.ndenumerate(shares):
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=_ACCENT, alpha=float(share), linewidth=0))
+        if share >= 0.005:
+            axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5, color=_MUTED)
+    ticks = range(len(emotions))
+    axes.set_xticks(ticks, emotions, rotation=45, ha="right")
+    axes.set_yticks(ticks, emotions)
+    axes.set(xlim=(-0.5, len(emotions) - 0.5), ylim=(len(emotions) - 0.5, -0.5), aspect="equal")
+    axes.set_xlabel("named, % of the row", color=_MUTED, fontsize=8.5)
+    axes.set_ylabel("shown", color=_MUTED, fontsize=8.5)
+    axes.tick_params(colors=_MUTED, labelsize=8.5, length=0)
+    axes.spines[:].set_visible(False)
+    return _inline_svg(figure, "confusion")
 
 
 # ---- Faces -----------------------------------------------------------------------------------------------------------
