@@ -43,7 +43,7 @@ def test_drawn_people_are_seen_one_by_one():
 def test_the_table_has_the_weakest_first_and_leaves_out_who_has_no_changes():
     changes = Changes(["a", "b", "c"], ["x", "y", "z"], [5, 1, 0], [6, 6, 0], torch.zeros(3, 3))
     table = changes_table(changes)
-    assert [row.name for row in table.rows] == ["y", "x"]
+    assert [(row.name, row.cells[0].text) for row in table.rows] == [("y", "16.7 %"), ("x", "83.3 %")]
     assert "50 % find their text; guessing finds 50 %" in table.note
     assert not changes_table(Changes(["a"], ["x"], [0], [0], torch.zeros(1, 1))).rows
 

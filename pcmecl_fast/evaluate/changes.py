@@ -87,7 +87,7 @@ def changes_table(changes: Changes) -> Table:
     """Of each individual, how often the text of the right change is the closest; those with the fewest first."""
     found = [(right / total, name, right, total) for name, right, total in _rows(changes) if total]
     rows = [
-        Row(name, [Cell.of(100 * share, unit="%"), Cell.of(right), Cell.of(total)])
+        Row(name, [Cell.of(share, unit="%"), Cell.of(right), Cell.of(total)])
         for share, name, right, total in sorted(found)[:_MOST_ROWS]
     ]
     total = sum(changes.changes)
