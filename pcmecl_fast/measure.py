@@ -4,7 +4,7 @@
     <out>/measures.json     the same for programs;  table.tex for papers
     <out>/measures.jsonl, features/     each clip's own, kept as it is measured: a killed command goes on
 
-Clips are measured one after the other, each in the memory that a few of its frames take (LSE needs a whole clip's).
+Clips are measured in worker processes, each in the memory that a few of its frames take (LSE needs a whole clip's).
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,24 @@ from pcmecl_fast.evaluate.field.measures import (
     MEASURES,
     OF_GROUPS,
     SAMPLES,
+    Sampling,
     Tools,
     check_metrics,
     load_tools,
 )
-from pcmecl_fast.evaluate.field.meter import ClipMeter, Result
+from pcmecl_fast.evaluate.field.meter import Chosen, ClipMeter, Result
 from pcmecl_fast.evaluate.field.page import write_page
-from pcmecl_fast.evaluate.field.pairs import Pairing, pair_up
+from pcmecl_fast.evaluate.field.pairs import Pair, Pairing, pair_up
 from pcmecl_fast.evaluate.field.reading import count_frames
 from pcmecl_fast.evaluate.field.records import FEATURES, RECORDS, Records, stamp_of
 from pcmecl_fast.evaluate.field.scores import Setting, edited_key, reference_key, score_all
 from pcmecl_fast.evaluate.field.table import as_json, as_latex
 from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.files import remove_unfinished, write_atomically
+from pcmecl_fast.machine import cores
 from pcmecl_fast.train.config import MeasureConfig, check_options, device_named
 from pcmecl_fast.wording import name_some
+from pcmecl_fast.workers import in_workers
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -101,11 +103,12 @@ def run_measure(config: MeasureConfig, *, command: str = "") -> Measured:
             left = [job for job in jobs if job.key not in records]
             if len(left) < len(jobs):
                 log.info("%d of %d clips are measured already", len(jobs) - len(left), len(jobs))
-            _measure(left, records)
+            _measure(left, records, tools, config)
             records.remove_stale()
         finally:
             records.close()
-        settings = score_all(pairing, records, tools, protocol=config.protocol, every=config.every)
+        sampling = Sampling.of(config.every, quick=config.quick)
+        settings = score_all(pairing, records, tools, protocol=config.protocol, sampling=sampling)
         _write(settings, pairing, records, tools, config, command)
     ours = {edited_key(pair.edited) for pair in pairing.pairs}
     return Measured(settings, tools.not_run, len(ours), sum(job.key in ours for job in left), config.out)
@@ -113,35 +116,37 @@ def run_measure(config: MeasureConfig, *, command: str = "") -> Measured:
 
 @dataclass(frozen=True)
 class _Job:
-    """One clip to measure."""
+    """One clip to measure: an edited one with its pair, or one of the reference's."""
 
     key: str
     stamp: str
     frames: int
-    do: Callable[[], Result]
+    clip: Pair | FaceClip
+    chosen: Chosen
+    heard: bool = True
 
 
 def _jobs(pairing: Pairing, tools: Tools, config: MeasureConfig) -> list[_Job]:
     """Every clip with what its numbers depend on, in the order of the folders."""
-    meter = ClipMeter(tools, protocol=config.protocol, every=config.every)
     references = [clip for of in pairing.groups.values() for clip in of] if tools.metrics & OF_GROUPS.keys() else []
     counts = {clip: _count(clip) for clip in (*(pair.edited for pair in pairing.pairs), *references)}
-    chosen = _chosen(pairing, counts, config.seed) if "csim" in tools.metrics else {}
+    sampling = Sampling.of(config.every, quick=config.quick)
+    chosen = _drawn_frames(pairing, references, counts, tools, sampling, config.seed)
+    heard = _drawn_clips(pairing, sampling.clips, config.seed)
     weights = sorted(config.weights.iterdir()) if config.weights else []
-    options = [sorted(tools.metrics), config.protocol, config.every]
+    options = [sorted(tools.metrics), config.protocol, sampling]
     jobs = []
     for pair in pairing.pairs:
         key, recording = edited_key(pair.edited), pair.recording
-        numbers = chosen.get(key, [])
-        about = [*options, _labels(pair.edited), recording and _labels(recording), pair.why, numbers]
+        job = _Job(key, "", counts[pair.edited], pair, chosen[key], key in heard)
+        about = [*options, _labels(pair.edited), recording and _labels(recording), pair.why, job.chosen, job.heard]
         files = [*pair.edited.sources, *(recording.sources if recording else ()), *pair.sounds, *weights]
-        do = partial(meter.edited, pair, frozenset(numbers))
-        jobs.append(_Job(key, stamp_of(about, files), counts[pair.edited], do))
+        jobs.append(replace(job, stamp=stamp_of(about, files)))
     for clip in references:
         key = reference_key(clip)
-        numbers = chosen.get(key, [])
-        stamp = stamp_of([*options, _labels(clip), numbers], [*clip.sources, *weights])
-        jobs.append(_Job(key, stamp, counts[clip], partial(meter.reference, clip, frozenset(numbers))))
+        job = _Job(key, "", counts[clip], clip, chosen[key])
+        stamp = stamp_of([*options, _labels(clip), job.chosen], [*clip.sources, *weights])
+        jobs.append(replace(job, stamp=stamp))
     return jobs
 
 
@@ -156,36 +161,98 @@ def _count(clip: FaceClip) -> int:
         return 0
 
 
-def _chosen(pairing: Pairing, counts: dict[FaceClip, int], seed: int) -> dict[str, list[int]]:
-    """Random frames for CSIM, `SAMPLES` a side, individual and emotion: numbers by clip, the same in every call."""
-    groups: dict[str, list[tuple[str, int]]] = {}  # keys of clips and their frames
+def _drawn_frames(
+    pairing: Pairing,
+    references: list[FaceClip],
+    counts: dict[FaceClip, int],
+    tools: Tools,
+    sampling: Sampling,
+    seed: int,
+) -> dict[str, dict[str, list[int]]]:
+    """Random frames, the same in every call: by clip and network, sorted numbers.
+
+    CSIM's are drawn a side, individual and emotion; FAD's and FID's, where not all are taken, a side and emotion.
+    """
+    clips = [(f"edited {p.edited.setting}", p.edited, edited_key(p.edited)) for p in pairing.pairs if p.group]
+    clips += [("reference", clip, reference_key(clip)) for clip in references]
+    keys = [edited_key(pair.edited) for pair in pairing.pairs] + [reference_key(clip) for clip in references]
+    limits = dict.fromkeys(("fad", "fid"), sampling.frames) | {"csim": SAMPLES}
+    chosen: dict[str, dict[str, list[int]]] = {key: {} for key in keys}
+    for metric in sorted(tools.metrics & OF_GROUPS.keys()):
+        most = limits[metric]
+        if most is None:
+            continue
+        groups: dict[str, list[tuple[str, int]]] = {}
+        for side, clip, key in clips:
+            who = clip.individual if metric == "csim" else ""
+            groups.setdefault(f"{metric} {side} {who} {clip.emotion}", []).append((key, counts[clip]))
+        for key in keys:
+            chosen[key][OF_GROUPS[metric]] = []
+        for name, of in groups.items():
+            frames = [(key, number) for key, count in of for number in range(count)]
+            for key, number in sorted(random.Random(f"{seed} {name}").sample(frames, min(most, len(frames)))):
+                chosen[key][OF_GROUPS[metric]].append(number)
+    return chosen
+
+
+def _drawn_clips(pairing: Pairing, most: int | None, seed: int) -> set[str]:
+    """The keys of the edited clips that LSE is taken of: at most so many random ones a setting and emotion."""
+    groups: dict[str, list[str]] = {}
     for pair in pairing.pairs:
         clip = pair.edited
-        if pair.group is not None:
-            name = f"edited {clip.setting} {clip.individual} {clip.emotion}"
-            groups.setdefault(name, []).append((edited_key(clip), counts[clip]))
-    for (who, emotion), clips in pairing.groups.items():
-        groups[f"reference {who} {emotion}"] = [(reference_key(clip), counts[clip]) for clip in clips]
-    chosen: dict[str, list[int]] = {}
-    for name, clips_of_group in groups.items():
-        frames = [(key, number) for key, count in clips_of_group for number in range(count)]
-        for key, number in random.Random(f"{seed} {name}").sample(frames, min(SAMPLES, len(frames))):
-            chosen.setdefault(key, []).append(number)
-    return {key: sorted(numbers) for key, numbers in chosen.items()}
+        groups.setdefault(f"lse {clip.setting} {clip.emotion}", []).append(edited_key(clip))
+    if most is None:
+        return {key for keys in groups.values() for key in keys}
+    drawn = (random.Random(f"{seed} {name}").sample(keys, min(most, len(keys))) for name, keys in groups.items())
+    return {key for keys in drawn for key in keys}
 
 
-def _measure(jobs: list[_Job], records: Records) -> None:
+def _measure(jobs: list[_Job], records: Records, tools: Tools, config: MeasureConfig) -> None:
     """Measure clips; each is kept as it is finished."""
-    with tqdm(total=sum(job.frames for job in jobs), desc="measuring", unit="frame", disable=not jobs) as progress:
-        for job in jobs:
-            try:
-                result = job.do()
-            except (ValueError, OSError) as error:  # of this clip alone
-                result = Result()
-                result.lacks([measure.key for measure in MEASURES], " ".join(str(error).split()))
-                log.warning("not measured: %s", error)
+    device = device_named(config.device)
+    workers = min(config.workers or (cores() if device == "cpu" else 1), max(1, len(jobs)))
+    with contextlib.ExitStack() as stack:
+        done: Iterable[tuple[_Job, Result]]
+        if workers == 1:
+            _begin(tools, config)
+            done = map(_do, jobs)
+        else:
+            # Of the parent, they have the networks; their memory is shared as long as nobody writes it.
+            done = stack.enter_context(in_workers(_do, jobs, workers, _begin, tools, config))
+        total = sum(job.frames for job in jobs)
+        progress = stack.enter_context(tqdm(total=total, desc="measuring", unit="frame", disable=not jobs))
+        for job, result in done:
+            if broken := result.why.get(_BROKEN):
+                log.warning("not measured: %s", broken)
             records.add(job.key, result)
             progress.update(job.frames)
+
+
+_BROKEN = "clip"
+"""In place of a measure, why a clip could not be read at all."""
+_meter: ClipMeter | None = None  # of this process
+
+
+def _begin(tools: Tools, config: MeasureConfig) -> None:
+    global _meter
+    sampling = Sampling.of(config.every, quick=config.quick)
+    _meter = ClipMeter(tools, protocol=config.protocol, sampling=sampling)
+
+
+def _do(job: _Job) -> tuple[_Job, Result]:
+    """Measure one clip; one that is damaged gives a result that says why."""
+    assert _meter is not None
+    try:
+        if isinstance(job.clip, Pair):
+            result = _meter.edited(job.clip, job.chosen, heard=job.heard)
+        else:
+            result = _meter.reference(job.clip, job.chosen)
+    except (ValueError, OSError) as error:
+        result = Result()
+        result.lacks([_BROKEN, *(measure.key for measure in MEASURES)], " ".join(str(error).split()))
+    if not job.heard:
+        result.lacks(["lse_d", "lse_c"], "a quick look takes LSE of some clips only")
+    return job, result
 
 
 def _write(
@@ -196,6 +263,7 @@ def _write(
         "reference": str(config.reference),
         "protocol": config.protocol,
         "every": config.every,
+        "quick": config.quick,
         "seed": config.seed,
     }
     notes = {

@@ -160,13 +160,13 @@ def _pictures(root: Path, folder: Path, within: Entries, chunks: Sequence[Path])
     if not numbered:
         return
     parts = list(folder.relative_to(root).parts)
-    file = "/".join(parts) or "."
+    place = "/".join(parts) or "."
     recordings = _recordings(root, folder, numbered)
     if recordings is None:
-        yield file, tuple(numbered), parts, False
+        yield place, tuple(numbered), parts, False
         return
     for recording, of in recordings.items():
-        yield f"{file}#{recording}", tuple(of), [*parts, recording], True
+        yield f"{place}#{recording}", tuple(of), [*parts, recording], True
 
 
 def _recordings(root: Path, folder: Path, pictures: Sequence[Path]) -> dict[str, list[Path]] | None:

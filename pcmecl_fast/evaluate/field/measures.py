@@ -24,6 +24,27 @@ SAMPLES = 100
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Of what the numbers are taken.
+
+    Attributes:
+        every: frames from one in which the face is looked for to the next.
+        pixels: frames from one that PSNR and SSIM are taken of to the next.
+        frames: random ones a side and emotion that FAD and FID are taken over; None takes all, as the papers do.
+        clips: random ones for each setting and emotion that LSE is taken over; None takes all.
+    """
+
+    every: int = 10
+    pixels: int = 1
+    frames: int | None = None
+    clips: int | None = None
+
+    @classmethod
+    def of(cls, every: int, *, quick: bool) -> Sampling:
+        return cls(2 * every, 5, 300, 10) if quick else cls(every)
+
+
+@dataclass(frozen=True)
 class Measure:
     """One number of the table.
 
@@ -52,8 +73,8 @@ MEASURES = (
         "fad",
         "FAD",
         "↓",
-        "Fréchet distance of resnet_face18's features (512) of all edited frames and of all real frames of the same "
-        "people and emotion; mean over emotions, as in CDRL",
+        "Fréchet distance of resnet_face18's features (512) of {frames} edited frames and of {frames} real ones of the "
+        "same people and emotion; mean over emotions, as in CDRL",
         by="emotion",
     ),
     Measure(
@@ -92,8 +113,8 @@ MEASURES = (
         "every {every}th frame",
     ),
     Measure("lmd_mouth", "lmd", "LMD, mouth", "↓", "as LMD, of the mouth's 20 landmarks alone"),
-    Measure("psnr", "psnr", "PSNR", "↑", "against the recording, mean over frames of 8 bits, RGB", unit="dB"),
-    Measure("ssim", "ssim", "SSIM", "↑", "against the recording, 11 × 11 Gaussian window of σ 1.5, mean over frames"),
+    Measure("psnr", "psnr", "PSNR", "↑", "against the recording, mean over {pixels} of 8 bits, RGB", unit="dB"),
+    Measure("ssim", "ssim", "SSIM", "↑", "against the recording, 11 × 11 Gaussian window of σ 1.5, mean over {pixels}"),
     Measure(
         "fid",
         "fid",
@@ -127,9 +148,15 @@ _LSE = {
 }
 
 
-def protocol_of(measure: Measure, protocol: Protocol, every: int) -> str:
+def protocol_of(measure: Measure, protocol: Protocol, sampling: Sampling) -> str:
     """How a number was taken, in one line."""
-    return measure.protocol.format(lse=_LSE[protocol], every=every)
+    few = f", of {sampling.clips} random ones for each emotion" if sampling.clips is not None else ""
+    return measure.protocol.format(
+        lse=_LSE[protocol] + few,
+        every=sampling.every,
+        pixels="frames" if sampling.pixels == 1 else f"every {sampling.pixels}th frame",
+        frames="all" if sampling.frames is None else f"{sampling.frames} random",
+    )
 
 
 def check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:

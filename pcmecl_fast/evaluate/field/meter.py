@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +20,7 @@ from pcmecl_fast.data.faces import Detector, Face
 from pcmecl_fast.data.layouts.base import is_sound
 from pcmecl_fast.data.sound import has_sound
 from pcmecl_fast.evaluate.field.clips import FaceClip
-from pcmecl_fast.evaluate.field.measures import OF_GROUPS, Protocol, Tools
+from pcmecl_fast.evaluate.field.measures import OF_GROUPS, Protocol, Sampling, Tools
 from pcmecl_fast.evaluate.field.pairs import Pair
 from pcmecl_fast.evaluate.field.reading import as_tensor, batches, frames_of, rate_of
 from pcmecl_fast.evaluate.lip_sync import SAMPLE_RATE, lip_sync, read_waveform
@@ -28,6 +28,8 @@ from pcmecl_fast.evaluate.networks import SyncNet
 
 Frames = list[np.ndarray]
 """Each (H, W, 3) uint8, all of one size."""
+Chosen = Mapping[str, Collection[int]]
+"""Numbers of a clip's frames, by network."""
 
 _BATCH = 16
 _BESIDE_RECORDING = ("identity", "lmd", "lmd_mouth", "psnr", "ssim", "flicker")
@@ -53,7 +55,7 @@ class Result:
     frames: int = 0
     looked: int = 0
     faceless: int = 0
-    features: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    features: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -72,25 +74,26 @@ class ClipMeter:
     Args:
         tools: what the metrics need; metrics without are not measured.
         protocol: of LSE.
-        every: frames from one in which a face is looked for to the next.
+        sampling: which frames are looked at.
     """
 
-    def __init__(self, tools: Tools, *, protocol: Protocol, every: int) -> None:
-        self.tools, self.protocol, self.every = tools, protocol, every
+    def __init__(self, tools: Tools, *, protocol: Protocol, sampling: Sampling) -> None:
+        self.tools, self.protocol, self.sampling = tools, protocol, sampling
 
-    def edited(self, pair: Pair, chosen: Collection[int]) -> Result:
+    def edited(self, pair: Pair, chosen: Chosen, *, heard: bool = True) -> Result:
         """An edited clip, against its recording.
 
         Args:
             pair: the clip and its recording.
-            chosen: numbers of the frames whose features CSIM is taken over.
+            chosen: of networks, the numbers of the frames whose features are taken; of the others, those of all.
+            heard: whether LSE is taken.
 
         Raises:
             ValueError: the edited clip is damaged; a damaged recording leaves only its own measures out.
         """
         result = Result()
         recording = _Recording(pair, result)
-        meters = self._meters(pair)
+        meters = self._meters(pair, heard=heard)
         features = _Features(self.tools, chosen)
         for frames in batches(frames_of(pair.edited), _BATCH):
             others = recording.beside(frames)
@@ -109,7 +112,7 @@ class ClipMeter:
         result.why = {key: why for key, why in result.why.items() if key in asked}
         return result
 
-    def reference(self, clip: FaceClip, chosen: Collection[int]) -> Result:
+    def reference(self, clip: FaceClip, chosen: Chosen) -> Result:
         """A clip of real faces: its features alone.
 
         Raises:
@@ -122,13 +125,13 @@ class ClipMeter:
         result.features = features.all()
         return result
 
-    def _meters(self, pair: Pair) -> list[_Meter]:
+    def _meters(self, pair: Pair, *, heard: bool) -> list[_Meter]:
         tools, meters = self.tools, list[_Meter]()
         if tools.metrics & {"psnr", "ssim", "flicker"}:
-            meters.append(_Likeness(tools))
+            meters.append(_Likeness(tools, self.sampling.pixels))
         if tools.detector is not None:
-            meters.append(_Faces(pair, tools, tools.detector, self.every))
-        if tools.sync is not None:
+            meters.append(_Faces(pair, tools, tools.detector, self.sampling.every))
+        if tools.sync is not None and heard:
             meters.append(_Sync(pair, tools.sync, self.protocol))
         return meters
 
@@ -174,7 +177,7 @@ class _Recording:
     def finish(self) -> None:
         """Note lengths that differ."""
         longer = self._compared == self._result.frames and next(self._frames, None) is not None
-        if 0 < self._compared and (longer or self._compared < self._result.frames):
+        if self._compared and (longer or self._compared < self._result.frames):
             self._result.note(
                 f"the recording is {'longer' if longer else 'shorter'}: the first {self._compared} frames were compared"
             )
@@ -185,9 +188,9 @@ class _Recording:
 
 
 class _Features:
-    """Features of a clip's frames by which groups are compared: of all, or for CSIM of those that were drawn."""
+    """Features of a clip's frames by which groups are compared: of all, or of those that were drawn."""
 
-    def __init__(self, tools: Tools, chosen: Collection[int]) -> None:
+    def __init__(self, tools: Tools, chosen: Chosen) -> None:
         self._networks = {name: tools.networks[name] for name in OF_GROUPS.values() if name in tools.networks}
         self._chosen = chosen
         self._parts: dict[str, list[Tensor]] = {name: [] for name in self._networks}
@@ -197,13 +200,13 @@ class _Features:
             wanted = [
                 frame
                 for frame, number in zip(frames, numbers, strict=True)
-                if name != OF_GROUPS["csim"] or number in self._chosen
+                if name not in self._chosen or number in self._chosen[name]
             ]
             if wanted:
                 self._parts[name].append(network(as_tensor(wanted)).float().cpu())
 
-    def all(self) -> dict[str, Tensor]:
-        return {name: torch.cat(parts) for name, parts in self._parts.items() if parts}
+    def all(self) -> dict[str, np.ndarray]:
+        return {name: torch.cat(parts).numpy() for name, parts in self._parts.items() if parts}
 
 
 class _Meter(Interface):
@@ -219,8 +222,8 @@ class _Meter(Interface):
 class _Likeness:
     """PSNR, SSIM and flicker against the recording."""
 
-    def __init__(self, tools: Tools) -> None:
-        self._metrics = tools.metrics
+    def __init__(self, tools: Tools, every: int) -> None:
+        self._metrics, self._every = tools.metrics, every
         self._means: dict[str, list[float]] = {"psnr": [], "ssim": [], "flicker": []}
         self._identical = 0
         self._last: Tensor | None = None  # (1, 3, H, W), what the edit changed in the last frame
@@ -230,14 +233,15 @@ class _Likeness:
             return
         edited = as_tensor(frames[: len(others)]).add_(1).mul_(127.5)  # levels
         recorded = as_tensor(others).add_(1).mul_(127.5)
-        if "psnr" in self._metrics:
+        seen = [k for k in range(len(others)) if numbers[k] % self._every == 0]
+        if "psnr" in self._metrics and seen:
             each = peak_signal_noise_ratio(
-                edited, recorded, data_range=(0.0, 255.0), reduction="none", dim=(1, 2, 3)
+                edited[seen], recorded[seen], data_range=(0.0, 255.0), reduction="none", dim=(1, 2, 3)
             ).flatten()
             self._identical += int(each.isinf().sum())
             self._means["psnr"] += each[each.isfinite()].tolist()
-        if "ssim" in self._metrics:
-            ssim = structural_similarity_index_measure(edited, recorded, data_range=255.0, reduction="none")
+        if "ssim" in self._metrics and seen:
+            ssim = structural_similarity_index_measure(edited[seen], recorded[seen], data_range=255.0, reduction="none")
             self._means["ssim"] += torch.as_tensor(ssim).flatten().tolist()
         if "flicker" in self._metrics:
             change = edited - recorded

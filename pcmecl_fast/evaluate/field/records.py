@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pcmecl_fast.evaluate.field.meter import Result
@@ -75,7 +75,8 @@ class Records:
         """Keep a clip's result; its features are whole before its line is written."""
         features, result.features = result.features, {}
         if features:
-            save_tensors(self._file(key), _KIND, features, {})
+            tensors = {name: torch.from_numpy(rows) for name, rows in features.items()}
+            save_tensors(self._file(key), _KIND, tensors, {})
         record = {"key": key, "stamp": self._stamps[key], "features": bool(features), "result": _plain(result)}
         line = f"{_line(record)}\n".encode(*_CODEC)
         if self._open.write(line) != len(line):

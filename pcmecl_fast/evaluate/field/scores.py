@@ -23,7 +23,7 @@ from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
 from pcmecl_fast.data.layouts.base import natural
 from pcmecl_fast.evaluate.distances import RunningStatistics, frechet_distance
 from pcmecl_fast.evaluate.field.clips import FaceClip
-from pcmecl_fast.evaluate.field.measures import OF_GROUPS, Measure, Protocol, Tools, protocol_of
+from pcmecl_fast.evaluate.field.measures import OF_GROUPS, Measure, Protocol, Sampling, Tools, protocol_of
 from pcmecl_fast.evaluate.field.pairs import Pair, Pairing
 from pcmecl_fast.evaluate.field.records import Records
 
@@ -109,7 +109,9 @@ def reference_key(clip: FaceClip) -> str:
     return f"reference {clip.file}"
 
 
-def score_all(pairing: Pairing, records: Records, tools: Tools, *, protocol: Protocol, every: int) -> list[Setting]:
+def score_all(
+    pairing: Pairing, records: Records, tools: Tools, *, protocol: Protocol, sampling: Sampling
+) -> list[Setting]:
     """The numbers of each setting, from the records of all clips."""
     settings = []
     for name in ("inter-ID", "cross-ID", ""):
@@ -120,7 +122,7 @@ def score_all(pairing: Pairing, records: Records, tools: Tools, *, protocol: Pro
         over = "individuals" if len(people) >= _FEWEST_PEOPLE else "clips"
         scores = []
         for measure in tools.measures:
-            score = Score(measure, protocol_of(measure, protocol, every))
+            score = Score(measure, protocol_of(measure, protocol, sampling))
             if measure.by == "clip":
                 _score_clips(score, pairs, records, over)
             else:
@@ -209,8 +211,8 @@ def _score_groups(score: Score, pairs: Sequence[Pair], pairing: Pairing, records
         cases += statistic.cases(side)
     if each:
         means = [None if None in column else _mean(column) for column in zip(*each.values(), strict=True)]
-        clips = sum(value.clips for value in score.by_emotion.values())
-        score.mean = Value(_mean([values[0] for values in each.values()]), _jackknife(means), clips)
+        count = sum(value.clips for value in score.by_emotion.values())
+        score.mean = Value(_mean([values[0] for values in each.values()]), _jackknife(means), count)
     _show_cases(score, cases)
 
 
@@ -238,8 +240,9 @@ def _sides(score: Score, pairs: Sequence[Pair], pairing: Pairing, records: Recor
     for side in sides.values():
         for group in dict.fromkeys(pair.group for pair in side.pairs if pair.group is not None):
             for clip in pairing.groups[group]:
-                if why := records[reference_key(clip)].why.get(score.measure.key):
-                    score.left_out[f"reference: {clip.file}"] = why
+                broken = records[reference_key(clip)].why.get(score.measure.key)
+                if broken:
+                    score.left_out[f"reference: {clip.file}"] = broken
                 else:
                     side.real.append((clip, reference_key(clip)))
     return {emotion: sides[emotion] for emotion in _in_order(sides)}

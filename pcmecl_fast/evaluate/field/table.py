@@ -30,11 +30,11 @@ def table_of(setting: Setting) -> Table:
     rows = []
     for score in setting.scores:
         values = [score.mean, *(score.by_emotion.get(emotion) for emotion in emotions)]
-        cells = [value and _cell(value, score.measure.unit) for value in values]
+        cells = [None if value is None else _cell(value, score.measure.unit) for value in values]
         rows.append(Row(f"{score.measure.name} {score.measure.better}", cells, f"{score.protocol}. {counted(score)}"))
     note = (
-        f"Below each number its 95 % interval: {setting.over} resampled (bootstrap; of FAD, CSIM and FID the jackknife). "
-        "The mean is over the emotions."
+        f"Below each number its 95 % interval, from resampled {setting.over}: the bootstrap’s; of FAD, CSIM and FID "
+        "the jackknife’s. The mean is over the emotions. ↑ more is better, ↓ less is."
     )
     return Table([MEAN, *emotions], rows, note)
 
