@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
 from pcmecl_fast.data.media import is_hidden, need_av
@@ -38,7 +40,7 @@ from pcmecl_fast.evaluate.field.pairs import Pair, Pairing, pair_up
 from pcmecl_fast.evaluate.field.reading import count_frames
 from pcmecl_fast.evaluate.field.records import FEATURES, RECORDS, Records, stamp_of
 from pcmecl_fast.evaluate.field.scores import Setting, edited_key, reference_key, score_all
-from pcmecl_fast.evaluate.field.table import as_json, as_latex
+from pcmecl_fast.evaluate.field.table import as_json, as_latex, heading, table_of
 from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.files import remove_unfinished, write_atomically
 from pcmecl_fast.machine import cores
@@ -112,6 +114,26 @@ def run_measure(config: MeasureConfig, *, command: str = "") -> Measured:
         _write(settings, pairing, records, tools, config, command)
     ours = {edited_key(pair.edited) for pair in pairing.pairs}
     return Measured(settings, tools.not_run, len(ours), sum(job.key in ours for job in left), config.out)
+
+
+def print_measured(measured: Measured, console: Console) -> None:
+    """The numbers as tables, each with how they were taken and of what; what could not run, and where the page is."""
+    for setting in measured.settings:
+        content = table_of(setting)
+        table = Table("", title=heading(setting), title_justify="left")
+        for column in content.columns:
+            table.add_column(column, justify="right")
+        for row in content.rows:
+            cells = ("–" if cell is None else f"{cell.text}\n{cell.interval}".strip() for cell in row.cells)
+            table.add_row(row.name, *cells)
+        console.print(
+            table, *(f"{row.name}: {row.note}" for row in content.rows), sep="\n", highlight=False, markup=False
+        )
+        console.print(content.note, end="\n\n", highlight=False, markup=False)
+    for metric, why in measured.not_run.items():
+        console.print(f"not run, {metric}: {why}", highlight=False, markup=False)
+    page = measured.out / "report.html"
+    console.print(f"the clips at either end of each measure: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
 @dataclass(frozen=True)

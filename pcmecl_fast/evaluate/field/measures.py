@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pcmecl_fast.data.faces import Detector, load_detector
-from pcmecl_fast.evaluate.networks import SyncNet, load_network, load_syncnet
+from pcmecl_fast.evaluate.networks import IdentityNetwork, SyncNet, load_network, load_syncnet
 from pcmecl_fast.wording import did_you_mean
 
 log = logging.getLogger("pcmecl_fast")
@@ -226,10 +226,8 @@ def _nothing(tools: Tools, weights: Path | None, device: str) -> None:
     pass
 
 
-def _network(name: str, *, faces: bool = False) -> _Load:
+def _network(name: str) -> _Load:
     def load(tools: Tools, weights: Path | None, device: str) -> None:
-        if faces:
-            _detector(tools, weights, device)
         tools.networks[name] = load_network(name, weights, device)
 
     return load
@@ -237,6 +235,17 @@ def _network(name: str, *, faces: bool = False) -> _Load:
 
 def _detector(tools: Tools, weights: Path | None, device: str) -> None:
     tools.detector = tools.detector or load_detector("dlib")
+
+
+def _identity(tools: Tools, weights: Path | None, device: str) -> None:
+    _detector(tools, weights, device)
+    assert tools.detector is not None
+    tools.networks["identity"] = IdentityNetwork(tools.detector)
+
+
+def _emotion(tools: Tools, weights: Path | None, device: str) -> None:
+    _detector(tools, weights, device)
+    _network("emotion")(tools, weights, device)
 
 
 def _sync(tools: Tools, weights: Path | None, device: str) -> None:
@@ -251,8 +260,8 @@ _NEEDS: dict[str, _Load] = {
     "fad": _network("resnet_face18"),
     "csim": _network("efficient_face"),
     "lse": _sync,
-    "identity": _network("identity", faces=True),
-    "emotion": _network("emotion", faces=True),
+    "identity": _identity,
+    "emotion": _emotion,
     "lmd": _detector,
     "fid": _inception,
 }

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from typing import Protocol as Interface
 
 import numpy as np
@@ -305,25 +306,41 @@ class _Faces:
         result.lacks(["identity", "lmd", "lmd_mouth"], "no face found in the recording's frames")
 
     def _find(self, frame: np.ndarray) -> Face | None:
-        return next((face for face in self._detector(frame) if face.score > 0), None)
+        return surest_face(self._detector, frame)
 
     def _see_emotion(self, frame: np.ndarray, face: Face) -> None:
         network = self._tools.networks.get("emotion")
-        if network is None or self._pair.edited.emotion not in network.emotions:
-            return
-        (left, top), (right, bottom) = (np.clip(face.box[k : k + 2], 0, frame.shape[1::-1]).astype(int) for k in (0, 2))
-        within = frame[top : max(bottom, top + 1), left : max(right, left + 1)]
-        seen = network.emotions[int(network(as_tensor([within]))[0].argmax())]
-        self._right.append(float(seen == self._pair.edited.emotion))
+        if network is not None and self._pair.edited.emotion in network.emotions:
+            self._right.append(float(emotion_seen(network, frame, face) == self._pair.edited.emotion))
 
     def _compare(self, frame: np.ndarray, face: Face, other: np.ndarray, its_face: Face) -> None:
         if (network := self._tools.networks.get("identity")) is not None:
             a, b = network(as_tensor([frame, other]), [face, its_face])
             self._same.append(float(F.cosine_similarity(a, b, dim=0)))
-        if face.landmarks is not None and its_face.landmarks is not None:
-            ours, theirs = face.landmarks, its_face.landmarks
-            distances = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs[36] - theirs[45])
-            self._apart.append((float(distances.mean()), float(distances[48:].mean())))
+        self._apart.append(landmark_distances(face, its_face))
+
+
+def surest_face(detector: Detector, frame: np.ndarray) -> Face | None:
+    """The face that the detector is surest of; None where it is of none, or has no landmarks for it."""
+    return next((face for face in detector(frame) if face.score > 0 and face.landmarks is not None), None)
+
+
+def emotion_seen(network: Any, frame: np.ndarray, face: Face) -> str:
+    """The classifier's word for the frame within the face's box."""
+    height, width = frame.shape[:2]
+    left, top = max(0, int(face.box[0])), max(0, int(face.box[1]))
+    right, bottom = min(width, int(face.box[2])), min(height, int(face.box[3]))
+    within = frame[top : max(bottom, top + 1), left : max(right, left + 1)]
+    return network.emotions[int(network(as_tensor([within]))[0].argmax())]
+
+
+def landmark_distances(face: Face, other: Face) -> tuple[float, float]:
+    """Mean distances of all landmarks and of the mouth's, in parts of the distance of the other's outer eye corners."""
+    ours, theirs = face.landmarks, other.landmarks
+    assert ours is not None
+    assert theirs is not None
+    distances = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs[36] - theirs[45])
+    return float(distances.mean()), float(distances[48:].mean())
 
 
 class _Sync:
