@@ -147,6 +147,8 @@ class _Recording:
         if self._clip is None:
             self._lose(pair.why)
             return
+        if pair.edited.was is None and self._clip.emotion not in (pair.edited.emotion, None):
+            result.note(f"{self._clip.file} is taken for its recording")
         try:
             ours, theirs = rate_of(pair.edited), rate_of(self._clip)
             if ours and theirs and abs(ours / theirs - 1) > 0.001:

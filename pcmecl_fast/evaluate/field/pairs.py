@@ -57,7 +57,7 @@ def pair_up(edited: Path, reference: Path, sound: Path | None = None) -> Pairing
     """Pair the clips of two folders by their names.
 
     A clip's recording is the reference's clip of the same individual and name, and of the emotion that it had before
-    the edit; where names do not tell that one, of the emotion that it shows; else the only one there is. The group of
+    the edit; where names do not tell that one, of the emotion that it shows; else the neutral one. The group of
     real faces that it is compared with is the individual's clips of the emotion that it shows, or where the names of
     the reference tell no emotions of this individual, all.
 
@@ -117,7 +117,7 @@ class _Finder:
             return None, f"the reference has no recording {edited.name or 'without a name'!r}{of}"
         best = _best(edited, found)
         if best is None:
-            return None, f"the reference has {name_some([c.file for c in found], 3)}, and no name says which it is"
+            return None, f"the reference has {name_some([c.file for c in found], 3)}, and no name says that it is that"
         return best, ""
 
     def _group(self, edited: FaceClip) -> tuple[Group | None, str]:
@@ -144,9 +144,14 @@ class _Finder:
 
 
 def _best(edited: FaceClip, found: Sequence[FaceClip]) -> FaceClip | None:
-    """Of clips of the same individual and name, the one that was edited; None where several might be."""
-    for emotion in (edited.was, edited.emotion):
-        of = [clip for clip in found if emotion is not None and clip.emotion == emotion]
+    """Of clips of the same individual and name, the one that was edited; None where names do not tell it.
+
+    Clips of two emotions may have one name, as MEAD's numbers, and be different recordings all the same. Only a
+    neutral one, from which edits usually start, and one whose names tell no emotion are taken for the edited one.
+    """
+    known = [emotion for emotion in (edited.was, edited.emotion) if emotion is not None]
+    for emotion in (*known, "neutral", None):
+        of = [clip for clip in found if clip.emotion == emotion]
         if len(of) == 1:
             return of[0]
-    return found[0] if len(found) == 1 else None
+    return found[0] if len(found) == 1 and not known else None

@@ -44,7 +44,8 @@ def counted(score: Score) -> str:
     if score.mean is None:
         words = "Of no clip"
     else:
-        words = f"Of {score.mean.clips:,} clip{'s' * (score.mean.clips != 1)}"
+        each = ", ".join(f"{emotion} {value.clips:,}" for emotion, value in score.by_emotion.items())
+        words = f"Of {score.mean.clips:,} clip{'s' * (score.mean.clips != 1)} ({each})"
         frames = [value.frames for value in score.by_emotion.values() if value.frames is not None]
         if frames:
             ours, theirs = (sum(pair[side] for pair in frames) for side in (0, 1))
