@@ -231,8 +231,8 @@ def _drawn_clips(pairing: Pairing, most: int | None, seed: int) -> set[str]:
 
 def _measure(jobs: list[_Job], records: Records, tools: Tools, config: MeasureConfig) -> None:
     """Measure clips; each is kept as it is finished."""
-    device = device_named(config.device)
-    workers = min(config.workers or (cores() if device == "cpu" else 1), max(1, len(jobs)))
+    # A process that has begun with a GPU cannot be forked; and one keeps it busy.
+    workers = min(config.workers or cores(), max(1, len(jobs))) if device_named(config.device) == "cpu" else 1
     with contextlib.ExitStack() as stack:
         done: Iterable[tuple[_Job, Result]]
         if workers == 1:

@@ -13,7 +13,7 @@ import torch
 
 from pcmecl_fast.evaluate.networks.efficient_face import EfficientFace
 from pcmecl_fast.evaluate.networks.resnet_face import ResNetFace18
-from pcmecl_fast.evaluate.networks.syncnet import WINDOW, SyncNet
+from pcmecl_fast.evaluate.networks.syncnet import SyncNet
 
 
 def by_formula(state):
@@ -29,18 +29,8 @@ def write_field_weights(folder):
     torch.save({f"module.{key}": value for key, value in face.items()}, folder / "resnet18_110.pth")
     expression = {f"module.{key}": value for key, value in by_formula(EfficientFace().state_dict()).items()}
     torch.save({"state_dict": expression}, folder / "EfficientFace_Trained_on_AffectNet7.pth.tar")
-    torch.save(by_formula(syncnet_state()), folder / "syncnet_v2.model")
+    torch.save(by_formula(SyncNet().state_dict()), folder / "syncnet_v2.model")
     return folder
-
-
-def syncnet_state():
-    """SyncNet's state dict as its authors have it: the lips' convolutions have a time of 5 frames, then of 1."""
-    state = SyncNet().state_dict()
-    for key, value in state.items():
-        if key.startswith("netcnnlip") and value.ndim == 4:
-            frames = WINDOW if key == "netcnnlip.0.weight" else 1
-            state[key] = value.unflatten(1, (-1, frames))
-    return state
 
 
 def _filled(key, value):

@@ -107,9 +107,9 @@ def frechet_distance(
 
         ‖μ₁ − μ₂‖² + tr(Σ₁) + tr(Σ₂) − 2 tr √(Σ₁ Σ₂)
 
-    the square of Fréchet's distance, as FID is defined (Heusel et al. 2017). tr √(Σ₁ Σ₂) is the sum of the square roots
-    of the eigenvalues of √Σ₁ Σ₂ √Σ₁, which is symmetric: no complex roots, and no constant is added where there are
-    fewer frames than features, as the scripts do that take the root of Σ₁ Σ₂ itself.
+    the square of Fréchet's distance, as FID is defined (Heusel et al. 2017). With A Aᵀ = Σ₁ and B Bᵀ = Σ₂, the trace of
+    the root is the sum of the singular values of Aᵀ B, which are real. Where there are fewer frames than features, the
+    scripts that take the root of Σ₁ Σ₂ itself find it complex, add a constant, or give up.
 
     Raises:
         ValueError: fewer than two frames, features that are not finite, or different widths.
@@ -118,11 +118,17 @@ def frechet_distance(
     if len(first.mean) != len(second.mean):
         raise ValueError(f"a and b: have {len(first.mean)} and {len(second.mean)} features")
     covariances = first.covariance(), second.covariance()
-    values, vectors = torch.linalg.eigh(covariances[0])
-    half = vectors * values.clamp(min=0).sqrt()  # √Σ₁ but for a rotation, which changes no eigenvalue below
-    roots = torch.linalg.eigvalsh(half.T @ covariances[1] @ half).clamp(min=0).sqrt()
+    roots = [_root(covariance) for covariance in covariances]
+    shared = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     traces = covariances[0].trace() + covariances[1].trace()
-    return float((first.mean - second.mean).square().sum() + traces - 2 * roots.sum())
+    return float((first.mean - second.mean).square().sum() + traces - 2 * shared)
+
+
+def _root(covariance: Tensor) -> Tensor:  # both (D, D)
+    """A with A Aᵀ the covariance. Eigenvalues that are 0 but for rounding are: their roots would not be small."""
+    values, vectors = torch.linalg.eigh(covariance)
+    least = values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return vectors * torch.where(values > least, values, 0).sqrt()
 
 
 def csim(

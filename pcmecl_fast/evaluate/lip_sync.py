@@ -72,6 +72,7 @@ def lip_sync(
     sample_rate: int,
     protocol: Protocol,
     network: SyncNet,
+    most_windows: int | None = None,
 ) -> LipSync:
     """LSE-D and LSE-C of a clip, by one of the protocols above.
 
@@ -82,14 +83,18 @@ def lip_sync(
         sample_rate: 16000; `read_waveform` gives it.
         protocol: "cdrl" or "original".
         network: of `load_syncnet`.
+        most_windows: looked at, spread evenly over the clip, for results that may be rough: nearly all the time goes
+            into the frames' windows. None, as both protocols have it, is all.
 
     Raises:
-        ValueError: a shape, rate or protocol; a clip or sound too short for one window.
+        ValueError: a shape, rate, protocol or number of windows; a clip or sound too short for one window.
     """
     if protocol not in ("cdrl", "original"):
         raise ValueError(f"protocol: got {protocol!r}; takes cdrl or original")
     if not 0 < rate < math.inf:
         raise ValueError(f"rate: got {rate}; takes frames a second, above 0")
+    if most_windows is not None and most_windows < 1:
+        raise ValueError(f"most_windows: got {most_windows}; takes at least 1, or None for all")
     if waveform.ndim != 1 or not waveform.is_floating_point():
         raise ValueError(f"waveform: got {waveform.dtype} {tuple(waveform.shape)}; takes floats (N,) in [-1, 1]")
     if sample_rate != SAMPLE_RATE:
@@ -111,16 +116,17 @@ def lip_sync(
             f"lip synchronisation takes at least {WINDOW + 1} frames with sound; got {len(pictures)} frames at "
             f"{float(rate):g} a second, and {seconds:.2f} seconds of sound"
         )
-    lips = network.lips(pictures[: windows + WINDOW - 1])
+    starts = torch.linspace(0, windows - 1, min(windows, most_windows or windows)).round().long()
+    lips = network.lips(pictures, starts)
     sounds = network.sounds(steps[: STEPS * (windows + WINDOW - 1)].float())
-    distances = _mean_distances(lips, sounds)
+    distances = _mean_distances(lips, sounds, starts)
     least = int(distances.argmin())
     return LipSync(
         distance=float(distances[least]),
         confidence=float(distances.median() - distances[least]),
         offset=_REACH - least,
         rate=float(rate),
-        windows=windows,
+        windows=len(starts),
         distances=distances,
     )
 
@@ -198,7 +204,9 @@ def _at_original_rate(count: int, rate: float | Fraction) -> Tensor:  # (T',) in
     """Which frame is nearest in time to each of 25 a second."""
     speed = Fraction(rate).limit_denominator(100_000) / _ORIGINAL_RATE
     wanted = math.floor(count / speed)
-    return torch.tensor([min(math.floor(k * speed + Fraction(1, 2)), count - 1) for k in range(wanted)], dtype=torch.long)
+    return torch.tensor(
+        [min(math.floor(k * speed + Fraction(1, 2)), count - 1) for k in range(wanted)], dtype=torch.long
+    )
 
 
 def _cut(
@@ -211,10 +219,11 @@ def _cut(
 
 
 def _mean_distances(
-    lips: Tensor,  # (W, D)
+    lips: Tensor,  # (S, D)
     sounds: Tensor,  # (W, D)
+    starts: Tensor,  # (S,) int in [0, W)
 ) -> Tensor:  # (21,) float32
     """For each offset the mean distance over the clip; beyond its ends, features are 0, as both protocols have it."""
     padded = F.pad(sounds, (0, 0, _REACH, _REACH))
-    shifted = (padded[k : k + len(lips)] for k in range(2 * _REACH + 1))
+    shifted = (padded[starts + k] for k in range(2 * _REACH + 1))
     return torch.stack([F.pairwise_distance(lips, other).mean() for other in shifted]).cpu()

@@ -482,7 +482,7 @@ class MeasureConfig:
     """A first look, in a fraction of the time on a CPU: FAD over 300 random frames a side and emotion, LSE of 10 clips
     an emotion, PSNR and SSIM of every fifth frame, faces in half as many. The protocol says so with every number."""
     workers: int = 0
-    """Processes; 0 means one for each core, and one where networks run on a GPU."""
+    """Processes on a CPU; 0 means one for each core. A GPU is used by one."""
     out: Path = Path("runs/measure")
     """Output folder; what is measured there already, and has not changed since, is kept."""
     seed: int = 1

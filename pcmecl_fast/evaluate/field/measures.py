@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pcmecl_fast.data.faces import Detector, load_detector
 from pcmecl_fast.evaluate.networks import IdentityNetwork, SyncNet, load_network, load_syncnet
+from pcmecl_fast.libraries import missing_library
 from pcmecl_fast.wording import did_you_mean
 
 log = logging.getLogger("pcmecl_fast")
@@ -212,7 +213,7 @@ def load_tools(metrics: Sequence[str], weights: Path | None, device: str) -> Too
             _NEEDS.get(metric, _nothing)(tools, weights, device)
         # A file that is missing, not installed, damaged, or of another architecture: its message says which.
         except (OSError, ImportError, ValueError, RuntimeError) as error:
-            tools.not_run[metric] = " ".join(str(error).split())
+            tools.not_run[metric] = " ".join((missing_library(error) or str(error)).split())
             log.warning("not measured, %s: %s", metric, tools.not_run[metric])
         else:
             tools.metrics.add(metric)
@@ -240,7 +241,7 @@ def _detector(tools: Tools, weights: Path | None, device: str) -> None:
 def _identity(tools: Tools, weights: Path | None, device: str) -> None:
     _detector(tools, weights, device)
     assert tools.detector is not None
-    tools.networks["identity"] = IdentityNetwork(tools.detector)
+    tools.networks["identity"] = IdentityNetwork(tools.detector, torch.device(device))
 
 
 def _emotion(tools: Tools, weights: Path | None, device: str) -> None:

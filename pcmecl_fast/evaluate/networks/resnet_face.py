@@ -25,7 +25,7 @@ def load_resnet_face(weights: Path | None, device: torch.device) -> PreparedNetw
 
 
 class ResNetFace18(nn.Module):
-    """(B, 1, 128, 128) grey faces in [-1, 1] to (B, 512). The names of the parameters are those of the authors' file."""
+    """(B, 1, 128, 128) grey faces in [-1, 1] to (B, 512). The parameters' names are those of the authors' file."""
 
     def __init__(self) -> None:
         super().__init__()
