@@ -460,7 +460,7 @@ class EditConfig:
 
 @dataclass
 class MeasureConfig:
-    """Measure edited clips against real ones as the field does: FAD, CSIM, LSE, identity, landmarks, pixels, flicker."""
+    """Measure edited clips against real ones as the field does: FAD, CSIM, LSE, identity, landmarks, pixels and more."""
 
     edited: Path
     """The folder of edited clips: videos or folders of numbered pictures, as <individual>/<emotion>/<clip>, as
@@ -475,7 +475,7 @@ class MeasureConfig:
     """A folder with the networks' files as their authors publish them: resnet18_110.pth (FAD),
     EfficientFace_Trained_on_AffectNet7.pth.tar (CSIM), syncnet_v2.model (LSE), emotion_model.hdf5 (emotion)."""
     metrics: list[str] | None = None
-    """Those to measure, of fad, csim, lse, identity, emotion, lmd, psnr, ssim, fid, flicker; by default all that can."""
+    """Some of fad, csim, lse, identity, emotion, lmd, psnr, ssim, fid, flicker; by default all that can run."""
     every: int = 10
     """Frames from one in which the face is looked for, for identity, emotion and landmarks, to the next."""
     quick: bool = False
