@@ -460,7 +460,7 @@ class EditConfig:
 
 @dataclass
 class MeasureConfig:
-    """Measure edited clips against real ones as the field does: FAD, CSIM, LSE, identity, landmarks, pixels and more."""
+    """Measure edited clips against real ones as the field does: FAD, CSIM, LSE, identity, landmarks, pixels."""
 
     edited: Path
     """The folder of edited clips: videos or folders of numbered pictures, as <individual>/<emotion>/<clip>, as
