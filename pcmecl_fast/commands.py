@@ -27,6 +27,7 @@ from pcmecl_fast.train.config import (
     DemoConfig,
     EditConfig,
     EvaluateConfig,
+    MeasureConfig,
     PrepareConfig,
     PromptsConfig,
     TrainConfig,
@@ -91,7 +92,7 @@ def _say(line: str) -> None:
 
 def _way_on(name: str, config: Any) -> str:
     """What the same command can do with what it did before it was stopped."""
-    if name == "prepare" and config is not None:
+    if name in ("prepare", "measure") and config is not None:
         return f"; the same command goes on with what is missing in {config.out}"
     if name == "edit" and config is not None and config.input.is_dir():
         return f"; --resume edits what is missing in {config.out}"
@@ -309,6 +310,12 @@ def _prepare(config: PrepareConfig, command: str) -> None:
     _print_rows(run_prepare(config))
 
 
+def _measure(config: MeasureConfig, command: str) -> None:
+    from pcmecl_fast.measure import print_measured, run_measure
+
+    print_measured(run_measure(config, command=command), Console())
+
+
 def _edit(config: EditConfig, command: str) -> None:
     from pcmecl_fast.edit import run_edit
 
@@ -341,7 +348,7 @@ def _backends(config: BackendsConfig, command: str) -> None:
     Console().print(table)
 
 
-_LONG = ("demo", "prepare", "prompts", "train", "evaluate", "ablate")
+_LONG = ("demo", "prepare", "measure", "prompts", "train", "evaluate", "ablate")
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "demo": (DemoConfig, _train),
@@ -350,6 +357,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {
     "train": (TrainConfig, _train),
     "edit": (EditConfig, _edit),
     "evaluate": (EvaluateConfig, _evaluate),
+    "measure": (MeasureConfig, _measure),
     "ablate": (AblateConfig, _ablate),
     "backends": (BackendsConfig, _backends),
 }

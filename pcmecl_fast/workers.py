@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,7 +26,14 @@ class WorkerEndedError(RuntimeError):
     """A worker process was ended from outside."""
 
 
-def in_workers(do: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+def in_workers(
+    do: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    workers: int,
+    *,
+    begin: Callable[..., None] | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> Iterator[Result]:
     """`do(job)` of all jobs, in order of completion; few jobs and results wait in memory at any time.
 
     The processes are started by this call, before anything is iterated: the caller had better have no threads yet. When
@@ -37,13 +44,15 @@ def in_workers(do: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -
         do: a function that can be pickled, as can jobs and results.
         jobs: taken one after the other.
         workers: processes, at least 1.
+        begin: called with `arguments` in each worker before its first job.
+        arguments: of `begin`.
 
     Raises:
         WorkerEndedError: while iterating: a worker was ended by the system, as for want of memory.
         Exception: while iterating: whatever `do` raises.
     """
     context = get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(os.getpid(), begin, arguments))
     left = iter(jobs)
     waiting: set[Future[Result]] = {pool.submit(do, job) for job in itertools.islice(left, _AHEAD * workers)}
     return _results(pool, do, left, waiting)
@@ -72,7 +81,7 @@ def _results(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(parent: int) -> None:
+def _begin(parent: int, begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
     # Ctrl-C reaches every process of a terminal; what this one does is its parent's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -83,3 +92,5 @@ def _begin(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if begin is not None:
+        begin(*arguments)

@@ -20,7 +20,7 @@ LAYERS = (
     ("models",),
     ("train",),
     ("evaluate",),
-    ("run", "run_folder", "edit", "edit_faces", "edit_media", "prepare", "ablation"),
+    ("run", "run_folder", "edit", "edit_faces", "edit_media", "prepare", "measure", "ablation"),
     ("commands",),
     ("cli",),
 )

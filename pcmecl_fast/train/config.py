@@ -460,7 +460,42 @@ class EditConfig:
     command: ClassVar[str] = "edit"
 
 
-Command = RunConfig | EvaluateConfig | EditConfig | PrepareConfig
+@dataclass
+class MeasureConfig:
+    """Measure edited clips against real ones as the field does: FAD, CSIM, LSE, identity, landmarks, pixels."""
+
+    edited: Path
+    """The folder of edited clips: videos or folders of numbered pictures, as <individual>/<emotion>/<clip>, as
+    `pcmecl-fast edit` names them, or as NED, CDRL and EAT do."""
+    reference: Path
+    """The folder of real ones: the recordings that were edited, and faces of the same people with the emotions."""
+    sound: Path | None = None
+    """A folder with the clips' sound, by the same names; by default the clips' own or their recordings'."""
+    protocol: Literal["cdrl", "original"] = "cdrl"
+    """How LSE-D and LSE-C are taken: as CDRL and NED's papers do, or as SyncNet's authors; their values differ."""
+    weights: Path | None = None
+    """A folder with the networks' files as their authors publish them: resnet18_110.pth (FAD),
+    EfficientFace_Trained_on_AffectNet7.pth.tar (CSIM), syncnet_v2.model (LSE), emotion_model.hdf5 (emotion)."""
+    metrics: list[str] | None = None
+    """Some of fad, csim, lse, identity, emotion, lmd, psnr, ssim, fid, flicker; by default all that can run."""
+    every: int = 10
+    """Frames from one in which the face is looked for, for identity, emotion and landmarks, to the next."""
+    quick: bool = False
+    """A first look, in a fraction of the time on a CPU: FAD over 300 random frames a side and emotion, LSE of 10 clips
+    an emotion, PSNR and SSIM of every fifth frame, faces in half as many. The protocol says so with every number."""
+    workers: int = 0
+    """Processes on a CPU; 0 means one for each core. A GPU is used by one."""
+    out: Path = Path("runs/measure")
+    """Output folder; what is measured there already, and has not changed since, is kept."""
+    seed: int = 1
+    """Of the random frames that CSIM is taken over."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+
+    command: ClassVar[str] = "measure"
+
+
+Command = RunConfig | EvaluateConfig | EditConfig | PrepareConfig | MeasureConfig
 
 
 def device_named(name: str) -> str:
