@@ -58,6 +58,7 @@ SMALL = {
     "train": SMALL_TRAINING,
     "ablate": [*SMALL_TRAINING, *DRAWN, "--quick", "--quick-steps", "1", "--workers", "1"],
     "evaluate": ["--device", "cpu"],
+    "measure": ["--device", "cpu", "--metrics", "psnr", "ssim", "--workers", "1"],
     "edit": ["--device", "cpu", "--crop", "centre"],
     "backends": [],
 }
@@ -266,7 +267,7 @@ def check_options(words, place):
 def check_requirements(words, place):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
-    needed = {Requirement(text).name for text in [*project["build-system"]["requires"], "torch", "torchvision"]}
+    needed = {Requirement(text).name for text in [*project["build-system"]["requires"], "torch", "torchvision", "fer"]}
     for word in (word for word in words if not word.startswith("-")):
         of_project = re.fullmatch(r"(?:\.|pcmecl_fast)(?:\[([\w,-]+)\])?", word)
         if of_project is None:

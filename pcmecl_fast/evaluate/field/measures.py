@@ -101,7 +101,7 @@ MEASURES = (
         "emotion",
         "emotion accuracy",
         "↑",
-        "frames in which the fer package's classifier sees the target emotion, a weak one: right in 54 % of unedited "
+        "frames in which the fer package's classifier sees the target emotion, a weak one: right in 53 % of unedited "
         "stills of MEAD; every {every}th frame",
         unit="%",
     ),
