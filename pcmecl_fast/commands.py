@@ -141,7 +141,7 @@ def _check_paths(config: Any) -> None:
         folder = given.get(argument)
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{argument}: there is no folder {folder}; it takes that of a finished run")
-    for argument in ("input", "reference"):
+    for argument in () if isinstance(config, MeasureConfig) else ("input", "reference"):
         path = given.get(argument)
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{argument}: there is no file {path}")

@@ -23,8 +23,10 @@ from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.splits import split
 from pcmecl_fast.data.tracks import Crop
 from pcmecl_fast.evaluate.changes import Changes, change_view, changes_table
+from pcmecl_fast.evaluate.field.held_out import field_view, summarize_view
+from pcmecl_fast.evaluate.field.measures import load_tools
 from pcmecl_fast.evaluate.intervals import summarize
-from pcmecl_fast.evaluate.metrics import clip_view, draw_trials, judge_edits, prompt_view
+from pcmecl_fast.evaluate.metrics import Edit, Trials, clip_view, draw_trials, judge_edits, prompt_view
 from pcmecl_fast.evaluate.moving import MovingFaces, moving_faces, save_webp
 from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.evaluate.report import FaceGrid, Report, grid_image, save_grid_png, write_report
@@ -236,10 +238,28 @@ def evaluate(
 
     values = judge_edits(edit, held, trials, device=clip.device) if isinstance(held, SyntheticFaces) else {}
     values |= prompt_view(clip, bank, held, trials) | clip_view(edit, clip, bank, held, trials)
-    return summarize(values, held.individual_index[trials.index]), Pictures(
+    summary = summarize(values, held.individual_index[trials.index])
+    if not isinstance(held, SyntheticFaces):
+        _add_field_view(summary, edit, held, trials, clip.device)
+    return summary, Pictures(
         {"faces": _face_grid(generator, held, people=8, references=dataset)},
         [] if isinstance(held, SyntheticFaces) else moving_faces(edit, held, device=clip.device),
     )
+
+
+def _add_field_view(
+    summary: dict[str, Any], edit: Edit, held: FrameDataset, trials: Trials, device: torch.device
+) -> None:
+    """Add what networks beside CLIP see in edits of real faces, as far as they are installed."""
+
+    def edit_on_device(frames: Tensor, target: Tensor) -> Tensor:
+        return edit(frames.to(device), target.to(device)).cpu()
+
+    tools = load_tools(["identity", "emotion", "lmd"], None, str(device))
+    view = field_view(edit_on_device, held, trials, tools)
+    field = summarize_view(view, held.individual_index[trials.index])
+    summary["intervals"] |= field.pop("intervals")
+    summary |= field
 
 
 def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset, FrameDataset]:

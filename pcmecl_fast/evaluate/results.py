@@ -44,6 +44,22 @@ MEASURES = [
     ),
     Measure("psnr", "likeness to the true edit\N{NO-BREAK SPACE}↑", "PSNR", "dB"),
     Measure(
+        "field_emotion",
+        "shows the target emotion\N{NO-BREAK SPACE}↑",
+        "to the fer package’s classifier, a weak one, where a face is found",
+        "%",
+    ),
+    Measure(
+        "field_identity",
+        "same person as the source\N{NO-BREAK SPACE}↑",
+        "cosine of dlib’s face features, up to 1",
+    ),
+    Measure(
+        "field_lmd_mouth",
+        "movement of the mouth\N{NO-BREAK SPACE}↓",
+        "its landmarks against the source’s, in parts of the distance of the outer eye corners",
+    ),
+    Measure(
         "clip_emotion_accuracy",
         "shows the target emotion to CLIP\N{NO-BREAK SPACE}↑",
         "by the plain descriptions; CLIP supervised the edits, so this flatters them",
@@ -154,10 +170,16 @@ def limits_in_words(summary: Summary, *, emotions: int, clip: str, drawn: bool, 
         "Training uses the change from one prompt to another rather than the names: how much edits gain from the "
         "prompts is not measured here; the command ablate measures it on drawn faces."
     )
-    if edited and not drawn:
+    if left_out := summary.get("left_out"):
         words.append(
-            "Real faces come without the true edit. So it is not measured either whether anyone but CLIP sees the "
-            "emotion, and whether edits keep the person and the speech: look at the faces."
+            f"No face was found, in the frame or in its edit, in {max(left_out.values())} of "
+            f"{summary['counts']['frames']} edits: what is said of faces and landmarks is of the others."
+        )
+    if edited and not drawn:
+        unseen = "" if "field_emotion" in summary else "whether anyone but CLIP sees the emotion, and "
+        words.append(
+            f"Real faces come without the true edit. So it is not measured either {unseen}whether edits keep the "
+            "speech: look at the faces, and measure edited videos with the command measure."
         )
     return words
 
