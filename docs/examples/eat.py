@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -51,7 +52,7 @@ def main(repository: Path | None = None, run: Path | None = None, clip: str = "t
     criterion = criterion_for(drawn, run, clip, value_range=(0, 1))
 
     # As EAT's batches have them: one neutral source for each clip, and the driving clip's name and emotion.
-    x = {"name": ["M003_hap_3_001", "W029_ang_1_007"], "y_trg": torch.tensor([4, 0])}
+    x: dict[str, Any] = {"name": ["M003_hap_3_001", "W029_ang_1_007"], "y_trg": torch.tensor([4, 0])}
     actors, asked = [name.split("_")[0] for name in x["name"]], [OF_INDEX[e] for e in x["y_trg"]]
     x["source"] = (drawn.frames(actors, ["neutral"] * 2) + 1) / 2
     driving = (drawn.frames(actors, asked) + 1) / 2

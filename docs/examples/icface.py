@@ -9,7 +9,7 @@ import tyro
 from common import DrawnActors, criterion_for, train, use_repository
 from torch import Tensor, nn
 
-WEIGHT = 1.0
+WEIGHT = 0.01
 # OpenFace's action units in the order of ICface's driving vector, after three angles of the head.
 UNITS = [1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17, 20, 23, 25, 26, 45]
 # Each emotion's units (EMFACS), in parts of OpenFace's largest intensity, 5: a beginning, yours to change.

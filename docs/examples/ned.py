@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pcmecl_fast.synthetic import ACTION_UNITS, draw
 
-WEIGHT = 1.0
+WEIGHT = 0.2
 LENGTH, COEFFICIENTS, STYLE = 10, 51, 16
 
 

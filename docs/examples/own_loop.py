@@ -9,7 +9,7 @@ import tyro
 from common import ACTORS, EMOTIONS, DrawnActors, criterion_for
 from torch import nn
 
-WEIGHT = 1.0
+WEIGHT = 0.01
 
 
 class Generator(nn.Module):

@@ -9,7 +9,7 @@ import tyro
 from common import DrawnActors, criterion_for, train, use_repository
 from torch import Tensor, nn
 
-WEIGHT = 10.0
+WEIGHT = 1.0
 FRAMES, INPUTS = 3, 10  # n_frames_G; of one frame, three pictures of three colours (NMFC, gaze, shape) and the mask
 
 
