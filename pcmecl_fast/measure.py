@@ -13,12 +13,11 @@ import contextlib
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -44,13 +43,12 @@ from pcmecl_fast.evaluate.field.table import as_json, as_latex, heading, table_o
 from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.files import remove_unfinished, write_atomically
 from pcmecl_fast.machine import cores
+from pcmecl_fast.run_folder import locked
 from pcmecl_fast.train.config import MeasureConfig, check_options, device_named
 from pcmecl_fast.wording import name_some
 from pcmecl_fast.workers import in_workers
 
 log = logging.getLogger("pcmecl_fast")
-
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def run_measure(config: MeasureConfig, *, command: str = "") -> Measured:
     if not tools.metrics:
         whys = [f"{metric}: {why}" for metric, why in tools.not_run.items()]
         raise ValueError(f"metrics: none of them can run here: {'; '.join(whys)}")
-    with _locked(config.out):
+    with locked(config.out, config.command):
         remove_unfinished(config.out / FEATURES)
         jobs = _jobs(pairing, tools, config)
         records = Records(config.out, {job.key: job.stamp for job in jobs})
@@ -338,20 +336,3 @@ def _check_out(config: MeasureConfig) -> None:
             f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast measure`; name "
             "another folder"
         )
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Have the output folder for oneself."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(
-            f"--out: another process measures into {out}; wait for it, or name another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

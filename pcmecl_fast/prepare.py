@@ -15,13 +15,12 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from pcmecl_fast.data.cutting import SUFFIXES, Cutting, NoFaceError, cut_clip, hash_of
@@ -43,13 +42,12 @@ from pcmecl_fast.evaluate.contact_sheet import write_contact_sheet
 from pcmecl_fast.files import remove, remove_unfinished, unfinished
 from pcmecl_fast.machine import cores
 from pcmecl_fast.options import named_differences
+from pcmecl_fast.run_folder import locked
 from pcmecl_fast.train.config import PrepareConfig, check_options
 from pcmecl_fast.wording import name_some
 from pcmecl_fast.workers import WorkerEndedError, in_workers
 
 log = logging.getLogger("pcmecl_fast")
-
-_LOCK = ".lock"
 
 
 def run_prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -79,7 +77,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     jobs = _jobs(clips, listing, config)
     sources = {clip.sources[0].relative_to(config.data).as_posix() for clip in listing.clips}
     prepared = {"layout": layout.name, "data": os.path.realpath(config.data), **asdict(cutting)}
-    with _locked(config.out):
+    with locked(config.out, config.command):
         left = _left_to_do(config, prepared, jobs, sources)
         if len(left) < len(jobs):
             log.info("%d of %d clips are done already", len(jobs) - len(left), len(jobs))
@@ -154,21 +152,6 @@ def _stamp(clip: RawClip) -> str:
         except OSError:  # a link that leads nowhere, which reading it will say
             digest.update(f"{path.name} is not there\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Have the output folder for oneself."""
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(f"--out: another process prepares {out}; wait for it, or name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _left_to_do(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job], sources: set[str]) -> list[_Job]:

@@ -148,7 +148,7 @@ def open_run(
         FileExistsError: the folder holds a run, and nothing says what to do with it.
         ValueError: the run that is to be resumed had other options.
     """
-    with _locked(path, config.command):
+    with locked(path, config.command):
         held = held_by(path)
         _check_held(path, config, held, resume=resume, overwrite=overwrite, extend=extend)
         for inner in (path, *path.glob("prompts"), *path.glob("prompts/*"), *path.glob("trainings/*")):
@@ -194,7 +194,12 @@ def _choices(config: Command, held: Held) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, command: str) -> Iterator[None]:
+def locked(path: Path, command: str) -> Iterator[None]:
+    """Have a folder for oneself as long as the block runs; made where it is missing, removed where it is left empty.
+
+    Raises:
+        BlockingIOError: another process works in it; the message says which.
+    """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     # The system frees it with the process, however that ends; so it may stay where it is.

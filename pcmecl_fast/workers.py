@@ -72,8 +72,11 @@ def _results(
                 for future in finished:
                     yield future.result()
                 raise
-            waiting |= {pool.submit(do, job) for job in itertools.islice(left, len(finished))}
-            for future in finished:
+            # What has been done first: the error of another ends the iteration.
+            done = sorted(finished, key=lambda future: future.exception() is not None)
+            if done[-1].exception() is None:
+                waiting |= {pool.submit(do, job) for job in itertools.islice(left, len(done))}
+            for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
         raise WorkerEndedError("a worker process was ended by the system, perhaps for want of memory") from error

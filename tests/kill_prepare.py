@@ -88,7 +88,7 @@ def _wait(child: int) -> None:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", ".in-use"))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
