@@ -22,7 +22,7 @@ LAYERS = (
     ("evaluate",),
     ("run", "run_folder", "edit", "edit_faces", "edit_media", "prepare", "measure", "ablation"),
     ("commands",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 SOURCES = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
 

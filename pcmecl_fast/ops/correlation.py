@@ -56,8 +56,8 @@ def correlation_loss(
 
     **Over ranks**, with `group`: each rank gives its own n of the N individuals, in the order of ranks, none at all
     included, and gets the loss of all N. A rank computes its own rows of S against everybody's columns and keeps
-    O(N / ranks). Its gradients are those of the sum of what all ranks return, as `torch.distributed.nn` has it: the mean
-    over ranks that DistributedDataParallel takes is then the loss's. All ranks must call, and all run backward.
+    O(N / ranks). Its gradients are those of the sum of what all ranks return, as `torch.distributed.nn` has it: the
+    mean over ranks that DistributedDataParallel takes is then the loss's. All ranks must call, and all run backward.
 
     Args:
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
@@ -67,7 +67,7 @@ def correlation_loss(
         mask: True where individual n has emotion e, (N, E) bool; None means everywhere.
         negatives: "all", "within" or "distinct".
         backend: see `use_backend`; None leaves the choice to it.
-        group: a process group of torch.distributed, such as `torch.distributed.group.WORLD`; None for this process alone.
+        group: a process group, such as `torch.distributed.group.WORLD`; None for this process alone.
         group_sizes: how many individuals each rank has; None asks them, which waits for the device.
         overlap: pass the text features round a ring instead of gathering them: memory O(N / ranks) for them, too, and
             the next ones arrive while those here are computed with; more and smaller messages.

@@ -111,7 +111,7 @@ class _OverRanks(torch.autograd.Function):
         before, after = torch.triu_indices(visual.shape[1], visual.shape[1], 1, device=visual.device)
         valid = present[:, before] & present[:, after]  # (n, Q)
 
-        def sums(block: Tensor, block_mask: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        def sums(block: Tensor, block_mask: Tensor, first: int) -> tuple[Tensor, ...]:
             return call.rectangle.sums(visual, block, scale, number, present, block_mask, call.negatives, first)
 
         with autocast_off(visual):
@@ -147,7 +147,7 @@ class _OverRanks(torch.autograd.Function):
         return (*(None if x is None else x.to(y.dtype) for x, y in zip(found, like, strict=True)), None, None, None)
 
 
-Sums = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+Sums = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
 """Of a block (m, E, D), its mask (m, E), and its own first column: sums of rows, of columns, and positives."""
 Gradients = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]
 """Of the same and the columns' sums (m, Q): gradients of the rows' features, of the block's and of the scale."""
@@ -165,7 +165,7 @@ class _Alone:
     def __init__(self, call: Call) -> None:
         self.call = call
 
-    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, ...]:
         return of(text, mask, 0)
 
     def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> tuple[Tensor | None, ...]:
@@ -178,7 +178,7 @@ class _Gathered:
     def __init__(self, call: Call) -> None:
         self.call = call
 
-    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, ...]:
         call = self.call
         row, column, positive = of(self._all(text), self._all_of(mask), call.first)
         return row, self._joined(column)[call.first : call.first + len(text)].clone(), positive
@@ -214,7 +214,7 @@ class _Ring:
     def __init__(self, call: Call) -> None:
         self.call = call
 
-    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, ...]:
         rows, positives = [], []
 
         def compute(owner: int, block: Sequence[Tensor]) -> Tensor:
@@ -230,13 +230,13 @@ class _Ring:
         return row, column, positive
 
     def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> tuple[Tensor | None, ...]:
-        totals: list[Tensor | None] = [None, None]
+        totals: list[Tensor | None] = [None, None]  # of the rows' features and of the scale
 
         def compute(owner: int, block: Sequence[Tensor]) -> Tensor:
             visual, columns, scale = of(block[0], block[1].bool(), self._first_in(owner), block[2])
             for k, x in enumerate((visual, scale)):
-                if x is not None:
-                    totals[k] = x if totals[k] is None else totals[k] + x
+                before = totals[k]
+                totals[k] = x if before is None or x is None else before + x
             # A rank whose text needs no gradient still passes on the others'.
             return torch.zeros_like(block[0], dtype=column.dtype) if columns is None else columns
 

@@ -55,9 +55,9 @@ def correlation_rectangle_gradients(
 ) -> tuple[Tensor | None, ...]:
     wide = computing_dtype(visual)
     number = torch.tensor(scale_number, dtype=wide, device=visual.device) if scale is None else scale.to(wide)
-    inputs = [x.detach().to(wide).requires_grad_() for x in (visual, text, number)]
+    inputs = tuple(x.detach().to(wide).requires_grad_() for x in (visual, text, number))
     with torch.enable_grad(), autocast_off(visual):
-        values, forth, across, own = _logits(*inputs, mask, text_mask, negatives, first)
+        values, forth, across, own = _logits(inputs[0], inputs[1], inputs[2], mask, text_mask, negatives, first)
         with torch.no_grad():
             # What is masked may have sums of −inf: it takes no part.
             each = [
