@@ -1,4 +1,7 @@
-"""Rectangles of correlation_loss's logits by the C++ and the CUDA kernels, the latter under their host harness."""
+"""Rectangles of correlation_loss's logits by the C++ and the CUDA kernels, the latter under their host harness.
+
+The reference's are held against the same formula, which tests/rectangles.py spells out.
+"""
 
 from functools import partial
 
@@ -9,7 +12,7 @@ from rectangles import check_block, in_float64, people, put_together, rectangle_
 from tolerances import assert_close_for
 
 from pcmecl_fast.ops import correlation_loss
-from pcmecl_fast.ops.backends import extension
+from pcmecl_fast.ops.operator import BACKENDS
 from pcmecl_fast.ops.reference import computing_dtype
 
 NEGATIVES = ["all", "within", "distinct"]
@@ -36,28 +39,25 @@ CASES = [
     if rows == columns or negatives != "within"
 ]
 BY_DTYPE = {
+    "reference": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
     "cpu": (torch.float64, torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 
 
 @pytest.fixture(params=BY_DTYPE)
-def module(request):
-    """`pcmecl_fast._C`, or the CUDA kernels' module on the host; other dtypes than it takes are skipped."""
-    if request.param == "cuda" and not cuda_on_host.compiler():
-        pytest.skip("needs a C++ compiler and the sources")
+def rectangle(request):
+    """A backend's `sums` and `gradients`, CUDA's on the host; dtypes that it does not take are skipped."""
+    if request.param == "cuda":
+        if not cuda_on_host.compiler():
+            pytest.skip("needs a C++ compiler and the sources")
+        request.getfixturevalue("cuda_kernels_on_host")
+    backend = BACKENDS[request.param]
+    if backend.missing() is not None:
+        pytest.skip(backend.missing())
     if request.node.callspec.params.get("dtype", torch.float32) not in BY_DTYPE[request.param]:
         pytest.skip(f"the {request.param} backend does not take this dtype")
-    module = extension.load() if request.param == "cpu" else cuda_on_host.load()
-    if isinstance(module, str):
-        pytest.skip(module)
-    return module
-
-
-@pytest.fixture
-def rectangle(module):
-    """Its `sums` and `gradients`."""
-    return module.correlation_rectangle_sums, module.correlation_rectangle_gradients
+    return backend.rectangles["correlation_loss"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -128,6 +128,29 @@ def test_rectangles_put_together_give_the_loss_and_all_its_gradients(rectangle, 
 def test_so_do_those_of_the_formula(negatives, missing):
     everybody = people(11, 4, 9, missing=missing, negatives=negatives, scale=tensor(20.0, torch.float64))
     assert_together(rectangle_sums, rectangle_gradients, in_float64(everybody))
+
+
+@pytest.mark.skipif(not cuda_on_host.checks_accesses(), reason="needs GCC and the sources")
+@pytest.mark.parametrize("emotions", [4, 7])
+@pytest.mark.parametrize(
+    ("rows", "columns", "negatives"),
+    [
+        (range(37), range(3, 40), "all"),
+        (range(5, 40), range(37), "distinct"),
+        (range(6), range(6, 40), "all"),
+        (range(6), range(6), "within"),
+    ],
+    ids=["before", "behind", "apart", "within"],
+)
+def test_the_cuda_kernels_touch_their_own_memory_alone(watched, rows, columns, negatives, emotions):
+    sums, gradients = watched.correlation_rectangle_sums, watched.correlation_rectangle_gradients
+    check_block(sums, gradients, people(40, emotions, 9, missing=True, negatives=negatives), rows, columns)
+
+
+@pytest.fixture(scope="module")
+def watched():
+    """The CUDA kernels under the checked host harness, which reports races and what is read or written elsewhere."""
+    return cuda_on_host.load(checked=True)
 
 
 def assert_together(sums, gradients, everybody):
