@@ -14,7 +14,7 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 
 // A block's individual: its row and its column of S, -1 where it has none. The rows' come first, then those of the
-// columns that are left.
+// columns that are left. Kernels let what is missing point to the other, rather than branch where they load.
 struct Individual {
   int64_t i, j;
 
@@ -56,18 +56,17 @@ template <int V, typename T>
 __device__ void measure_pair(const Changes<T>& args, const Individual& at, int a, int b, int pair) {
   const int64_t m = args.extent.columns, D = args.width;
   const float* visual = args.centred_visual + at.i * args.emotions * D;
-  const float *before = args.centred_text + (a * m + at.j) * D, *after = args.centred_text + (b * m + at.j) * D;
+  const float *x_before = visual + a * D, *x_after = visual + b * D;
+  const float *y_before = args.centred_text + (a * m + at.j) * D, *y_after = args.centred_text + (b * m + at.j) * D;
+  if (at.i < 0) x_before = y_before, x_after = y_after;
+  if (at.j < 0) y_before = x_before, y_after = x_after;
   float visual_square = 0, text_square = 0, product = 0;
   for (int64_t k = lane_of_thread() * V; k < D; k += kWarpSize * V) {
-    float x[V] = {}, y[V] = {}, from_x[V] = {}, from_y[V] = {};
-    if (at.i >= 0) {
-      load(visual + b * D + k, x);
-      load(visual + a * D + k, from_x);
-    }
-    if (at.j >= 0) {
-      load(after + k, y);
-      load(before + k, from_y);
-    }
+    float x[V], y[V], from_x[V], from_y[V];
+    load(x_after + k, x);
+    load(x_before + k, from_x);
+    load(y_after + k, y);
+    load(y_before + k, from_y);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const float dx = x[v] - from_x[v], dy = y[v] - from_y[v];
@@ -132,15 +131,17 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const CorrelationFinis
   __syncthreads();
 
   const float through = grad_per_logit * scale;
+  const float *visual = args.centred_visual + at.i * E * D, *text = args.centred_text + at.j * D;
+  int64_t visual_stride = D, text_stride = m * D;
+  if (at.i < 0) visual = text, visual_stride = text_stride;
+  if (at.j < 0) text = visual, text_stride = visual_stride;
   for (int64_t k = threadIdx.x; k < D; k += blockDim.x)
     for (int b = 0; b < E; ++b) {
-      const float* visual = args.centred_visual + at.i * E * D + k;
-      const float* text = args.centred_text + at.j * D + k;
       float to_visual = 0, to_text = 0;
       for (int a = 0; a < E; ++a) {
         if (a == b) continue;
-        const float dx = at.i < 0 ? 0.0f : visual[b * D] - visual[a * D];
-        const float dy = at.j < 0 ? 0.0f : text[b * m * D] - text[a * m * D];
+        const float dx = visual[b * visual_stride + k] - visual[a * visual_stride + k];
+        const float dy = text[b * text_stride + k] - text[a * text_stride + k];
         to_visual += visual_lengths[a * E + b] * dx + positives[a * E + b] * dy;
         to_text += text_lengths[a * E + b] * dy + positives[a * E + b] * dx;
       }
