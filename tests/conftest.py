@@ -7,6 +7,7 @@ import cuda_on_host
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from ranks import Crew
 
 from pcmecl_fast import load_clip, ops
 from pcmecl_fast.clip import Clip, tiny_face_config, tiny_face_model
@@ -42,6 +43,14 @@ def other_clip():
 def few_faces():
     """A factory of data sets with a few small frames."""
     return partial(SyntheticFaces, 3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, size=32)
+
+
+@pytest.fixture(scope="session")
+def crew():
+    """Up to four ranks of a gloo group: `crew(ranks, function, *arguments)` gives what each returns."""
+    crew = Crew()
+    yield crew
+    crew.close()
 
 
 @pytest.fixture

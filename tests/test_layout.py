@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pcmecl_fast"
 # From the bottom layer to the top. Files of one layer may import each other.
 LAYERS = (
-    ("files", "wording", "libraries", "options", "hub", "machine", "workers"),
+    ("files", "wording", "libraries", "options", "hub", "machine", "workers", "distributed"),
     ("ops", "kernels"),
     ("towers", "preprocessing", "weights", "clip"),
     ("prompts",),
@@ -22,7 +22,7 @@ LAYERS = (
     ("evaluate",),
     ("run", "run_folder", "edit", "edit_faces", "edit_media", "prepare", "measure", "ablation"),
     ("commands",),
-    ("cli",),
+    ("cli", "__main__"),
 )
 SOURCES = sorted(PACKAGE.rglob("*.py")) + sorted((ROOT / "kernels").glob("*.py"))
 

@@ -10,10 +10,16 @@ with a ≠ b, both present for individual i; the positive of a row is the same (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch.distributed as dist
 from torch import Tensor
 
+from pcmecl_fast.distributed import Group
 from pcmecl_fast.ops import checks, reference
-from pcmecl_fast.ops.operator import Operator
+from pcmecl_fast.ops.correlation_ranks import Call, check_alike, correlation_over_ranks
+from pcmecl_fast.ops.operator import REFERENCE, Operator
+from pcmecl_fast.ops.reference_rectangle import correlation_rectangle_gradients, correlation_rectangle_sums
 
 NEGATIVES = ("all", "within", "distinct")
 
@@ -26,6 +32,9 @@ def correlation_loss(
     mask: Tensor | None = None,  # (N, E) bool
     negatives: str = "all",
     backend: str | None = None,
+    group: Group | None = None,
+    group_sizes: Sequence[int] | None = None,
+    overlap: bool = False,
 ) -> Tensor:  # ()
     """Match each individual's changes of image features to its own changes of text features, among all of them.
 
@@ -45,6 +54,11 @@ def correlation_loss(
     Numbers are supported up to 1e6 in size: each individual's mean is taken off first, so that one number beyond takes
     the low bits of the others along, and from 1e18 on products overflow to NaN.
 
+    **Over ranks**, with `group`: each rank gives its own n of the N individuals, in the order of ranks, none at all
+    included, and gets the loss of all N. A rank computes its own rows of S against everybody's columns and keeps
+    O(N / ranks). Its gradients are those of the sum of what all ranks return, as `torch.distributed.nn` has it: the
+    mean over ranks that DistributedDataParallel takes is then the loss's. All ranks must call, and all run backward.
+
     Args:
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
         text: unit text features, (N, E, D), the same dtype and device (under autocast the wider dtype counts).
@@ -53,13 +67,17 @@ def correlation_loss(
         mask: True where individual n has emotion e, (N, E) bool; None means everywhere.
         negatives: "all", "within" or "distinct".
         backend: see `use_backend`; None leaves the choice to it.
+        group: a process group, such as `torch.distributed.group.WORLD`; None for this process alone.
+        group_sizes: how many individuals each rank has; None asks them, which waits for the device.
+        overlap: pass the text features round a ring instead of gathering them: memory O(N / ranks) for them, too, and
+            the next ones arrive while those here are computed with; more and smaller messages.
 
     Returns:
         A scalar; float32 for half inputs, else the inputs' dtype.
 
     Raises:
         TypeError: an argument's type or dtype, or dtypes that differ.
-        ValueError: a shape or value, devices that differ, an unknown backend or kind of negatives.
+        ValueError: a shape or value, devices that differ, an unknown backend or kind of negatives, ranks that differ.
         RuntimeError: a named backend that cannot run.
 
     Source: the paper's feature differencing; the symmetric cross entropy of CLIP over all pairs is ours.
@@ -76,7 +94,33 @@ def correlation_loss(
     checks.check_scale(scale)
     checks.check_one_device(visual=visual, text=text, mask=mask, scale=scale if isinstance(scale, Tensor) else None)
     checks.check_choice("negatives", negatives, NEGATIVES)
+    if group is not None:
+        return _over_ranks(visual, text, scale, mask, negatives, backend, group, group_sizes, overlap)
     return CORRELATION_LOSS(visual, text, scale, mask, negatives, backend=backend)
+
+
+def _over_ranks(
+    visual: Tensor,
+    text: Tensor,
+    scale: float | Tensor,
+    mask: Tensor | None,
+    negatives: str,
+    backend: str | None,
+    group: Group,
+    group_sizes: Sequence[int] | None,
+    overlap: bool,
+) -> Tensor:
+    chosen = CORRELATION_LOSS.backend_for((visual, text, scale, mask, negatives), backend)
+    rectangle = chosen.rectangles.get(CORRELATION_LOSS.name)
+    if rectangle is None:
+        raise RuntimeError(f"backend {chosen.name!r} cannot run correlation_loss over ranks; use backend='reference'")
+    sizes = check_alike(visual, negatives, group) if group_sizes is None else tuple(group_sizes)
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if len(sizes) != ranks or sizes[rank] != len(visual):
+        raise ValueError(
+            f"group_sizes: got {list(sizes)} for {ranks} ranks, of which this, {rank}, has {len(visual)} individuals"
+        )
+    return correlation_over_ranks(visual, text, scale, mask, Call(rectangle, negatives, group, sizes, overlap))
 
 
 def _outputs(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,3 +143,4 @@ CORRELATION_LOSS = Operator(
         "scale": lambda visual, text, scale, *rest: checks.known_number(scale) or 0.0,
     },
 )
+REFERENCE.add_rectangle(CORRELATION_LOSS, correlation_rectangle_sums, correlation_rectangle_gradients)

@@ -100,6 +100,18 @@ class Implementation(NamedTuple):
     differentiable: Callable[..., Tensor] | None
 
 
+class Rectangle(NamedTuple):
+    """A part of an operator that compares everything with everything: some rows with some columns.
+
+    Attributes:
+        sums: what the part adds to the sums of its rows and columns.
+        gradients: of the part, given the sums over all parts.
+    """
+
+    sums: Callable[..., tuple[Tensor, ...]]
+    gradients: Callable[..., tuple[Tensor | None, ...]]
+
+
 class Backend:
     """One way of running operators, and its kernels.
 
@@ -112,6 +124,7 @@ class Backend:
         self.name = name
         self.missing = missing
         self.implementations: dict[str, Implementation] = {}
+        self.rectangles: dict[str, Rectangle] = {}
 
     def add(
         self,
@@ -139,6 +152,15 @@ class Backend:
         self.implementations[operator.name] = Implementation(
             forward, backward, limits, checks_values_on, differentiable
         )
+
+    def add_rectangle(
+        self,
+        operator: Operator,
+        sums: Callable[..., tuple[Tensor, ...]],
+        gradients: Callable[..., tuple[Tensor | None, ...]],
+    ) -> None:
+        """Add an operator's parts, which ranks compute together; `ops/correlation_ranks.py` says what they take."""
+        self.rectangles[operator.name] = Rectangle(sums, gradients)
 
     def takes(self, operator: Operator, device: str) -> bool:
         """Whether the operator's kernels, if there are any, work on this type of device."""
@@ -383,6 +405,11 @@ class Operator:
             return self._results(implementation, flat)[0]
         results = self._forward(*flat, name)
         return results[0] if isinstance(results, tuple) else results
+
+    def backend_for(self, arguments: Sequence[Any], backend: str | None) -> Backend:
+        """The backend that a call with these arguments runs on."""
+        requested = requested_backend(backend)
+        return BACKENDS[self._fastest(arguments) if requested == "auto" else self._checked(requested, arguments)]
 
     def _fastest(self, arguments: Sequence[Any]) -> str:
         device, order = arguments[0].device.type, self._order(arguments[0])

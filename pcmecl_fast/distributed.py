@@ -1,0 +1,372 @@
+"""Ranks: the processes that torchrun starts, which share one piece of work and come to one result.
+
+    torchrun --nproc-per-node 8 -m pcmecl_fast train …
+
+Without torchrun there is one rank, and everything here costs nothing. The whole is PyTorch's own: gloo between CPUs,
+NCCL between GPUs, torchrun's rendezvous and restarts. Three rules make the ranks' result that of one process:
+
+- Draws come from the seed and the global step. Every rank draws all, and computes its `share`.
+- Sums over individuals, samples and frames are sums over ranks before they are divided.
+- One rank, the first, writes, logs and shows progress; `from_main` hands its result, or its error, to the others.
+
+Gradients follow `torch.distributed.nn`: where all ranks return one number, a rank's gradients are those of the sum of
+all ranks' numbers. The mean over ranks that DistributedDataParallel takes of them is then that of the number itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+log = logging.getLogger("pcmecl_fast")
+
+Group = Any
+"""A `torch.distributed.ProcessGroup`."""
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOOK = timedelta(seconds=5)  # how often a rank that waits for the first looks whether another has failed
+_WORDS = 3.0  # seconds in which the ranks that are left say so
+
+_counter = {"asked": 0}
+
+
+class AnotherRankFailed(RuntimeError):
+    """This rank cannot go on, and another says why."""
+
+
+# ---- Ranks -----------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if _joined() else 0
+
+
+def ranks() -> int:
+    """How many processes share the work; 1 outside torchrun."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes files, logs and shows progress."""
+    return rank() == 0
+
+
+def share(count: int, *, of: int | None = None, at: int | None = None) -> slice:
+    """The part of `count` things that is this rank's: contiguous, in the order of ranks, sizes differing by 1 at most.
+
+    Args:
+        count: how many things there are; there may be fewer than ranks.
+        of: how many parts; by default as many as ranks.
+        at: which part; by default this rank's.
+    """
+    parts, number = ranks() if of is None else of, rank() if at is None else at
+    return slice(count * number // parts, count * (number + 1) // parts)
+
+
+def shares(count: int) -> list[int]:
+    """How many of `count` things each rank has."""
+    each = (share(count, at=k) for k in range(ranks()))
+    return [part.stop - part.start for part in each]
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process as one of several, joined or not."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextmanager
+def joined(device: str = "cpu") -> Iterator[None]:
+    """Be one of the ranks that torchrun has started as long as the block runs; without torchrun, be alone.
+
+    An error in the block ends all ranks: it is raised where it happened, and as `AnotherRankFailed` elsewhere.
+
+    Args:
+        device: what the ranks compute on: "cuda" (or "auto" where there are GPUs) talks by NCCL, and each rank takes
+            the GPU of its LOCAL_RANK; everything else by gloo.
+
+    Raises:
+        ValueError: torchrun's variables are incomplete; there is no GPU for this rank.
+    """
+    if not launched():
+        yield
+        return
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"RANK is set, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start the ranks with "
+            "torchrun, or unset RANK"
+        )
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= visible:
+            raise ValueError(
+                f"rank {os.environ['RANK']} would take GPU {local}, and {visible} are visible here: start at most "
+                f"{visible} ranks a machine (--nproc-per-node {visible}), or use --device cpu"
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    _counter["asked"] = 0
+    try:
+        yield
+    except BaseException as error:
+        raise _shared_failure(error) from error
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- Agreement -------------------------------------------------------------------------------------------------------
+
+
+def from_main(do: Callable[[], Any]) -> Any:
+    """What `do` returns, which the first rank alone calls: JSON for the others. They wait as long as it takes.
+
+    Raises:
+        AnotherRankFailed: on the others, where it raised on the first.
+    """
+    if ranks() == 1:
+        return do()
+    key = _next_key("main")
+    store = _store()
+    if is_main():
+        try:
+            result = do()
+        except BaseException as error:
+            _tell_failure(error)
+            raise
+        store.set(key, json.dumps(result))
+        return result
+    return json.loads(_awaited(key))
+
+
+def agree(facts: Mapping[str, str]) -> None:
+    """Refuse to compute together what is not the same: facts by the words that a message uses for them.
+
+    Raises:
+        ValueError: on the first rank, names the rank that differs, and in what; `AnotherRankFailed` on the others.
+    """
+    if ranks() == 1:
+        return
+    key = _next_key("agree")
+    store = _store()
+    short = {
+        name: hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest() for name, value in facts.items()
+    }
+    store.set(f"{key}/{rank()}", json.dumps(short))
+
+    def compare() -> None:
+        for other in range(1, ranks()):
+            theirs = json.loads(_awaited(f"{key}/{other}"))
+            differing = [name for name in short if theirs.get(name) != short[name]]
+            if differing:
+                raise ValueError(f"rank {other} differs from rank 0 in {', '.join(differing)}: ranks compute one thing")
+
+    from_main(compare)
+
+
+def barrier() -> None:
+    """Wait until all ranks are here, however long that takes."""
+    if ranks() == 1:
+        return
+    key = _next_key("barrier")
+    _store().set(f"{key}/{rank()}", "")
+    for other in range(ranks()):
+        _awaited(f"{key}/{other}")
+
+
+# ---- Tensors ---------------------------------------------------------------------------------------------------------
+
+
+def summed(x: Tensor, group: Group | None = None) -> Tensor:
+    """The sum over ranks, on each; differentiable."""
+    return x if _alone(group) else _Summed.apply(x, group)
+
+
+def gathered(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+    """All ranks' rows in the order of ranks, (Σ sizes, …); differentiable.
+
+    Args:
+        x: this rank's rows, (sizes[rank], …).
+        sizes: how many each rank has.
+        group: of which ranks; by default all.
+    """
+    return x if _alone(group) else _Gathered.apply(x, tuple(sizes), group)
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace gradients by their means over ranks, in one message; None counts as 0."""
+    if ranks() == 1:
+        return
+    kept = [x for x in parameters if x.requires_grad]
+    for x in kept:
+        if x.grad is None:
+            x.grad = torch.zeros_like(x)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for x in kept:
+        assert x.grad is not None
+        by_dtype.setdefault(x.grad.dtype, []).append(x.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= ranks()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def all_rows(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+    """`gathered` without a gradient."""
+    most = max(sizes)
+    # Gloo gathers equal shapes alone.
+    padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded.contiguous(), group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def own_rows_of_sum(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+    """This rank's rows of the sum of all ranks' x, (Σ sizes, …): a scatter with reduction, of unequal parts."""
+    own = sizes[dist.get_rank(group)]
+    received = x.new_empty(len(sizes) * own, *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), [own] * len(sizes), list(sizes), group=group)
+    return received.view(len(sizes), own, *x.shape[1:]).sum(0)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group | None) -> Tensor:
+        ctx.group = group
+        total = x.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: Group | None) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return all_rows(x.detach(), sizes, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return own_rows_of_sum(grad, ctx.sizes, ctx.group), None, None
+
+
+# ---- Failures --------------------------------------------------------------------------------------------------------
+
+
+def _shared_failure(error: BaseException) -> BaseException:
+    """The error as this rank is to raise it: its own, or that another has failed."""
+    if isinstance(error, AnotherRankFailed):
+        return error
+    if not _is_of_a_collective(error):
+        _tell_failure(error)
+        return error
+    # Somebody has gone. torchrun is about to end those that are left: first let them say who they are.
+    ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN) if _in_main_thread() else None
+    try:
+        return AnotherRankFailed(_who_failed(error))
+    finally:
+        if ignored is not None:
+            signal.signal(signal.SIGTERM, ignored)
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("Connection closed by peer", "Connection reset", "gloo", "NCCL", "Broken pipe")
+    )
+
+
+def _who_failed(error: BaseException) -> str:
+    try:
+        store = _store()
+        store.set(f"here/{rank()}", "")
+        until = time.monotonic() + _WORDS
+        while time.monotonic() < until:
+            told = _failure_told()
+            if told is not None:
+                return told
+            if all(store.check([f"here/{other}"]) for other in range(ranks())):
+                break
+            time.sleep(0.1)
+        gone = [str(other) for other in range(ranks()) if not store.check([f"here/{other}"])]
+    except RuntimeError:  # the store has gone with the first rank's machine
+        return f"the other ranks cannot be reached any more ({' '.join(str(error).split())[:200]})"
+    if gone:
+        return f"rank {', '.join(gone)} ended without a word: killed, or out of memory"
+    return f"the ranks lost their connection ({' '.join(str(error).split())[:200]})"
+
+
+def _tell_failure(error: BaseException) -> None:
+    try:
+        name = "stopped" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+        _store().compare_set("failed", "", f"rank {rank()} failed: {name}")
+    except RuntimeError:
+        log.debug("the store is gone")
+
+
+def _failure_told() -> str | None:
+    store = _store()
+    return store.get("failed").decode() if store.check(["failed"]) else None
+
+
+def _awaited(key: str) -> str:
+    """A key of the store, however long it takes, unless a rank fails meanwhile."""
+    store = _store()
+    while True:
+        try:
+            store.wait([key], _LOOK)
+            return store.get(key).decode()
+        except dist.DistStoreError:
+            told = _failure_told()
+        if told is not None:
+            raise AnotherRankFailed(told)
+
+
+def _next_key(name: str) -> str:
+    """A name for the next exchange, the same on all ranks, since they come to it in one order."""
+    _counter["asked"] += 1
+    return f"{name}/{_counter['asked']}"
+
+
+def _store() -> Any:
+    return dist.PrefixStore("pcmecl_fast", dist.distributed_c10d._get_default_store())
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _alone(group: Group | None) -> bool:
+    return not _joined() or dist.get_world_size(group) == 1
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
