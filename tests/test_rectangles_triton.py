@@ -1,5 +1,7 @@
-"""The Triton kernels on rectangles of correlation_loss's logits, on a CUDA device or, as in test_kernels.py, in the
-interpreter; `rectangles.py` says what a rectangle is."""
+"""The Triton kernels on rectangles of correlation_loss's logits, which `rectangles.py` specifies.
+
+On a CUDA device if there is one, else in the interpreter, for which `test_kernels_interpreted.py` starts a process.
+"""
 
 from dataclasses import replace
 
@@ -102,11 +104,12 @@ def test_half_inputs_without_a_mask_and_with_a_number_for_the_scale():
 
 def test_at_a_scale_of_120_no_row_is_lost():
     """Of the same change in others "distinct" keeps e^−l alone, which underflows: nothing beside the row's own e^l."""
-    features = torch.eye(2, device=DEVICE).expand(4, 2, 2).clone()
-    features[3] = features[3].flip(0)  # whose change is the opposite one
-    batch = People(features, features, 120.0, None, "distinct")
+    features = torch.eye(11, device=DEVICE).expand(4, 11, 11).clone()
+    features[3, :2] = features[3, :2].flip(0)  # whose change is the opposite one
+    mask = (torch.arange(11, device=DEVICE) < 2).expand(4, 11).contiguous()
+    batch = People(features, features, 120.0, mask, "distinct")
     halves = [range(0, 2), range(2, 4)]
-    assert sums(*batch.block(halves[0], range(2, 3)))[0].eq(-torch.inf).all()
+    assert sums(*batch.block(halves[0], range(2, 3)))[0][:, 0].eq(-torch.inf).all()
     assert_the_loss(batch, *put_together(sums, gradients, batch, halves, halves))
 
 
