@@ -110,7 +110,8 @@ def test_emotion_is_right_in_the_frames_in_which_the_target_is_seen(tmp_path, po
     class Seer:
         emotions = ("happy", "sad")
 
-        def __call__(self, frames):  # bright faces are happy
+        def __call__(self, frames, faces):  # bright faces are happy
+            assert all(face.landmarks is not None for face in faces)
             brightness = frames.float().mean((1, 2, 3)) - 127.5
             return torch.stack([brightness, -brightness], 1)
 
@@ -184,11 +185,23 @@ def test_lse_is_taken_of_the_clip_and_its_sound_and_clips_without_are_named(tmp_
     save(tmp_path / "reference/ann/happy/001", noise(8, 10))
     found = only(run(tmp_path, "lse", sound=tmp_path / "sound", protocol="original"))
     assert seen == [((10, 3, SIDE, SIDE), 25, 16000, "original")]
+    assert not numbers(tmp_path)["notes"]
     assert (found["lse_d"].mean.value, found["lse_c"].mean.value) == (9.5, 3.5)
     assert found["lse_d"].left_out == {
         "ann/happy/002.mp4": "no sound in it, beside it, in its recording, or in --sound"
     }
     assert "not comparable with CDRL's" in found["lse_d"].protocol
+
+
+def test_where_the_recordings_sound_stands_for_a_clips_own_that_is_noted(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setattr(measures, "load_syncnet", lambda weights, device: object())
+    monkeypatch.setattr(meter, "lip_sync", lambda *of: LipSync(9.5, 3.5, 0, 25.0, 5, torch.zeros(21)))
+    sound = np.sin(np.arange(16000) / 9).astype(np.float32) / 2
+    write_video(tmp_path / "edited/ann/happy/001.mp4", noise(8, 10), Fraction(25))
+    write_video(tmp_path / "reference/ann/happy/001.mp4", noise(8, 10), Fraction(25), sound, 16000)
+    assert only(run(tmp_path, "lse"))["lse_d"].mean.value == 9.5
+    assert numbers(tmp_path)["notes"] == {"ann/happy/001.mp4": "it has no sound of its own: LSE takes its recording's"}
 
 
 # Numbers of groups

@@ -147,7 +147,7 @@ def test_for_the_emotion_alone_no_recordings_face_is_looked_for(tmp_path, portra
     class Happy:
         emotions = ("happy",)
 
-        def __call__(self, frames):
+        def __call__(self, frames, faces):
             return torch.ones(len(frames), 1)
 
     monkeypatch.setattr(measures, "load_network", lambda name, weights, device: Happy())

@@ -82,8 +82,8 @@ MEASURES = (
         "csim",
         "CSIM",
         "↑",
-        f"expression similarity, no identity: mean cosine of EfficientFace's features over all pairs of {SAMPLES} "
-        "random frames a side, individual and emotion; mean over individuals, then emotions, as in CDRL",
+        "expression similarity, no identity: mean cosine of EfficientFace's features over all pairs of at most "
+        f"{SAMPLES} random frames a side, individual and emotion; mean over individuals, then emotions, as in CDRL",
         by="person",
     ),
     Measure("lse_d", "lse", "LSE-D", "↓", "SyncNet's mean distance at the best of the offsets ±10; {lse}"),
@@ -100,8 +100,8 @@ MEASURES = (
         "emotion",
         "emotion accuracy",
         "↑",
-        "frames in which the fer package's classifier sees the target emotion, a weak one: right in 53 % of unedited "
-        "stills of MEAD; every {every}th frame",
+        "frames in which the fer package's classifier sees the target emotion in the square around the face, a weak "
+        "one: right in 53 % of unedited stills of MEAD; every {every}th frame",
         unit="%",
     ),
     Measure(
@@ -151,12 +151,12 @@ _LSE = {
 
 def protocol_of(measure: Measure, protocol: Protocol, sampling: Sampling) -> str:
     """How a number was taken, in one line."""
-    few = f", of {sampling.clips} random ones for each emotion" if sampling.clips is not None else ""
+    few = f", of at most {sampling.clips} random ones for each emotion" if sampling.clips is not None else ""
     return measure.protocol.format(
         lse=_LSE[protocol] + few,
         every=sampling.every,
         pixels="frames" if sampling.pixels == 1 else f"every {sampling.pixels}th frame",
-        frames="all" if sampling.frames is None else f"{sampling.frames} random",
+        frames="all" if sampling.frames is None else f"at most {sampling.frames} random",
     )
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from pcmecl_fast.data.faces import Detector, Face, surest_face
-from pcmecl_fast.data.layouts.base import is_sound
+from pcmecl_fast.data.layouts.base import is_sound, is_video
 from pcmecl_fast.data.sound import has_sound
 from pcmecl_fast.evaluate.field.clips import FaceClip
 from pcmecl_fast.evaluate.field.measures import OF_GROUPS, Protocol, Sampling, Tools
@@ -401,12 +401,8 @@ class _KnownFaces:
 
 
 def emotion_seen(network: Any, frame: np.ndarray, face: Face) -> str:
-    """The classifier's word for the frame within the face's box."""
-    height, width = frame.shape[:2]
-    left, top = max(0, int(face.box[0])), max(0, int(face.box[1]))
-    right, bottom = min(width, int(face.box[2])), min(height, int(face.box[3]))
-    within = frame[top : max(bottom, top + 1), left : max(right, left + 1)]
-    return network.emotions[int(network(as_batch([within]))[0].argmax())]
+    """The classifier's word for the square around the face."""
+    return network.emotions[int(network(as_batch([frame]), [face])[0].argmax())]
 
 
 def landmark_distances(face: Face, other: Face) -> tuple[float, float]:
@@ -449,12 +445,18 @@ class _Sync:
             if rate is None:
                 rate = _RATES[self._protocol]
                 result.note(f"nothing says its rate: LSE takes {rate} frames a second")
+            if is_video(self._pair.edited.sources[0]) and self._sound in self._of_recording():
+                result.note("it has no sound of its own: LSE takes its recording's")
             sound = read_waveform(self._sound)
             found = lip_sync(as_batch(self._frames), rate, sound, SAMPLE_RATE, self._protocol, self._network)
         except (ValueError, OSError) as error:
             result.lacks(["lse_d", "lse_c"], str(error))
             return
         result.values |= {"lse_d": found.distance, "lse_c": found.confidence}
+
+    def _of_recording(self) -> tuple[Path | None, ...]:
+        recording = self._pair.recording
+        return (recording.sound, *recording.sources) if recording is not None else ()
 
 
 _RATES = {"cdrl": Fraction(30), "original": Fraction(25)}
