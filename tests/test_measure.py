@@ -333,6 +333,12 @@ def test_a_setting_that_changes_the_numbers_measures_all_again(several, plain_ne
     assert run(several, "ssim", every=3).measured == 4
 
 
+def test_numbers_that_meant_something_else_are_measured_again(several, plain_networks, monkeypatch):
+    run(several, "ssim")
+    monkeypatch.setattr(measure, "_MEANING", measure._MEANING + 1)
+    assert run(several, "ssim").measured == 4
+
+
 def test_any_number_of_workers_gives_the_same_numbers(several, plain_networks):
     run(several, "fad", "csim", "ssim", "flicker")
     run(several, "fad", "csim", "ssim", "flicker", workers=2, out=several / "two")
