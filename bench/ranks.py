@@ -9,9 +9,9 @@ scaling  the same work for each of 1, 2, 4 ranks (weak scaling): a step of stage
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -134,14 +135,10 @@ def _counted() -> Iterator[list[int]]:
             sent[0] += tensor.nbytes if op is send else 0
             return super().__new__(cls, op, tensor, *rest, **of)
 
-    kept = dist.P2POp
-    dist.all_gather, dist.all_to_all_single, dist.all_reduce, dist.P2POp = (
-        all_gather, all_to_all_single, all_reduce, P2POp,
-    )  # fmt: skip
-    try:
+    with patch.multiple(
+        dist, all_gather=all_gather, all_to_all_single=all_to_all_single, all_reduce=all_reduce, P2POp=P2POp
+    ):
         yield sent
-    finally:
-        dist.all_gather, dist.all_to_all_single, dist.all_reduce, dist.P2POp = gather, exchange, reduce, kept
 
 
 # ---- Weak scaling ----------------------------------------------------------------------------------------------------
@@ -156,7 +153,9 @@ def scaling(options: Options) -> None:
             beside.append(talking[0] if count == 1 else median(on_ranks(count, _each_alone, work, options.rounds)))
         cells = [f"{1000 * s:.0f} ms, {100 * talking[0] / s:.0f} %" for s in talking]
         table.add_row(name, *cells, ", ".join(f"{100 * beside[0] / s:.0f} %" for s in beside))
-    print(f"as much work for each rank, one thread each, {cores()} cores, gloo; percentage: time of one rank over theirs")
+    print(
+        f"as much work for each rank, one thread each, {cores()} cores, gloo; percentage: time of one rank over theirs"
+    )
     Console(width=150).print(table)
 
 
@@ -200,12 +199,9 @@ def _stage_2(count: int, rounds: int) -> float:
             times.append(time.perf_counter())
             record(loop, step, **scalars)
 
-        stage2.Loop.record = timed  # type: ignore[method-assign]
-        try:
+        with patch.object(stage2.Loop, "record", timed):
             stage2.train_generator(clip, made, data, config)
-        finally:
-            stage2.Loop.record = record  # type: ignore[method-assign]
-    return median(b - a for a, b in zip(times[1:], times[2:], strict=False))
+    return median(b - a for a, b in itertools.pairwise(times[1:]))
 
 
 def _store(count: int, rounds: int) -> float:
@@ -251,4 +247,4 @@ def _rank(number: int, count: int, folder: str, results: Any, function: Any, arg
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    main(tyro.cli(Options, description=__doc__))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ def rank_of(agent: int, rank: int) -> int:
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                variables = open(f"/proc/{name}/environ", "rb").read().split(b"\0")
-                parent = int(open(f"/proc/{name}/stat").read().rpartition(")")[2].split()[1])
+                variables = Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+                parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
             if parent == agent and f"RANK={rank}".encode() in variables:
