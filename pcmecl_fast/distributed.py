@@ -140,6 +140,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
     _state["exchanges"] = 0
     try:
         yield
+        dist.barrier()  # the store may be the first rank's: it stays until all have read
     except BaseException as error:
         raise _shared_failure(error) from error
     finally:
