@@ -38,6 +38,7 @@ from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.emotions import EMOTIONS
+from pcmecl_fast.distributed import agree, alone, barrier, from_main, is_main, rank, ranks, source_hash
 from pcmecl_fast.evaluate.metrics import Trials, zero_shot_features
 from pcmecl_fast.evaluate.style import judge_prompts, judge_style
 from pcmecl_fast.files import write_atomically
@@ -144,9 +145,11 @@ def run_ablate(config: AblateConfig) -> list[dict[str, Any]]:
     config = config.located()
     with open_run(config.out, config, overwrite=config.overwrite, extend=True) as folder:
         usable_backend(config.backend)
+        agree({"the version of pcmecl_fast": source_hash(), "the options": repr(config)})
         folder.begin()
         rows = _train_all(config, folder)
-    show(rows)
+    if is_main():
+        show(rows)
     return rows
 
 
@@ -193,7 +196,8 @@ def _train_all(config: AblateConfig, folder: RunFolder) -> list[dict[str, Any]]:
             results.setdefault((jobs[k].regime, jobs[k].supervision.name), []).append(measured[k])
         rows = summarize(results)
         folder.finish(rows)
-    draw(config.out / "ablation.svg", rows)
+    if is_main():
+        draw(config.out / "ablation.svg", rows)
     return rows
 
 
@@ -295,7 +299,15 @@ class _Job:
 
 
 def _measured(config: AblateConfig, jobs: list[_Job]) -> Iterator[tuple[int, dict[str, float]]]:
-    """Each job's index and measures, in order of completion."""
+    """Each job's index and measures, in order of completion; over ranks, each trains its share of them."""
+    if ranks() > 1:
+        mine = jobs[rank() :: ranks()]  # the main ones, which come first, are spread evenly
+        with alone():
+            for job in mine:
+                _kept(job)
+        barrier()
+        yield from from_main(lambda: [(index, _kept(job)) for index, job in enumerate(jobs)])
+        return
     threads = torch.get_num_threads()
     workers = config.workers or (1 if _on_gpu(config) else min(threads, 8))
     if workers == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     begin_clock()
     share_cores()
+    if os.environ.get("RANK", "0") != "0":  # one of torchrun's ranks draws progress bars
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         from pcmecl_fast.commands import run_command
     except ModuleNotFoundError as error:

@@ -60,16 +60,27 @@ def run_command(arguments: Sequence[str]) -> int:
         _, config = _parse(list(arguments))
         handler = _AboveBars(console=Console(stderr=True), show_path=False)
         handler.setFormatter(_InOptions(words))
-        logging.basicConfig(level=logging.INFO, handlers=[handler])
+        # Of torchrun's ranks, the first speaks for all.
+        logging.basicConfig(level=logging.INFO if _is_first() else logging.ERROR, handlers=[handler])
         config = _at_home(config)
         _check_paths(config)
-        notice = busy_notice() if name in _LONG else None
+        notice = busy_notice() if name in _LONG and _is_first() else None
         if notice:
             logging.getLogger("pcmecl_fast").info(notice)
         logging.getLogger("torch").setLevel(logging.WARNING)
         with stopping_at_once(f"{command}: stopped"):
             import torch  # noqa: F401  # seconds, in which nothing is begun yet
-        COMMANDS[name][1](config, shlex.join(["pcmecl-fast", *arguments]))
+        from pcmecl_fast.distributed import AnotherRankFailed, joined, launched
+
+        if launched() and name not in _SPREAD:
+            raise ValueError(f"{name} runs as one process; torchrun is for {', '.join(_SPREAD)}")
+        try:
+            with joined(getattr(config, "device", "cpu")):
+                COMMANDS[name][1](config, shlex.join(["pcmecl-fast", *arguments]))
+        except AnotherRankFailed as error:
+            if _is_first():
+                _say(f"{command}: {error}")
+            return 1
     except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PCMECL_TRACEBACK"):
             raise
@@ -83,6 +94,10 @@ def run_command(arguments: Sequence[str]) -> int:
         _say(f"{command}: stopped{_way_on(name, config)}")
         return 130  # as shells count it: 128 and the signal's number
     return 0
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:
@@ -257,7 +272,9 @@ def _returning(name: str, config_class: type, default: Any) -> Callable[..., tup
 
 
 def _print_results(out: Path, summary: dict[str, Any]) -> None:
-    """What the report's tables say, and where the report is."""
+    """What the report's tables say, and where the report is; by one rank."""
+    if not _is_first():
+        return
     from pcmecl_fast.evaluate.results import prompts_in_words, prompts_table, results_table
 
     console = Console()
@@ -348,6 +365,8 @@ def _backends(config: BackendsConfig, command: str) -> None:
     Console().print(table)
 
 
+_SPREAD = ("prepare", "prompts", "train", "demo", "evaluate", "ablate")
+"""What torchrun spreads over ranks."""
 _LONG = ("demo", "prepare", "measure", "prompts", "train", "evaluate", "ablate")
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {

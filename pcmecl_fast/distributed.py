@@ -20,10 +20,12 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOOK = timedelta(seconds=5)  # how often a rank that waits for the first looks whether another has failed
 _WORDS = 3.0  # seconds in which the ranks that are left say so
 
-_counter = {"asked": 0}
+_state = {"exchanges": 0, "alone": 0}
 
 
 class AnotherRankFailed(RuntimeError):
@@ -60,9 +62,24 @@ def ranks() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
+def everybody() -> Group | None:
+    """The group of all ranks, None where there is one."""
+    return dist.group.WORLD if ranks() > 1 else None
+
+
 def is_main() -> bool:
     """Whether this is the rank that writes files, logs and shows progress."""
     return rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other ranks in this block: for what one does and the others do not, or what each does for itself."""
+    _state["alone"] += 1
+    try:
+        yield
+    finally:
+        _state["alone"] -= 1
 
 
 def share(count: int, *, of: int | None = None, at: int | None = None) -> slice:
@@ -120,7 +137,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
             )
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    _counter["asked"] = 0
+    _state["exchanges"] = 0
     try:
         yield
     except BaseException as error:
@@ -133,7 +150,7 @@ def joined(device: str = "cpu") -> Iterator[None]:
 
 
 def from_main(do: Callable[[], Any]) -> Any:
-    """What `do` returns, which the first rank alone calls: JSON for the others. They wait as long as it takes.
+    """What `do` returns, which the first rank alone calls, `alone`: JSON for the others. They wait as long as it takes.
 
     Raises:
         AnotherRankFailed: on the others, where it raised on the first.
@@ -143,11 +160,8 @@ def from_main(do: Callable[[], Any]) -> Any:
     key = _next_key("main")
     store = _store()
     if is_main():
-        try:
+        with alone():
             result = do()
-        except BaseException as error:
-            _tell_failure(error)
-            raise
         store.set(key, json.dumps(result))
         return result
     return json.loads(_awaited(key))
@@ -176,6 +190,15 @@ def agree(facts: Mapping[str, str]) -> None:
                 raise ValueError(f"rank {other} differs from rank 0 in {', '.join(differing)}: ranks compute one thing")
 
     from_main(compare)
+
+
+def source_hash() -> str:
+    """Of this package's code: ranks that run another version would compute something else."""
+    whole = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        whole.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return whole.hexdigest()
 
 
 def barrier() -> None:
@@ -282,8 +305,8 @@ def _shared_failure(error: BaseException) -> BaseException:
     if isinstance(error, AnotherRankFailed):
         return error
     if not _is_of_a_collective(error):
-        _tell_failure(error)
-        return error
+        told = _tell_failure(error)
+        return error if told is None else AnotherRankFailed(told)
     # Somebody has gone. torchrun is about to end those that are left: first let them say who they are.
     ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN) if _in_main_thread() else None
     try:
@@ -322,12 +345,15 @@ def _who_failed(error: BaseException) -> str:
     return f"the ranks lost their connection ({' '.join(str(error).split())[:200]})"
 
 
-def _tell_failure(error: BaseException) -> None:
+def _tell_failure(error: BaseException) -> str | None:
+    """Say why this rank ends; if another said so before, what it said."""
+    name = "stopped" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
+    mine = f"rank {rank()} failed: {name}"
     try:
-        name = "stopped" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
-        _store().compare_set("failed", "", f"rank {rank()} failed: {name}")
-    except RuntimeError:
-        log.debug("the store is gone")
+        first = _store().compare_set("failed", "", mine).decode()
+    except RuntimeError:  # the store has gone with the first rank's machine
+        return None
+    return None if first == mine else first
 
 
 def _failure_told() -> str | None:
@@ -350,8 +376,8 @@ def _awaited(key: str) -> str:
 
 def _next_key(name: str) -> str:
     """A name for the next exchange, the same on all ranks, since they come to it in one order."""
-    _counter["asked"] += 1
-    return f"{name}/{_counter['asked']}"
+    _state["exchanges"] += 1
+    return f"{name}/{_state['exchanges']}"
 
 
 def _store() -> Any:
@@ -359,7 +385,7 @@ def _store() -> Any:
 
 
 def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _state["alone"] and dist.is_available() and dist.is_initialized()
 
 
 def _alone(group: Group | None) -> bool:
@@ -367,6 +393,4 @@ def _alone(group: Group | None) -> bool:
 
 
 def _in_main_thread() -> bool:
-    import threading
-
     return threading.current_thread() is threading.main_thread()

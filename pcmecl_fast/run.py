@@ -22,6 +22,7 @@ from pcmecl_fast.data.features import Features, individual_conditions
 from pcmecl_fast.data.folder import FolderFaces
 from pcmecl_fast.data.splits import split
 from pcmecl_fast.data.tracks import Crop
+from pcmecl_fast.distributed import agree, from_main, is_main, source_hash
 from pcmecl_fast.evaluate.changes import Changes, change_view, changes_table
 from pcmecl_fast.evaluate.field.held_out import field_view, summarize_view
 from pcmecl_fast.evaluate.field.measures import load_tools
@@ -41,6 +42,7 @@ from pcmecl_fast.options import from_options, plain_options, read_options
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
 from pcmecl_fast.run_folder import RunFolder, file_of_run, held_by, open_run
 from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.train.batches import FramesByEmotion, check_emotions
 from pcmecl_fast.train.config import (
     EvaluateConfig,
     PromptsConfig,
@@ -49,9 +51,9 @@ from pcmecl_fast.train.config import (
     check_options,
     device_named,
 )
-from pcmecl_fast.train.generator import FramesByEmotion, check_emotions, train_generator
+from pcmecl_fast.train.generator import train_generator
 from pcmecl_fast.train.loop import read_checkpoint
-from pcmecl_fast.train.prompts import frame_features, learn_prompts
+from pcmecl_fast.train.prompts import contents_of, frame_features, learn_prompts
 from pcmecl_fast.wording import name_some
 
 log = logging.getLogger("pcmecl_fast")
@@ -76,16 +78,21 @@ def run_prompts(config: PromptsConfig, *, command: str = "") -> dict[str, Any]:
         dataset, held = open_data(config)
         _point_out_few_frames(dataset)
         _check_checkpoints(config)
-        prompts, bank, loop = learn_prompts(clip, dataset, config, begin=folder.begin)
-        _keep_lengths(clip, bank, dataset, config)
-        bank = bank_for(bank, prompts, held, clip, config)
-        trials = draw_trials(held, _EVALUATED_FRAMES)
-        summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
-        summary |= {"individuals": len(bank.individuals), "seconds": _seconds(started, command)}
-        changes = change_view(clip, bank, held, trials)
-        nothing = Pictures({}, [])
-        _publish(folder, "Personalized prompts", summary, loop.curves, nothing, config, held, command, changes)
-    return summary
+        _agree(config, clip, dataset)
+        prompts, learned, loop = learn_prompts(clip, dataset, config, begin=folder.begin)
+
+        def judge() -> dict[str, Any]:
+            _keep_lengths(clip, learned, dataset, config)
+            bank = bank_for(learned, prompts, held, clip, config)
+            trials = draw_trials(held, _EVALUATED_FRAMES)
+            summary = summarize(prompt_view(clip, bank, held, trials), held.individual_index[trials.index])
+            summary |= {"individuals": len(bank.individuals), "seconds": _seconds(started, command)}
+            changes = change_view(clip, bank, held, trials)
+            nothing = Pictures({}, [])
+            _publish(folder, "Personalized prompts", summary, loop.curves, nothing, config, held, command, changes)
+            return summary
+
+        return from_main(judge)
 
 
 def run_train(
@@ -103,6 +110,7 @@ def run_train(
         _point_out_faces(config)
         clip = load_clip_for(config)
         dataset, held = open_data(config)
+        _agree(config, clip, dataset)
         _check_checkpoints(config)
         # Made once to see whether it can be, before stage 1 spends its time.
         make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
@@ -117,12 +125,15 @@ def run_train(
         contents = _prompts_hash(config.stage_one().out)
         generator, loop = train_generator(clip, bank, dataset, config, preview=preview, prompts_hash=contents)
         generator.crop = _crop_of(dataset)
-        save_generator(config.out / "generator.safetensors", generator)
-        curves |= loop.curves
-        summary, pictures = evaluate(generator, clip, prompts, bank, dataset, held, config)
-        summary["seconds"] = _seconds(started, command)
-        _publish(folder, title, summary, curves, pictures, config, held, command)
-    return summary
+
+        def judge() -> dict[str, Any]:
+            save_generator(config.out / "generator.safetensors", generator)
+            summary, pictures = evaluate(generator, clip, prompts, bank, dataset, held, config)
+            summary["seconds"] = _seconds(started, command)
+            _publish(folder, title, summary, curves | loop.curves, pictures, config, held, command)
+            return summary
+
+        return from_main(judge)
 
 
 def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]:
@@ -146,11 +157,29 @@ def run_evaluate(config: EvaluateConfig, *, command: str = "") -> dict[str, Any]
         stage1 = trained.prompts or config.run / "prompts"
         prompts, _ = load_prompts(file_of_run("run", stage1, "prompts"), clip)
         bank = PromptBank.load(file_of_run("run", stage1, "bank"), clip)
+        _agree(config, clip, held)
         folder.begin()
-        summary, pictures = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
-        summary["seconds"] = _seconds(started, command)
-        _publish(folder, f"Evaluation of {config.run}", summary, {}, pictures, trained, held, command)
-    return summary
+        frame_features(clip, held, trained)  # computed by all ranks; the first does the rest
+
+        def judge() -> dict[str, Any]:
+            summary, pictures = evaluate(generator, clip, prompts, bank, dataset, held, trained, seed=config.seed)
+            summary["seconds"] = _seconds(started, command)
+            _publish(folder, f"Evaluation of {config.run}", summary, {}, pictures, trained, held, command)
+            return summary
+
+        return from_main(judge)
+
+
+def _agree(config: RunConfig | EvaluateConfig, clip: Clip, dataset: FrameDataset) -> None:
+    """Ranks that read other data, or run another version of this code, would come to no one's result."""
+    agree(
+        {
+            "the version of pcmecl_fast": source_hash(),
+            "the version of PyTorch": torch.__version__,
+            "the options": repr(sorted(plain_options(config).items())),
+            **contents_of(clip, dataset),
+        }
+    )
 
 
 def _keep_lengths(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: PromptsConfig) -> None:
@@ -167,6 +196,8 @@ def _run_of(config: PromptsConfig | TrainConfig) -> AbstractContextManager[RunFo
     given = getattr(config, "prompts", None)
     if config.overwrite and given is not None and given.is_relative_to(config.out.absolute()):
         raise ValueError(f"--overwrite would remove the prompts in {given}: copy them elsewhere, or give another --out")
+    if not is_main():
+        return open_run(config.out, config, resume=config.resume, overwrite=config.overwrite)
     inner = held_by(config.stage_one().out) if isinstance(config, TrainConfig) and config.prompts is None else None
     if inner is not None and inner.command:
         folder = config.out / "prompts"

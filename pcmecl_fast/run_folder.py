@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from pcmecl_fast.distributed import from_main, is_main
 from pcmecl_fast.files import remove_unfinished, write_atomically
 from pcmecl_fast.options import from_options, named_differences, plain_options, read_options
 from pcmecl_fast.train.config import FREE_ON_RESUME, Command
@@ -112,7 +113,13 @@ class RunFolder:
         self.result: dict[str, Any] | None = None
 
     def begin(self) -> None:
-        """Every check has passed: what is to be overwritten goes, and the configuration is written."""
+        """Every check has passed: what is to be overwritten goes, and the configuration is written.
+
+        All ranks come here; the first alone writes, and the others wait for it.
+        """
+        from_main(self._begin)
+
+    def _begin(self) -> None:
         if self._replaces:
             _remove_run(self.path)
         if not (self._resumes and (self.path / CONFIG).exists()):
@@ -130,11 +137,23 @@ class RunFolder:
         write_atomically(self.path / SUMMARY, (json.dumps(_finite(summary), indent=2) + "\n").encode())
 
 
+class _AnothersFolder(RunFolder):
+    """The folder as a rank sees it that does not write there."""
+
+    def begin(self) -> None:
+        from_main(lambda: None)
+
+    def finish(self, summary: Any) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def open_run(
     path: Path, config: Command, *, resume: bool = False, overwrite: bool = False, extend: bool = False
 ) -> Iterator[RunFolder]:
     """Have a folder for oneself as long as the block runs; nothing but the lock is written before `begin`.
+
+    Of several ranks, the first has it, and the others learn from it whether there is anything to do.
 
     Args:
         path: the folder; made where it is missing, and removed again where the block leaves it empty.
@@ -148,6 +167,11 @@ def open_run(
         FileExistsError: the folder holds a run, and nothing says what to do with it.
         ValueError: the run that is to be resumed had other options.
     """
+    if not is_main():
+        anothers = _AnothersFolder(path, config, replaces=False, resumes=resume)
+        anothers.result = from_main(lambda: None)
+        yield anothers
+        return
     with locked(path, config.command):
         held = held_by(path)
         _check_held(path, config, held, resume=resume, overwrite=overwrite, extend=extend)
@@ -159,6 +183,7 @@ def open_run(
         if held is not None and held.finished and resume:
             log.info("%s holds %s: nothing is left to do; --overwrite runs it again", path, held)
             folder.result = json.loads((path / SUMMARY).read_text())
+        from_main(lambda: folder.result)
         yield folder
 
 

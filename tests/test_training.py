@@ -30,8 +30,9 @@ from pcmecl_fast.run import open_data, run_evaluate, run_train
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train import generator as stage_two
 from pcmecl_fast.train import prompts as stage_one
+from pcmecl_fast.train.batches import FramesByEmotion
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
-from pcmecl_fast.train.generator import FramesByEmotion, criterion_for, mouth_loss, train_generator
+from pcmecl_fast.train.generator import criterion_for, mouth_loss, train_generator
 from pcmecl_fast.train.loop import Loop
 from pcmecl_fast.train.prompts import learn_prompts, matching_loss
 

@@ -100,9 +100,9 @@ def test_a_step_of_stage_one_does_not_wait(condition, context):
         torch.empty(4, clip.embed_dim, device=DEVICE),
         torch.empty(4, 3, dtype=torch.bool, device=DEVICE),
     )
-    _take_step(20.0, prompts, optimizer, PromptsConfig(), *inputs)  # what is made once, is made here
+    _take_step(20.0, prompts, optimizer, PromptsConfig(), len(inputs[0]), *inputs)  # what is made once, is made here
     with NoCopies():
-        loss, _, _ = _take_step(20.0, prompts, optimizer, PromptsConfig(), *inputs)
+        loss, _, _ = _take_step(20.0, prompts, optimizer, PromptsConfig(), len(inputs[0]), *inputs)
     assert loss.device == DEVICE
 
 

@@ -40,7 +40,7 @@ class Range(NamedTuple):
 
 _AT_LEAST_ONE = """
 size individuals clips frames_per_clip n_ctx batch batch_individuals steps prompt_steps quick_steps seeds
-checkpoint_every every
+checkpoint_every every accumulate
 """
 _NOT_NEGATIVE = """
 missing workers around_seeds prompt_lr lr critic_lr lambda_diff contrast min_change strength w_pcmecl w_adversarial
@@ -187,7 +187,7 @@ class PromptsOptions:
     prompt_lr: float = 5e-3
     """Learning rate of V and h (AdamW)."""
     batch_individuals: int = 16
-    """Individuals per step, each with all the emotions they have."""
+    """Individuals per step, over all ranks, each with all the emotions they have."""
     lambda_diff: float = 1.0
     """Weight of the correlation of differences, relative to the matching loss."""
     negatives: Literal["all", "within", "distinct"] = "all"
@@ -205,7 +205,9 @@ class EditingOptions:
     generator_options: dict[str, Any] = field(default_factory=dict)
     """The generator's own options: docs/generators.md lists those of warp-fields."""
     batch: int = 24
-    """Frames a step."""
+    """Frames a step, over all ranks."""
+    accumulate: int = 1
+    """Parts that a step's frames are taken in, one after the other, for batches larger than memory."""
     lr: float = 3e-3
     """Learning rate of the generator (Adam)."""
     critic_lr: float = 4e-4

@@ -7,23 +7,28 @@
 Person and speech are read from drawn faces by the shipped `FaceReader`. It cannot read real faces: there the pixel
 terms w_identity and w_mouth replace the two. Every eighth target is the source's own emotion: there PCMECL contributes
 nothing and the frame must not change.
+
+Over ranks, and over the parts of --accumulate, each term is the mean over the whole batch: a part's mean counts as much
+as the part has samples that the term is about, so that one whose targets all equal their sources dilutes nothing.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.criterion import TOLERANCE, PCMECLCriterion
 from pcmecl_fast.criterion_parts import LENGTHS, save_lengths
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.loading import read_ahead
+from pcmecl_fast.distributed import is_main, rank, ranks, summed
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.models import Edit, Generator, PatchDiscriminator, make_generator
 from pcmecl_fast.ops.operator import requested_backend
@@ -31,9 +36,11 @@ from pcmecl_fast.options import plain_options
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.synthetic.reader import FaceReader, load_reader, reading_losses
+from pcmecl_fast.train.batches import Batch, Plan, Plans
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop, Stateful
 from pcmecl_fast.train.prompts import contents_of, frame_features
+from pcmecl_fast.wording import name_some
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -67,10 +74,11 @@ def train_generator(
         preview: draws an occasional picture for TensorBoard.
         prompts_hash: of the files that the bank was loaded from; a checkpoint with another one is refused.
     """
+    check_batch(config)
     torch.manual_seed(config.seed)
     generator = make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
     players = _Players(generator.to(clip.device), PatchDiscriminator().to(clip.device), config, clip.device)
-    draw = _Plans(dataset, bank, with_reference=generator.driven_by == "reference")
+    draw = Plans(dataset, bank, with_reference=generator.driven_by == "reference")
     terms_of = _Terms(players, criterion or criterion_for(clip, bank, dataset, config), clip, dataset, config)
     loop = Loop(
         config.out,
@@ -82,19 +90,17 @@ def train_generator(
         resume=config.resume,
         signature=_signature(clip, dataset, generator, config) | {"the contents of --prompts": prompts_hash},
     )
-    plans = (draw(config.batch, loop.generator(step)) for step in range(loop.done, config.steps))
-    for step, (plan, frames) in zip(
-        loop, read_ahead(dataset, plans, _Plan.wanted, workers=config.readers), strict=True
-    ):
+    plans = (draw(config.batch, loop.generator(step)).own() for step in range(loop.done, config.steps))
+    for step, (plan, frames) in zip(loop, read_ahead(dataset, plans, Plan.wanted, workers=config.readers), strict=True):
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
-        torch.manual_seed(loop.generator(step).initial_seed())
+        torch.manual_seed(loop.generator(step).initial_seed() + rank())
         players.set_rates(_schedule(step, config.steps))
-        batch = _Batch.of(plan, frames).to(clip.device)
-        edited, terms = terms_of(batch, loop.generator(~step))
-        loss = players.improve_generator(terms_of.weighted(terms))
-        critic_loss = players.improve_critic(batch.frames, edited)
-        loop.record(step, loss=loss, **terms, critic=critic_loss)
-        if preview is not None and (step + 1) % max(50, config.steps // 6) == 0:
+        # Divided before it is moved: counting on the host waits for no device.
+        parts = [part.to(clip.device) for part in Batch.of(plan, frames).parts(config.accumulate)]
+        edits, terms = players.improve_generator(terms_of, parts, loop.generator(~step).initial_seed())
+        critic_loss = players.improve_critic(parts, edits)
+        loop.record(step, loss=terms_of.weighted(terms), **terms, critic=critic_loss)
+        if preview is not None and is_main() and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(generator))
     return generator.eval().requires_grad_(False), loop
 
@@ -105,10 +111,14 @@ def _signature(clip: Clip, dataset: FrameDataset, generator: Generator, config: 
     return {**kept, "generator_options": plain_options(generator.config), **contents_of(clip, dataset)}
 
 
-def check_emotions(bank: PromptBank, emotions: Sequence[str]) -> None:
-    """Refuse a bank for other emotions than the data's: its columns would mean something else."""
-    if bank.emotions != list(emotions):
-        raise ValueError(f"bank: has the emotions {bank.emotions}, the data set has {emotions}")
+def check_batch(config: TrainConfig) -> None:
+    """Refuse a batch that cannot be divided among ranks and the parts of --accumulate."""
+    parts = ranks() * config.accumulate
+    if config.batch % parts:
+        among = [f"{ranks()} ranks"] * (ranks() > 1) + [f"{config.accumulate} parts"] * (config.accumulate > 1)
+        raise ValueError(
+            f"batch: {config.batch} frames cannot be divided among {' of '.join(among)}; takes a multiple of {parts}"
+        )
 
 
 def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: TrainConfig) -> PCMECLCriterion:
@@ -118,7 +128,8 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
         measure = personal_lengths if config.lengths == "individual" and bank.condition != "frame" else real_lengths
         try:
             lengths = measure(frame_features(clip, dataset, config), dataset, bank)
-            save_lengths(config.out / LENGTHS, lengths, bank)
+            if is_main():
+                save_lengths(config.out / LENGTHS, lengths, bank)
         except ValueError as error:
             log.warning("strength=%s: the length of edits is not constrained, since %s", config.strength, error)
     strength = 0.0 if lengths is None else config.strength
@@ -139,12 +150,14 @@ def _schedule(step: int, steps: int) -> float:
 
 
 class _Players:
-    """The generator and its critic, each with its optimiser; they are updated in turn."""
+    """The generator and its critic, each with its optimiser; they are updated in turn, over all ranks."""
 
     def __init__(
         self, generator: Generator, critic: PatchDiscriminator, config: TrainConfig, device: torch.device
     ) -> None:
         self.generator, self.critic = generator, critic
+        self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
+        self.judging = _over_ranks(_Judging(critic))
         self.optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
         self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
         self.rates = (config.lr, config.critic_lr)
@@ -160,28 +173,90 @@ class _Players:
         for optimizer, rate in zip((self.optimizer, self.critic_optimizer), self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * part
 
-    def improve_generator(self, loss: Tensor) -> Tensor:
+    def improve_generator(
+        self, terms_of: _Terms, parts: Sequence[Batch], seed: int
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The edited frames of each part, and the terms of the whole batch."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        edits, totals = list[Tensor](), dict[str, Tensor]()
+        for number, part in enumerate(parts, 1):
+            with _averaging(self.editing, last=number == len(parts)):
+                edited, terms = terms_of(part, seed)
+                # Ranks' gradients are averaged, and their terms are parts of a sum.
+                self.scaler.scale(terms_of.weighted(terms) * ranks()).backward()
+            edits.append(edited.detach())
+            totals = {name: totals.get(name, 0.0) + term.detach() for name, term in terms.items()}
+        self._check_used()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.generator.parameters(), 1.0)
         self.scaler.step(self.optimizer)
-        return loss
+        whole = summed(torch.stack([term.float() for term in totals.values()]))
+        return edits, dict(zip(totals, whole.unbind(), strict=True))
 
-    def improve_critic(self, frames: Tensor, edited: Tensor) -> Tensor:
+    def improve_critic(self, parts: Sequence[Batch], edits: Sequence[Tensor]) -> Tensor:
         self.critic.requires_grad_(True)
-        with self.autocast:
-            real, fake = self.critic(frames), self.critic(edited.detach())
-            loss = F.relu(1 - real).float().mean() + F.relu(1 + fake).float().mean()
         self.critic_optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        total = torch.zeros((), device=edits[0].device)
+        for number, (part, edited) in enumerate(zip(parts, edits, strict=True), 1):
+            with _averaging(self.judging, last=number == len(parts)):
+                with self.autocast:
+                    real, fake = self.judging(part.frames, edited)
+                    loss = F.relu(1 - real).float().mean() + F.relu(1 + fake).float().mean()
+                loss = loss * part.of_all
+                self.scaler.scale(loss * ranks()).backward()
+            total += loss.detach()
         self.scaler.step(self.critic_optimizer)
         self.scaler.update()
-        return loss
+        return summed(total)
+
+    def _check_used(self) -> None:
+        """Over ranks, parameters that no gradient reaches would leave others' gradients unaveraged."""
+        if ranks() > 1:
+            unused = [name for name, x in self.generator.named_parameters() if x.requires_grad and x.grad is None]
+            if unused:
+                raise ValueError(
+                    f"generator: no gradient reaches {name_some(unused, 3)}: over ranks every parameter takes part in "
+                    "every edit; freeze them (requires_grad_(False)) or remove them"
+                )
+
+
+class _Editing(nn.Module):
+    """A step's passes of the generator as one, as DistributedDataParallel wants it."""
+
+    def __init__(self, generator: Generator, *, again: bool) -> None:
+        super().__init__()
+        self.generator, self.again = generator, again
+
+    def forward(self, frames: Tensor, drive: Tensor, back: Tensor) -> tuple[Edit, Tensor | None]:
+        """The edit, and the frames edited back where that is wanted."""
+        edit = self.generator.edit(frames, drive)
+        _check(edit, frames)
+        return edit, self.generator(edit.frames, back) if self.again else None
+
+
+class _Judging(nn.Module):
+    """The critic's passes of a step as one."""
+
+    def __init__(self, critic: PatchDiscriminator) -> None:
+        super().__init__()
+        self.critic = critic
+
+    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        return self.critic(real), self.critic(fake)
+
+
+def _over_ranks(module: nn.Module) -> nn.Module:
+    # Buffers are the same everywhere: the critic's spectral norms do not depend on the frames.
+    return DistributedDataParallel(module, broadcast_buffers=False) if ranks() > 1 else module
+
+
+def _averaging(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """A step's last part averages the gradients over ranks; those before only add them up."""
+    return nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
 
 class _Terms:
-    """The terms of the generator's loss on a batch."""
+    """The terms of the generator's loss on a part of a batch: what it adds to their means over the whole batch."""
 
     def __init__(
         self, players: _Players, criterion: nn.Module, clip: Clip, dataset: FrameDataset, config: TrainConfig
@@ -193,15 +268,13 @@ class _Terms:
         self.features = None if live else frame_features(clip, dataset, config)
         self.weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
 
-    def __call__(self, batch: _Batch, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(edited frames, terms); unweighted, except for the generator's own penalties."""
         self.players.critic.requires_grad_(False)
         with self.players.autocast:
-            edit = self.players.generator.edit(batch.frames, batch.drive)
-            _check(edit, batch.frames)
-            again = self.players.generator(edit.frames, batch.back) if self.config.w_cycle else None
+            edit, again = self.players.editing(batch.frames, batch.drive, batch.back)
             realism = self.players.critic(edit.frames)
-            views = _seen_alike(batch.frames, edit.frames, self.config.jitter, random)
+            views = _seen_alike(batch.frames, edit.frames, self.config.jitter, seed, batch.place)
             known = None if self.features is None else self.features[batch.index]
             pcmecl = self.criterion(*views, batch.row, batch.source, batch.target, source_features=known)
         same = (batch.source == batch.target)[:, None, None, None]
@@ -216,7 +289,8 @@ class _Terms:
             terms["recognition"] = F.cross_entropy(edit.shown.float(), batch.source)
         if again is not None:
             terms["cycle"] = F.l1_loss(again, batch.frames)
-        return edit.frames, terms
+        about = {"pcmecl": batch.of_changed, "reconstruction": batch.of_kept}
+        return edit.frames, {name: term * about.get(name, batch.of_all) for name, term in terms.items()}
 
     def weighted(self, terms: dict[str, Tensor]) -> Tensor:
         """The loss. The generator's penalties are already weighted."""
@@ -256,18 +330,26 @@ def _seen_alike(
     source: Tensor,  # (B, 3, H, W)
     edited: Tensor,  # (B, 3, H, W)
     jitter: float,
-    random: torch.Generator,
+    seed: int,
+    place: Tensor,  # (B,) numbers of the samples in the whole batch
 ) -> tuple[Tensor, Tensor]:
-    """Both frames under the same random mirroring, shift, zoom and noise: CLIP must see the change in every view."""
+    """Both frames under the same random mirroring, shift, zoom and noise: CLIP must see the change in every view.
+
+    Each sample has draws of its own, so that they do not depend on how the batch is divided.
+    """
     if not jitter:
         return source, edited
-    count = len(source)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 + jitter * (torch.rand(count, generator=random) * 2 - 1)
-    # Mirrored half the time, so that changing half a face is never enough.
-    theta[:, 0, 0] *= 1 - 2 * torch.randint(2, (count,), generator=random)
-    theta[:, :, 2] = jitter * (torch.rand(count, 2, generator=random) * 2 - 1)
-    noise = jitter * torch.randn(source.shape, generator=random).to(source)
+    theta = torch.zeros(len(source), 2, 3)
+    noise = torch.empty(source.shape)
+    for k, number in enumerate(place.tolist()):
+        random = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        zoom, right, down = (torch.rand(3, generator=random) * 2 - 1).tolist()
+        # Mirrored half the time, so that changing half a face is never enough.
+        mirror = 1 - 2 * int(torch.randint(2, (), generator=random))
+        theta[k, 0, 0], theta[k, 1, 1] = (1 + jitter * zoom) * mirror, 1 + jitter * zoom
+        theta[k, 0, 2], theta[k, 1, 2] = jitter * right, jitter * down
+        noise[k].normal_(std=jitter, generator=random)
+    noise = noise.to(source)
     grid = F.affine_grid(theta.to(source), list(source.shape), align_corners=False)
     seen = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) + noise for x in (source, edited)]
     return seen[0], seen[1]
@@ -303,95 +385,3 @@ def mouth_loss(
     top, bottom = round(box[1] * height), round(box[3] * height)
     strip = (..., slice(top, bottom), slice(left, right))
     return F.l1_loss(edited[strip].mean(-1), source[strip].mean(-1))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a step trains on, before its frames are read."""
-
-    index: Tensor  # (B,) frames of the data set
-    reference: Tensor | None  # (B,) frames that show the targets, for a generator driven by them
-    row: Tensor  # (B,) rows of the bank
-    source: Tensor  # (B,) emotions shown
-    target: Tensor  # (B,) target emotions
-
-    def wanted(self) -> Tensor:
-        """All frames to read, (B,) or (2 B,)."""
-        return self.index if self.reference is None else torch.cat([self.index, self.reference])
-
-
-@dataclass(frozen=True)
-class _Batch:
-    index: Tensor  # (B,) frames of the data set
-    frames: Tensor  # (B, 3, S, S)
-    drive: Tensor  # (B,) the target emotions, or (B, 3, S, S) frames that show them
-    back: Tensor  # of the same kind: leads back to the source
-    row: Tensor  # (B,) rows of the bank
-    source: Tensor  # (B,) emotions shown
-    target: Tensor  # (B,) target emotions
-
-    @classmethod
-    def of(cls, plan: _Plan, frames: Tensor) -> _Batch:
-        drive, back = plan.target, plan.source
-        if plan.reference is not None:
-            frames, drive = frames.split(len(plan.index))
-            back = frames
-        return cls(plan.index, frames, drive, back, plan.row, plan.source, plan.target)
-
-    def to(self, device: torch.device) -> _Batch:
-        """On the device, except `index`, which is used to read features from disk."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "index"}
-        return replace(self, **moved)
-
-
-class _Plans:
-    """Draws frames and target emotions; emotions are drawn evenly, so that rare ones are seen as often."""
-
-    def __init__(self, dataset: FrameDataset, bank: PromptBank, *, with_reference: bool) -> None:
-        self.dataset = dataset
-        self.with_reference = with_reference
-        counts = torch.bincount(dataset.emotion_index, minlength=len(dataset.emotions))
-        self.shown = (counts > 0).nonzero()[:, 0]
-        # PyTorch adds weights up in float32, in which some of millions would never be drawn: of many frames, first the
-        # emotion is drawn and then the frame.
-        self.weight = 1.0 / counts[dataset.emotion_index] if len(dataset) <= 2**18 else None
-        self.by_emotion = FramesByEmotion(dataset.emotion_index)
-        check_emotions(bank, dataset.emotions)
-        if bank.condition == "frame":
-            self.rows = bank.rows(dataset.keys)
-        else:
-            self.rows = bank.rows(dataset.individuals)[dataset.individual_index]
-
-    def __call__(self, count: int, generator: torch.Generator) -> _Plan:
-        if self.weight is None:
-            shown = self.shown[torch.randint(len(self.shown), (count,), generator=generator)]
-            index = self.by_emotion.draw(shown, generator)
-        else:
-            index = torch.multinomial(self.weight, count, replacement=True, generator=generator)
-        source = self.dataset.emotion_index[index]
-        target = self.shown[torch.randint(len(self.shown), (count,), generator=generator)]
-        keep = torch.arange(count) % 8 == 7
-        target = torch.where(keep, source, target)
-        reference = self.by_emotion.draw(target, generator) if self.with_reference else None
-        return _Plan(index, reference, self.rows[index], source, target)
-
-
-class FramesByEmotion:
-    """Draws frames of given emotions, of anybody who shows them."""
-
-    def __init__(
-        self,
-        emotion_index: Tensor,  # (L,) int
-    ) -> None:
-        self.order = emotion_index.argsort(stable=True)
-        self.counts = torch.bincount(emotion_index)
-        self.starts = self.counts.cumsum(0) - self.counts
-
-    def draw(
-        self,
-        emotion: Tensor,  # (B,) int, each shown by some frame
-        generator: torch.Generator,
-    ) -> Tensor:  # (B,) int
-        # In float64: of many frames, float32 would never draw some.
-        place = torch.rand(len(emotion), generator=generator, dtype=torch.float64) * self.counts[emotion]
-        return self.order[self.starts[emotion] + place.long()]

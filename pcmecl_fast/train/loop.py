@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pcmecl_fast.distributed import is_main
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.options import named_differences
 
@@ -30,7 +31,8 @@ class Loop:
     """Iterates over the remaining steps and saves what is needed to continue after being killed.
 
     Randomness inside a step must come from `generator(step)` alone: then a run that was killed and resumed ends with
-    the same weights, bit for bit, as an uninterrupted one (on a CPU).
+    the same weights, bit for bit, as an uninterrupted one (on a CPU). Of several ranks, each reads the checkpoint, so
+    their number may have changed; the first alone writes.
 
     Args:
         folder: where `<name>.ckpt` and the TensorBoard files go.
@@ -66,8 +68,10 @@ class Loop:
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.done = self._load() if resume and self.path.is_file() else 0
         self._events = folder / "tensorboard" / name.replace(" ", "-")
-        with self._logging():
-            self.writer = SummaryWriter(str(self._events), purge_step=self.done)
+        self.writer: SummaryWriter | None = None
+        if is_main():
+            with self._logging():
+                self.writer = SummaryWriter(str(self._events), purge_step=self.done)
         self.bar = tqdm(total=steps, initial=self.done, desc=name, unit="step")
 
     def __iter__(self) -> Iterator[int]:
@@ -75,11 +79,12 @@ class Loop:
             yield step
             self.done = step + 1
             self.bar.update()
-            if self.done % self.every == 0 or self.done == self.steps:
+            if is_main() and (self.done % self.every == 0 or self.done == self.steps):
                 self._save()
         self.bar.close()
-        with self._logging():
-            self.writer.close()
+        if self.writer is not None:
+            with self._logging():
+                self.writer.close()
 
     def generator(self, step: int) -> torch.Generator:
         """The randomness of one step, the same whether or not the run was resumed before it."""
@@ -90,8 +95,9 @@ class Loop:
         values = {k: v.item() if isinstance(v, Tensor) else float(v) for k, v in scalars.items()}
         for key, value in values.items():
             self.curves.setdefault(f"{self.name}/{key}", []).append((step, value))
-            with self._logging():
-                self.writer.add_scalar(key, value, step)
+            if self.writer is not None:
+                with self._logging():
+                    self.writer.add_scalar(key, value, step)
         self.bar.set_postfix({k: f"{v:.3f}" for k, v in values.items()})
         bad = [k for k, v in values.items() if v != v]
         if bad:
@@ -101,8 +107,9 @@ class Loop:
 
     def picture(self, step: int, name: str, image: Tensor) -> None:
         """Show a picture, (3, H, W) in [0, 1], in TensorBoard."""
-        with self._logging():
-            self.writer.add_image(name, image, step)
+        if self.writer is not None:
+            with self._logging():
+                self.writer.add_image(name, image, step)
 
     @contextmanager
     def _logging(self) -> Iterator[None]:

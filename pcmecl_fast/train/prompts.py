@@ -3,11 +3,13 @@
 L_match = cross entropy of s·⟨v[n,e], that[n,·]⟩ over the individual's own prompts, and, where prompts are personal, of
 s·⟨that[n,e], v[·,e]⟩ over the batch's individuals; L_diff = ops.correlation_loss(v, that); total =
 L_match + λ_diff · L_diff.
+
+Over ranks, each has its share of a step's individuals and runs their prompts; both losses are over all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,19 @@ from pcmecl_fast import ops
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset, check_trainable
 from pcmecl_fast.data.features import Features, FeatureStore, LiveFeatures, individual_conditions
+from pcmecl_fast.distributed import (
+    Group,
+    average_gradients,
+    barrier,
+    everybody,
+    from_main,
+    gathered,
+    is_main,
+    rank,
+    share,
+    shares,
+    summed,
+)
 from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.options import counted
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts, save_prompts
@@ -72,7 +87,9 @@ def learn_prompts(
     )
     take_step = make_step(
         # The scale is read here, once: that waits for the device.
-        partial(_take_step, clip.logit_scale, prompts, optimizer, config),
+        partial(
+            _take_step, clip.logit_scale, prompts, optimizer, config, frames_of.people_of(config.batch_individuals)
+        ),
         optimizer,
         config.cuda_graphs,
         clip.device,
@@ -80,12 +97,13 @@ def learn_prompts(
     for step in loop:
         generator = loop.generator(step)
         individuals, frames, mask = frames_of.draw(config.batch_individuals, generator)
+        shown = frames_of.any_frame(individuals, generator) if config.condition == "frame" else None
+        own = share(len(individuals))
+        frames, mask = frames[own], mask[own]
         seen = features[frames[mask]]
         visual = seen.new_zeros(*mask.shape, seen.shape[-1])  # (n, E, D); rows without a frame are masked
         visual[mask.to(seen.device)] = seen
-        condition = conditions[individuals.to(conditions.device)]
-        if config.condition == "frame":
-            condition = features[frames_of.any_frame(individuals, generator)]
+        condition = conditions[individuals[own].to(conditions.device)] if shown is None else features[shown[own]]
         set_learning_rate(optimizer, config.prompt_lr * min(1.0, (step + 1) / 10) * (1 - step / config.steps))
         loss, match, diff = take_step(visual, condition, mask.to(visual.device))
         loop.record(step, loss=loss, match=match, diff=diff)
@@ -93,9 +111,11 @@ def learn_prompts(
     by_frame = config.condition == "frame"
     names, seen_by = (dataset.keys, features) if by_frame else (dataset.individuals, conditions)
     path = config.out / "bank.safetensors"
-    if not (config.resume and _already_written(config.out, prompts, clip)):
+    if not (config.resume and from_main(lambda: _already_written(config.out, prompts, clip))):
         PromptBank.build(prompts, seen_by, names, dataset.emotions, clip=clip, condition=config.condition, path=path)
-        save_prompts(config.out / "prompts.safetensors", prompts, dataset.emotions, clip)
+        if is_main():
+            save_prompts(config.out / "prompts.safetensors", prompts, dataset.emotions, clip)
+        barrier()
     bank = PromptBank.load(path, clip, on_disk=by_frame)
     return prompts, bank, loop
 
@@ -124,17 +144,25 @@ def _take_step(
     prompts: PersonalizedPrompts,
     optimizer: torch.optim.Optimizer,
     config: PromptsConfig,
-    visual: Tensor,  # (n, E, D)
+    people: int,
+    visual: Tensor,  # (n, E, D), this rank's of all people's
     condition: Tensor,  # (n, D)
     mask: Tensor,  # (n, E) bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One optimiser step: returns the total loss and its two parts. Nothing in it waits for the device."""
+    group, sizes = everybody(), shares(people)
     text = prompts(condition)
-    match = matching_loss(visual, text, mask, scale, personal=prompts.condition is not None)
-    diff = ops.correlation_loss(visual, text.to(visual.dtype), scale=scale, mask=mask, negatives=config.negatives)
+    match = matching_loss(
+        visual, text, mask, scale, personal=prompts.condition is not None, group=group, group_sizes=sizes
+    )
+    diff = ops.correlation_loss(
+        visual, text.to(visual.dtype), scale=scale, mask=mask, negatives=config.negatives,
+        group=group, group_sizes=sizes,
+    )  # fmt: skip
     loss = match + config.lambda_diff * diff
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(prompts.parameters())
     optimizer.step()
     return loss.detach(), match.detach(), diff.detach()
 
@@ -154,11 +182,17 @@ def matching_loss(
     scale: float,
     *,
     personal: bool = True,
+    group: Group | None = None,
+    group_sizes: Sequence[int] = (),
 ) -> Tensor:
     """½ · (image → the individual's own prompts + prompt → the same emotion's images of the batch's individuals).
 
     The first alone, and whole, where all individuals have the same prompts: these say nothing of whose images fit.
+    With `group`, the batch's individuals are those of all its ranks, `group_sizes` of them each, and this rank's are
+    `visual`, `text` and `mask`; gradients are as those of `ops.correlation_loss`.
     """
+    if group is not None:
+        return _matching_loss_over_ranks(visual, text, mask, scale, personal, group, group_sizes)
     # Missing entries are excluded through their targets: selecting rows by the mask would wait for the device.
     people, emotions = mask.shape
     own_prompt = torch.arange(emotions, device=text.device).masked_fill(~mask, IGNORED)
@@ -175,6 +209,34 @@ def matching_loss(
     return (image_loss + prompt_loss) / 2
 
 
+def _matching_loss_over_ranks(
+    visual: Tensor,  # (n, E, D) unit
+    text: Tensor,  # (n, E, D) unit
+    mask: Tensor,  # (n, E) bool
+    scale: float,
+    personal: bool,
+    group: Group,
+    sizes: Sequence[int],
+) -> Tensor:
+    people, emotions = mask.shape
+    own_prompt = torch.arange(emotions, device=text.device).masked_fill(~mask, IGNORED)
+    to_prompts = scale * torch.einsum("ned,nfd->nef", visual, text)
+    losses = F.cross_entropy(to_prompts.flatten(0, 1), own_prompt.flatten(), ignore_index=IGNORED, reduction="sum")
+    if personal:
+        everyone = gathered(visual, sizes, group)  # (N, E, D)
+        present = gathered(mask.to(visual.dtype), sizes, group).bool()
+        own = torch.arange(people, device=text.device) + sum(sizes[: rank()])
+        own_image = own.expand(emotions, -1).masked_fill(~mask.T, IGNORED)
+        to_people = scale * torch.einsum("ned,med->enm", text, everyone)
+        itself = own[:, None] == torch.arange(len(everyone), device=text.device)
+        to_people = to_people.masked_fill(~(present.T[:, None, :] | itself), float("-inf"))
+        prompt_loss = F.cross_entropy(
+            to_people.flatten(0, 1), own_image.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        losses = (losses + prompt_loss) / 2
+    return summed(losses, group) / summed(mask.sum().to(losses.dtype), group)
+
+
 class _FramesOf:
     """Draws individuals and one frame for each emotion they have."""
 
@@ -189,6 +251,10 @@ class _FramesOf:
         self.order = order
         self.counts = counts.view(self.available.shape)
         self.starts = (counts.cumsum(0) - counts).view(self.available.shape)
+
+    def people_of(self, count: int) -> int:
+        """How many individuals a draw of so many gives."""
+        return min(count, len(self.people))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Individuals (n,), a frame index for each emotion (n, E), and whether there is one (n, E)."""
