@@ -60,8 +60,9 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises:
         BlockingIOError: another process prepares the same folder.
         FileExistsError: `out` holds something else, clips prepared with other options, or shares of another number.
-        ValueError: no share is written so; nothing to prepare, an unknown layout, individual, emotion, view or level; recordings that have
-            changed since they were prepared; and at the end, recordings that could not be prepared: the others are.
+        ValueError: no share is written so; nothing to prepare, an unknown layout, individual, emotion, view or level;
+            recordings that have changed since they were prepared; and at the end, recordings that could not be
+            prepared: the others are.
         OSError: the disk is full; what was prepared is whole, and the same command goes on.
     """
     share = _share(config)

@@ -6,5 +6,5 @@ from pcmecl_fast import distributed
 
 
 def start() -> None:
-    distributed._counter["asked"] = 0  # exchanges are counted from 0; the crew's processes stay
+    distributed._state["exchanges"] = 0  # exchanges are counted from 0; the crew's processes stay
     distributed._LOOK = timedelta(minutes=5)  # its store has another error for a wait that is over

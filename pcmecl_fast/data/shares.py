@@ -138,7 +138,7 @@ def _read_shares(root: Path, shares: list[Share]) -> FolderIndex:
     unfinished = [share.number for share, head in zip(shares, heads, strict=True) if not head.get("finished")]
     left = [_told(absent, totals[0], "missing"), _told(unfinished, totals[0], "not finished")]
     some = (absent + unfinished)[:1]
-    way = f"`pcmecl-fast prepare --share {some[0]}/{totals[0]}` …" if some else ""
+    way = f"`pcmecl-fast prepare --share {some[0]}/{totals[0]}` goes on with the first" if some else ""
     prepared = heads[0] | {"finished": not some}
     return FolderIndex(
         {key: value for key, value in prepared.items() if key != "list"},
