@@ -149,6 +149,13 @@ def run(operator: Operator, arguments: Sequence[Any], needs: Sequence[bool] | No
     implementation.backward(grad, *arguments, *results[operator._keep_from :], needs)
 
 
+def run_rectangle(operator: Operator, arguments: Sequence[Any]) -> None:
+    """The sums of an operator's rectangle and every gradient of it, with the arguments of the sums."""
+    rectangle = BACKENDS["triton"].rectangles[operator.name]
+    row_lse, column_lse, _ = rectangle.sums(*arguments)
+    rectangle.gradients(row_lse.new_empty(()), *arguments, row_lse, column_lse, [True] * len(operator._gradients))
+
+
 class _Driver:
     """What Triton's JIT asks a driver when it compiles and does not launch."""
 

@@ -52,6 +52,14 @@ class Workload:
             torch.use_deterministic_algorithms(before)
 
 
+@dataclass(frozen=True)
+class Rectangle(Workload):
+    """The sums and the gradients of a rectangle of an operator's square, on fake CUDA tensors."""
+
+    def run(self, arguments: tuple[Any, ...]) -> None:
+        as_launched.run_rectangle(self.operator, arguments)
+
+
 def workloads() -> Iterator[Workload]:
     """Every kernel at training sizes: 512 features, 7 emotions and CLIP's 224 pixels, and at the widest supported."""
     for word, dtype in DTYPES.items():
@@ -71,6 +79,7 @@ def workloads() -> Iterator[Workload]:
     ):
         label = f"correlation_loss, E={emotions}, {negatives}, {word}"
         yield Workload(label, CORRELATION_LOSS, partial(_correlation, emotions, negatives, dtype))
+        yield Rectangle(f"{label}, over ranks", CORRELATION_LOSS, partial(_rectangle, emotions, negatives, dtype))
     for word, dtype in DTYPES.items():
         for tokens in (30, 192):
             label = f"tree_attention, S={tokens}, {word}"
@@ -109,6 +118,14 @@ def _samples(dtype: torch.dtype) -> tuple[Tensor, ...]:
 def _correlation(emotions: int, negatives: str, dtype: torch.dtype) -> tuple[Any, ...]:
     visual, text = (_cuda(512, emotions, D, dtype=dtype) for _ in range(2))
     return (visual, text, _cuda(), 0.0, _cuda(512, emotions, dtype=torch.bool), negatives)
+
+
+def _rectangle(emotions: int, negatives: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    """128 individuals of 512 on each of four ranks: the third's meet everybody, or within themselves their own."""
+    rows, columns, first = (128, 128, 0) if negatives == "within" else (128, 512, 256)
+    visual, text = (_cuda(people, emotions, D, dtype=dtype) for people in (rows, columns))
+    masks = (_cuda(people, emotions, dtype=torch.bool) for people in (rows, columns))
+    return (visual, text, _cuda(), 0.0, *masks, negatives, first)
 
 
 def _attention(tokens: int, width: int, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -3,24 +3,30 @@
 Pairs a < b stand for both directions, whose logits are l and −l: Q = E(E−1)/2 of them for each individual. Individuals
 are taken in groups of G = min(64 // Q, 32 // E), so that a group's pairs fill a tile (63 of 64 at E = 7).
 
+The loss of N individuals is a square of S; a process of several that compute it together has its own n individuals'
+rows, and meets m columns at a time. All kernels work on such rectangles. Where row i's own column is first + i, the
+rows begin with first mod G empty places: so every row and its own column have the same place in their groups, which
+are first // G groups apart, and the tiles of a rectangle cost what those of a square do.
+
     prepare   centred features, 1/|Δ| of every pair; one program per individual and side
     product   S = V Tᵀ of some groups' rows with all columns, tiles by tl.dot, at most CHUNK bytes of S at a time
     sums      per tile of groups: the logits from S by four gathers, exp(l) and exp(−l), added up along rows and columns
-    loss      log-sum-exp and loss
+    loss      log-sum-exp and loss; of a rectangle log-sum-exp and positives, which a sum over rectangles makes a loss
 
     backward  prepare and product again, then
     fold      the logits again, their gradients, folded to gradients of S in S's place: Aᵀ G A, A[ab] = e_b − e_a
     product   dV = dS T and dT += dSᵀ V of the chunk
     gradient  less the part through the norms: Σ over pairs of ρ/|Δ|² · A Aᵀ times the features, ρ = Σ dloss/dl · l
 
-Operations: 2·(N·E)²·D for each product, one forward and three backward; N²·Q² logits at about 20 (forward) and 40
-(backward) operations and two exponentials. Bytes: S is written and read within L2; the rest is O(N). Bound by the
-products' rate at D = 512 and E = 7.
+Operations, of a square: 2·(N·E)²·D for each product, one forward and three backward; N²·Q² logits at about 20
+(forward) and 40 (backward) operations and two exponentials. Bytes: S is written and read within L2; the rest is O(N).
+Bound by the products' rate at D = 512 and E = 7.
 
 Precision: everything is float32, also for half inputs, and products are 3xTF32, which keep float32's bits. Centring
 first makes S as small as the differences that are taken of it. A row holds both l and −l, so its largest logit is not
 below 0, and |l| ≤ s: exp(l − K) with one K = max(0, s − 60) neither overflows nor loses a row up to s = 120. Above
-that the loss is NaN, never silently wrong. All sums have a fixed order.
+that the loss is NaN, never silently wrong. In "distinct" a rectangle may hold −l alone: below e^(K−87) it counts as
+nothing, as it would beside the 1 that a whole row has at least. All sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -39,6 +45,7 @@ from pcmecl_fast.kernels.correlation_kernels import (
     WITHIN,
     fold_kernel,
     gradient_kernel,
+    log_sums_kernel,
     loss_kernel,
     prepare_kernel,
     sums_kernel,
@@ -59,12 +66,20 @@ FOLD_CONFIG = Config(warps=8, stages=1, blocks={"PART": 32})
 
 @dataclass(frozen=True)
 class Plan:
-    """How N individuals with E emotions are divided into groups, chunks of groups, and strips of groups."""
+    """How a rectangle is divided into groups of individuals, chunks of groups of rows, and strips of groups."""
 
-    people: int
+    row_people: int  # individuals whose visual features the rows are
+    column_people: int  # individuals whose text features the columns are
     emotions: int
     width: int
     negatives: str
+    first: int  # the column that is row 0's own; columns from 0 to column_people are here
+
+    @classmethod
+    def of(cls, visual: Tensor, text: Tensor, negatives: str, first: int = 0) -> Plan:
+        assert negatives != "within" or (len(visual) == len(text) and first == 0), "a square holds all negatives within"
+        people, emotions, width = visual.shape
+        return cls(people, len(text), emotions, width, negatives, first)
 
     @property
     def pairs(self) -> int:
@@ -79,8 +94,20 @@ class Plan:
         return self.group_size * self.emotions
 
     @property
-    def groups(self) -> int:
-        return triton.cdiv(self.people, self.group_size)
+    def lead(self) -> int:  # empty places before the first row
+        return self.first % self.group_size
+
+    @property
+    def own_group(self) -> int:  # of columns, whose places are the first group of rows' own; it may be none of them
+        return self.first // self.group_size
+
+    @property
+    def row_groups(self) -> int:
+        return triton.cdiv(self.lead + self.row_people, self.group_size)
+
+    @property
+    def column_groups(self) -> int:
+        return triton.cdiv(self.column_people, self.group_size)
 
     @property
     def slots(self) -> int:  # for a group's pairs
@@ -88,7 +115,7 @@ class Plan:
 
     @property
     def columns(self) -> int:  # of S
-        return self.rows if self.negatives == "within" else self.groups * self.rows
+        return self.rows if self.negatives == "within" else self.column_groups * self.rows
 
     @property
     def row_stride(self) -> int:  # of S: columns filled up, so that its rows begin at 16 bytes for whatever reads them
@@ -96,7 +123,7 @@ class Plan:
 
     @property
     def chunk(self) -> int:  # groups
-        return max(1, min(self.groups, CHUNK // (4 * self.rows * self.row_stride)))
+        return max(1, min(self.row_groups, CHUNK // (4 * self.rows * self.row_stride)))
 
     @property
     def row_strips(self) -> int:
@@ -108,11 +135,11 @@ class Plan:
 
     @property
     def column_strips(self) -> int:
-        return 1 if self.negatives == "within" else triton.cdiv(self.groups, self.groups_per_column_strip)
+        return 1 if self.negatives == "within" else triton.cdiv(self.column_groups, self.groups_per_column_strip)
 
     @property
     def groups_per_column_strip(self) -> int:
-        return triton.cdiv(self.groups, STRIPS)
+        return triton.cdiv(self.column_groups, STRIPS)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -127,15 +154,17 @@ class Plan:
         return triton.cdiv(self.chunk_groups(chunk_start), self.groups_per_row_strip), self.column_strips
 
     def chunk_groups(self, chunk_start: int) -> int:
-        return min(self.chunk, self.groups - chunk_start)
+        return min(self.chunk, self.row_groups - chunk_start)
 
     def tiling(self, chunk_start: int) -> dict[str, int | bool]:
         """The arguments by which the kernels that walk over pairs know their place."""
         return {
             "chunk_start": chunk_start,
+            "own_start": chunk_start + self.own_group,
             "chunk_groups": self.chunk_groups(chunk_start),
             "row_stride": self.row_stride,
-            "groups": self.groups,
+            "row_groups": self.row_groups,
+            "column_groups": self.column_groups,
             "rows_per_strip": self.groups_per_row_strip,
             "columns_per_strip": self.groups_per_column_strip,
             "KIND": KINDS[self.negatives].value,
@@ -146,14 +175,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Features of all groups, the last one filled up with zeros."""
+    """Features of all groups, filled up with zeros, and the logit scale."""
 
-    visual: Tensor  # (groups·G·E, D) centred
-    text: Tensor  # (groups·G·E, D) centred
-    inv_norm_visual: Tensor  # (groups, slots): 1/|Δ|, 0 for a short one, −1 where there is no pair
-    inv_norm_text: Tensor  # (groups, slots)
-    count: Tensor  # (): pairs
+    visual: Tensor  # (row_groups·G·E, D) centred
+    text: Tensor  # (column_groups·G·E, D) centred
+    inv_norm_visual: Tensor  # (row_groups, slots): 1/|Δ|, 0 for a short one, −1 where there is no pair
+    inv_norm_text: Tensor  # (column_groups, slots)
+    count: Tensor | None  # (): the rows' pairs, where the loss is their mean
     counter: Tensor  # (): 0, for the sums over the grid of this launch and later ones
+    scale: Tensor | None  # (); without it scale_number counts
+    scale_number: float
 
 
 def correlation_loss_forward(
@@ -164,18 +195,12 @@ def correlation_loss_forward(
     mask: Tensor | None,  # (N, E)
     negatives: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    people, emotions, width = visual.shape
-    if not _has_pairs(visual):
-        nothing = visual.new_zeros(people, emotions * max(emotions - 1, 0) // 2, dtype=torch.float32)
-        return visual.new_zeros((), dtype=torch.float32), nothing, nothing.clone()
-    plan = Plan(people, emotions, width, negatives)
-    prepared = _prepare(plan, visual, text, mask)
-    row_sums, column_sums = _strip_sums(plan, visual)
-    positives = visual.new_empty(plan.groups, plan.slots, dtype=torch.float32)
-    for chunk_start in range(0, plan.groups, plan.chunk):
-        products = _products(plan, prepared, chunk_start)
-        _sums(plan, prepared, products, chunk_start, scale, scale_number, row_sums, column_sums, positives)
-    return _loss(plan, prepared, row_sums, column_sums, positives, scale, scale_number)
+    if not _has_pairs(visual, text):
+        row_lse, column_lse, _ = _sums_of_nothing(visual, text, 0.0)
+        return visual.new_zeros((), dtype=torch.float32), row_lse, column_lse
+    plan = Plan.of(visual, text, negatives)
+    prepared = _prepare(plan, visual, text, scale, scale_number, mask, mask, counts=True)
+    return _loss(plan, prepared, _exponentials(plan, prepared))
 
 
 def correlation_loss_backward(
@@ -190,52 +215,146 @@ def correlation_loss_backward(
     column_lse: Tensor,  # (N, Q)
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    need_visual, need_text, need_scale = needs
-    if not _has_pairs(visual):
-        return (
-            torch.zeros_like(visual) if need_visual else None,
-            torch.zeros_like(text) if need_text else None,
-            torch.zeros_like(scale) if need_scale and scale is not None else None,
-        )
-    plan = Plan(*visual.shape, negatives)
-    prepared = _prepare(plan, visual, text, mask)
-    grad_dots = _strip_sums(plan, visual)
-    grad_visual = torch.empty_like(prepared.visual) if need_visual else None
-    grad_text = torch.empty_like(prepared.text) if need_text else None
-    for chunk_start in range(0, plan.groups, plan.chunk):
+    if not _has_pairs(visual, text):
+        return _gradients_of_nothing(visual, text, scale, needs)
+    plan = Plan.of(visual, text, negatives)
+    prepared = _prepare(plan, visual, text, scale, scale_number, mask, mask, counts=True)
+    grad_scale = torch.empty_like(scale) if needs[2] and scale is not None else None
+    lse = row_lse, column_lse
+    return _all_gradients(plan, prepared, grad, lse, needs, visual.dtype, grad_scale)
+
+
+def correlation_rectangle_sums(
+    visual: Tensor,  # (n, E, D): of the rows
+    text: Tensor,  # (m, E, D): of the columns
+    scale: Tensor | None,  # ()
+    scale_number: float,
+    mask: Tensor | None,  # (n, E)
+    text_mask: Tensor | None,  # (m, E)
+    negatives: str,
+    first: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of a rectangle's rows (n, Q) and of its columns (m, Q), and its positives (n, Q)."""
+    if not _has_pairs(visual, text):
+        return _sums_of_nothing(visual, text, -torch.inf)
+    plan = Plan.of(visual, text, negatives, first)
+    prepared = _prepare(plan, visual, text, scale, scale_number, mask, text_mask, counts=False)
+    return _log_sums(plan, prepared, _exponentials(plan, prepared))
+
+
+def correlation_rectangle_gradients(
+    weight: Tensor,  # ()
+    visual: Tensor,  # (n, E, D): of the rows
+    text: Tensor,  # (m, E, D): of the columns
+    scale: Tensor | None,  # ()
+    scale_number: float,
+    mask: Tensor | None,  # (n, E)
+    text_mask: Tensor | None,  # (m, E)
+    negatives: str,
+    first: int,
+    row_lse: Tensor,  # (n, Q), over all columns
+    column_lse: Tensor,  # (m, Q), over all rows
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """A rectangle's part, in float32, of the gradients of weight · Σ over pairs of ½ (row_lse + column_lse) − l."""
+    if not _has_pairs(visual, text):
+        return _gradients_of_nothing(visual, text, scale, needs, torch.float32)
+    plan = Plan.of(visual, text, negatives, first)
+    prepared = _prepare(plan, visual, text, scale, scale_number, mask, text_mask, counts=False)
+    grad_scale = weight.new_empty((), dtype=torch.float32) if needs[2] and scale is not None else None
+    lse = row_lse, column_lse
+    return _all_gradients(plan, prepared, weight, lse, needs, torch.float32, grad_scale)
+
+
+def _has_pairs(visual: Tensor, text: Tensor) -> bool:
+    return visual.numel() > 0 and len(text) > 0 and visual.shape[1] > 1
+
+
+def _sums_of_nothing(visual: Tensor, text: Tensor, lse: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What rows, columns and positives are where no row meets a column."""
+    emotions = visual.shape[1]
+    pairs = emotions * max(emotions - 1, 0) // 2
+    row_lse, column_lse = (x.new_full((len(x), pairs), lse, dtype=torch.float32) for x in (visual, text))
+    return row_lse, column_lse, torch.zeros_like(row_lse)
+
+
+def _gradients_of_nothing(
+    visual: Tensor, text: Tensor, scale: Tensor | None, needs: Sequence[bool], dtype: torch.dtype | None = None
+) -> tuple[Tensor | None, ...]:
+    return tuple(
+        torch.zeros_like(x, dtype=dtype) if need and x is not None else None
+        for x, need in zip((visual, text, scale), needs, strict=True)
+    )
+
+
+def _exponentials(plan: Plan, prepared: _Prepared) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of exponentials along rows and columns by strips, and the positives where their columns are here."""
+    sums = *_strip_sums(plan, prepared.visual), torch.empty_like(prepared.inv_norm_visual)
+    for chunk_start in range(0, plan.row_groups, plan.chunk):
         products = _products(plan, prepared, chunk_start)
-        _fold(plan, prepared, products, chunk_start, scale, scale_number, grad, row_lse, column_lse, grad_dots)
+        _sums(plan, prepared, products, chunk_start, sums)
+    return sums
+
+
+def _all_gradients(
+    plan: Plan,
+    prepared: _Prepared,
+    grad: Tensor,
+    lse: tuple[Tensor, Tensor],
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+    grad_scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    grad_dots = _strip_sums(plan, prepared.visual)
+    grad_visual = torch.empty_like(prepared.visual) if needs[0] else None
+    grad_text = torch.empty_like(prepared.text) if needs[1] else None
+    for chunk_start in range(0, plan.row_groups, plan.chunk):
+        products = _products(plan, prepared, chunk_start)
+        _fold(plan, prepared, products, chunk_start, grad, lse, grad_dots)
         _gradient_products(plan, prepared, products, chunk_start, grad_visual, grad_text)
-    grad_scale = torch.empty_like(scale) if need_scale and scale is not None else None
-    sums = (grad_visual, grad_text)
-    return (*_gradients(plan, prepared, sums, grad_dots, scale, grad_scale, visual.dtype), grad_scale)
+    return *_gradients(plan, prepared, (grad_visual, grad_text), grad_dots, grad_scale, dtype), grad_scale
 
 
-def _has_pairs(visual: Tensor) -> bool:
-    return visual.shape[0] > 0 and visual.shape[1] > 1 and visual.shape[2] > 0
-
-
-def _prepare(plan: Plan, visual: Tensor, text: Tensor, mask: Tensor | None) -> _Prepared:
-    padded = plan.groups * plan.group_size
-    visual_centred, text_centred = visual.new_empty(2, padded * plan.emotions, plan.width, dtype=torch.float32)
-    inv_norm_visual, inv_norm_text = visual.new_empty(2, plan.groups, plan.slots, dtype=torch.float32).fill_(-1)
-    count = visual.new_empty((), dtype=torch.float32)
-    partial = visual.new_empty(2, 2 * padded, dtype=torch.float32)
+def _prepare(
+    plan: Plan,
+    visual: Tensor,
+    text: Tensor,
+    scale: Tensor | None,
+    scale_number: float,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    *,
+    counts: bool,
+) -> _Prepared:
+    if (mask is None) != (text_mask is None):
+        mask, text_mask = (
+            x.new_ones(x.shape[:2], dtype=torch.bool) if has is None else has
+            for x, has in ((visual, mask), (text, text_mask))
+        )
+    groups = plan.row_groups, plan.column_groups
+    places = sum(groups) * plan.group_size
+    centred = visual.new_empty(places * plan.emotions, plan.width, dtype=torch.float32)
+    centred = centred.split([size * plan.rows for size in groups])
+    inv_norms = visual.new_empty(sum(groups), plan.slots, dtype=torch.float32).fill_(-1).split(groups)
+    count = visual.new_empty((), dtype=torch.float32) if counts else None
+    partial = visual.new_empty(2, places, dtype=torch.float32) if counts else None
     counter = counter_for(visual)
     run(
         visual,
-        lambda: prepare_kernel[(2 * padded,)](
+        lambda: prepare_kernel[(places,)](
             visual,
             text,
             mask,
-            visual_centred,
-            text_centred,
-            inv_norm_visual,
-            inv_norm_text,
+            text_mask,
+            *centred,
+            *inv_norms,
             count,
             partial,
             counter,
-            plan.people,
+            plan.row_people,
+            plan.column_people,
+            plan.row_groups,
+            plan.lead,
             **plan.constants,
             D=plan.width,
             BLOCK_E=power_of_2(plan.emotions),
@@ -244,16 +363,17 @@ def _prepare(plan: Plan, visual: Tensor, text: Tensor, mask: Tensor | None) -> _
             num_warps=PREPARE_WARPS,
         ),
     )
-    return _Prepared(visual_centred, text_centred, inv_norm_visual, inv_norm_text, count, counter)
+    return _Prepared(*centred, *inv_norms, count, counter, scale, scale_number)
 
 
 def _strip_sums(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what is added up along rows, one sum for each strip of columns, and along columns."""
-    shape = (plan.groups, plan.slots)
-    along_rows = x.new_empty(plan.column_strips, *shape, dtype=torch.float32)
     # Within individuals a group's columns meet its own rows alone, so that one program has them all.
     row_strips = 1 if plan.negatives == "within" else plan.row_strips
-    return along_rows, x.new_empty(row_strips, *shape, dtype=torch.float32)
+    return (
+        x.new_empty(plan.column_strips, plan.row_groups, plan.slots, dtype=torch.float32),
+        x.new_empty(row_strips, plan.column_groups, plan.slots, dtype=torch.float32),
+    )
 
 
 def _products(plan: Plan, prepared: _Prepared, chunk_start: int) -> Tensor:
@@ -299,15 +419,7 @@ def _chunk_of(plan: Plan, features: Tensor, chunk_start: int) -> Tensor:
 
 
 def _sums(
-    plan: Plan,
-    prepared: _Prepared,
-    products: Tensor,
-    chunk_start: int,
-    scale: Tensor | None,
-    scale_number: float,
-    row_sums: Tensor,
-    column_sums: Tensor,
-    positives: Tensor,
+    plan: Plan, prepared: _Prepared, products: Tensor, chunk_start: int, sums: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Add a chunk's exponentials up along rows and columns."""
 
@@ -316,51 +428,39 @@ def _sums(
             products,
             prepared.inv_norm_visual,
             prepared.inv_norm_text,
-            scale,
-            scale_number,
-            row_sums,
-            column_sums,
-            positives,
+            prepared.scale,
+            prepared.scale_number,
+            *sums,
             **plan.tiling(chunk_start),
             **plan.parts(config),
         )
 
     # Later chunks add to the first one's sums, so only the first can be repeated to be timed.
-    shape_class = (plan.emotions, power_of_2(plan.groups), plan.negatives)
+    shape_class = (plan.emotions, power_of_2(plan.row_groups), power_of_2(plan.column_groups), plan.negatives)
     configs = PAIR_CONFIGS[:1] if chunk_start else PAIR_CONFIGS
     run_tuned("correlation_sums", shape_class, configs, products, launch)
 
 
-def _loss(
-    plan: Plan,
-    prepared: _Prepared,
-    row_sums: Tensor,
-    column_sums: Tensor,
-    positives: Tensor,
-    scale: Tensor | None,
-    scale_number: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = positives.new_empty(())
-    row_lse, column_lse = (positives.new_empty(plan.people, plan.pairs) for _ in range(2))
-    partial = positives.new_empty(2, plan.groups)
+def _loss(plan: Plan, prepared: _Prepared, sums: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    loss = sums[2].new_empty(())
+    row_lse, column_lse = (sums[2].new_empty(plan.row_people, plan.pairs) for _ in range(2))
+    partial = sums[2].new_empty(2, plan.row_groups)
     run(
-        positives,
-        lambda: loss_kernel[(plan.groups,)](
-            row_sums,
-            column_sums,
-            positives,
+        loss,
+        lambda: loss_kernel[(plan.row_groups,)](
+            *sums,
             prepared.inv_norm_visual,
             prepared.count,
-            scale,
-            scale_number,
+            prepared.scale,
+            prepared.scale_number,
             loss,
             row_lse,
             column_lse,
             partial,
             prepared.counter,
-            plan.people,
-            len(row_sums),
-            len(column_sums),
+            plan.row_people,
+            len(sums[0]),
+            len(sums[1]),
             **plan.constants,
             num_warps=2,
         ),
@@ -368,16 +468,42 @@ def _loss(
     return loss, row_lse, column_lse
 
 
+def _log_sums(plan: Plan, prepared: _Prepared, sums: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    row_lse, positive = (sums[2].new_empty(plan.row_people, plan.pairs) for _ in range(2))
+    column_lse = sums[2].new_empty(plan.column_people, plan.pairs)
+    run(
+        row_lse,
+        lambda: log_sums_kernel[(plan.row_groups + plan.column_groups,)](
+            *sums,
+            prepared.inv_norm_visual,
+            prepared.inv_norm_text,
+            prepared.scale,
+            prepared.scale_number,
+            row_lse,
+            column_lse,
+            positive,
+            plan.row_people,
+            plan.column_people,
+            plan.row_groups,
+            plan.column_groups,
+            plan.lead,
+            plan.own_group,
+            len(sums[0]),
+            len(sums[1]),
+            **plan.constants,
+            num_warps=2,
+        ),
+    )
+    return row_lse, column_lse, positive
+
+
 def _fold(
     plan: Plan,
     prepared: _Prepared,
     products: Tensor,
     chunk_start: int,
-    scale: Tensor | None,
-    scale_number: float,
     grad: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
+    lse: tuple[Tensor, Tensor],
     grad_dots: tuple[Tensor, Tensor],
 ) -> None:
     """Replace a chunk of S by its gradient, and add up ρ along rows and columns."""
@@ -390,14 +516,13 @@ def _fold(
             products,
             prepared.inv_norm_visual,
             prepared.inv_norm_text,
-            scale,
-            scale_number,
+            prepared.scale,
+            prepared.scale_number,
             grad,
             prepared.count,
-            row_lse,
-            column_lse,
+            *lse,
             *grad_dots,
-            people=plan.people,
+            lead=plan.lead,
             ROWS=power_of_2(plan.rows, least=16),
             **plan.tiling(chunk_start),
             **plan.parts(config),
@@ -408,24 +533,25 @@ def _fold(
 def _gradients(
     plan: Plan,
     prepared: _Prepared,
-    sums: tuple[Tensor | None, Tensor | None],  # (groups·G·E, D)
+    sums: tuple[Tensor | None, Tensor | None],  # (row_groups·G·E, D), (column_groups·G·E, D)
     grad_dots: tuple[Tensor, Tensor],
-    scale: Tensor | None,
     grad_scale: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the features, in place where they are float32, and the scale's."""
     results = []
-    shape = (plan.people, plan.emotions, plan.width)
-    for total in sums:
+    for total, start, people in zip(sums, (plan.lead, 0), (plan.row_people, plan.column_people), strict=True):
+        shape = (people, plan.emotions, plan.width)
         if total is None or dtype == torch.float32:
-            results.append(None if total is None else total[: plan.people * plan.emotions].view(shape))
+            there = slice(start * plan.emotions, (start + people) * plan.emotions)
+            results.append(None if total is None else total[there].view(shape))
         else:
             results.append(total.new_empty(shape, dtype=dtype))
-    partial = grad_dots[0].new_empty(2, 2 * plan.people)
+    programs = plan.row_people + plan.column_people
+    partial = grad_dots[0].new_empty(2, programs)
     run(
         partial,
-        lambda: gradient_kernel[(2 * plan.people,)](
+        lambda: gradient_kernel[(programs,)](
             *sums,
             *results,
             prepared.visual,
@@ -433,11 +559,14 @@ def _gradients(
             prepared.inv_norm_visual,
             prepared.inv_norm_text,
             *grad_dots,
-            scale,
+            prepared.scale,
             grad_scale,
             partial,
             prepared.counter,
-            plan.groups,
+            plan.row_people,
+            plan.row_groups,
+            plan.column_groups,
+            plan.lead,
             len(grad_dots[0]),
             len(grad_dots[1]),
             **plan.constants,

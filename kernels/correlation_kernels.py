@@ -6,23 +6,30 @@ import triton.language as tl
 from pcmecl_fast.kernels.common import LN2, LOG2E, inverse_norm, load_scale, sum_over_grid
 
 # Sizes whose divisibility no load depends on: without them a kernel is compiled once for a whole data set's chunks.
-COUNTS = ["chunk_start", "chunk_groups", "people", "groups", "rows_per_strip", "columns_per_strip"]
+PEOPLE = ["row_people", "column_people"]
+GROUPS = ["row_groups", "column_groups"]
+STRIPS = ["column_strips", "row_strips"]
+TILING = [*GROUPS, "chunk_start", "own_start", "chunk_groups", "rows_per_strip", "columns_per_strip"]
 ALL, WITHIN, DISTINCT = (tl.constexpr(i) for i in range(3))
 
 
-@triton.jit(do_not_specialize=["people"])
+@triton.jit(do_not_specialize=[*PEOPLE, "row_groups", "lead"])
 def prepare_kernel(
-    visual,  # (N, E, D), read
-    text,  # (N, E, D), read
-    mask,  # (N, E) bool or None: which emotions are there, read
-    visual_centred,  # (groups·G·E, D) float32: features less their individual's mean, written
-    text_centred,  # (groups·G·E, D) float32: the same of the text, written
-    inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, written; −1 before, and where there is no pair
-    inv_norm_text,  # (groups, SLOTS) float32: the same of the text, written
-    count,  # () float32: pairs that are there, written
+    visual,  # (n, E, D), read
+    text,  # (m, E, D), read
+    mask,  # (n, E) bool or None: which emotions the rows' individuals have, read
+    text_mask,  # (m, E) bool or None: which the columns' individuals have, read; None where mask is
+    visual_centred,  # (row_groups·G·E, D) float32: features less their individual's mean, written
+    text_centred,  # (column_groups·G·E, D) float32: the same of the text, written
+    inv_norm_visual,  # (row_groups, SLOTS) float32: 1/|Δ| of each pair, written; −1 before, and where there is no pair
+    inv_norm_text,  # (column_groups, SLOTS) float32: the same of the text, written
+    count,  # () float32: the rows' pairs that are there, written; None where nobody asks
     partial,  # (2, programs) float32: workspace of sum_over_grid
     counter,  # () int32: 0 before and after, for sum_over_grid
-    people,  # N
+    row_people,  # n
+    column_people,  # m
+    row_groups,  # groups of rows, the first one after `lead` empty places
+    lead,  # places before the first row
     E: tl.constexpr,  # emotions
     Q: tl.constexpr,  # pairs of emotions a < b: E(E−1)/2
     G: tl.constexpr,  # individuals in a group
@@ -36,27 +43,32 @@ def prepare_kernel(
 
     Bytes bound it: E·D numbers read, and again from L1 for the changes; E·D written.
     """
-    person, is_text = tl.program_id(0) // 2, tl.program_id(0) % 2
-    if is_text == 1:
+    is_text = tl.program_id(0) >= row_groups * G
+    if is_text:
         x, centred, inv_norm = text, text_centred, inv_norm_text
     else:
         x, centred, inv_norm = visual, visual_centred, inv_norm_visual
+    place = tl.program_id(0) - tl.where(is_text, row_groups * G, 0)
+    person = place - tl.where(is_text, 0, lead)
+    people = tl.where(is_text, column_people, row_people)
     e = tl.arange(0, BLOCK_E)
     pair = tl.arange(0, BLOCK_Q)
     a, b = _emotions_of(pair, E)
     # A row is not read, and its pairs are none, where the individual or the emotion is missing.
-    emotions_here = tl.where(person < people, E, 0)
+    emotions_here = tl.where((person >= 0) & (person < people), E, 0)
     present = e < emotions_here
     is_pair = (pair < Q) & (b < emotions_here)
     if mask is not None:
-        present = tl.load(mask + person * E + e, present, other=0) != 0
-        has_a = tl.load(mask + person * E + a, is_pair, other=0) != 0
-        has_b = tl.load(mask + person * E + b, is_pair, other=0) != 0
+        has = text_mask if is_text else mask
+        present = tl.load(has + person * E + e, present, other=0) != 0
+        has_a = tl.load(has + person * E + a, is_pair, other=0) != 0
+        has_b = tl.load(has + person * E + b, is_pair, other=0) != 0
         is_pair = has_a & has_b
     emotions = tl.sum(tl.where(present, 1.0, 0.0))
 
     square = tl.zeros([BLOCK_Q], tl.float32)
     row = tl.cast(person, tl.int64) * E
+    centred += tl.cast(place - person, tl.int64) * E * D
     for start in range(0, D, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         inside = column[None, :] < D
@@ -68,28 +80,31 @@ def prepare_kernel(
         at_b = tl.load(x + (row + b[:, None]) * D + column[None, :], is_pair[:, None] & inside, other=0.0)
         change = at_b.to(tl.float32) - at_a.to(tl.float32)
         square += tl.sum(change * change, axis=1)
-    slot = person // G * SLOTS + person % G * Q + pair
+    slot = place // G * SLOTS + place % G * Q + pair
     tl.store(inv_norm + slot, tl.where(is_pair, inverse_norm(square), -1.0), pair < Q)
-    pairs = tl.sum(tl.where(is_pair, 1.0, 0.0))
-    last, pairs, _ = sum_over_grid(partial, counter, tl.where(is_text == 1, 0.0, pairs), 0.0, 1024)
-    if last:
-        tl.store(count, pairs)
+    if count is not None:
+        pairs = tl.sum(tl.where(is_pair, 1.0, 0.0))
+        last, pairs, _ = sum_over_grid(partial, counter, tl.where(is_text, 0.0, pairs), 0.0, 1024)
+        if last:
+            tl.store(count, pairs)
 
 
-@triton.jit(do_not_specialize=[x for x in COUNTS if x != "people"])
+@triton.jit(do_not_specialize=TILING)
 def sums_kernel(
     products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart, read
-    inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
-    inv_norm_text,  # (groups, SLOTS) float32: the same of the text
+    inv_norm_visual,  # (row_groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
+    inv_norm_text,  # (column_groups, SLOTS) float32: the same of the text
     scale,  # () of any float type, or None: then scale_number counts
     scale_number,  # float32: the logit scale
-    row_sums,  # (column strips, groups, SLOTS) float32: Σ (e^l + e^−l) along rows by strip of columns, written
-    column_sums,  # (row strips, groups, SLOTS) float32: the same along columns, by strip of rows, written
-    positives,  # (groups, SLOTS) float32: logits of the matching changes, times log2(e), written
-    chunk_start,  # the chunk's first group
+    row_sums,  # (column strips, row_groups, SLOTS) float32: Σ (e^l + e^−l) along rows by strip of columns, written
+    column_sums,  # (row strips, column_groups, SLOTS) float32: the same along columns, by strip of rows, written
+    positives,  # (row_groups, SLOTS) float32: logits of the matching changes, times log2(e), written where these are
+    chunk_start,  # the chunk's first group of rows
+    own_start,  # the group of columns where its individuals are, in the same places; any number if it is not there
     chunk_groups,  # groups in the chunk
     row_stride,  # of S, whose columns are those of all groups, or of one in WITHIN
-    groups,  # groups of individuals, the last one filled up
+    row_groups,  # groups of rows, the first and the last one filled up
+    column_groups,  # groups of columns, the last one filled up
     rows_per_strip,  # groups that a program walks along rows
     columns_per_strip,  # groups that it walks along columns
     E: tl.constexpr,  # emotions
@@ -110,20 +125,19 @@ def sums_kernel(
     shift = _exponent_shift(s)
     slot = tl.arange(0, SLOTS)
     a, b = _slot_rows(slot, E, Q, G)
-    strip_stride = groups * SLOTS
     # Within individuals a group's columns meet its own rows alone.
     column_sums_strip = 0 if KIND == WITHIN else row_strip
     begin = row_strip * rows_per_strip
     for row in range(begin, tl.minimum(begin + rows_per_strip, chunk_groups)):
-        group = chunk_start + row
+        group, own = chunk_start + row, own_start + row
         inv_norm_row = tl.load(inv_norm_visual + group * SLOTS + slot)
         at_a, at_b = (row * G * E + a) * row_stride, (row * G * E + b) * row_stride
         total = tl.zeros([SLOTS], tl.float32)
         if KIND == WITHIN:
-            first_column, end_column = group, group + 1
+            first_column, end_column = own, own + 1
         else:
             first_column = column_strip * columns_per_strip
-            end_column = tl.minimum(first_column + columns_per_strip, groups)
+            end_column = tl.minimum(first_column + columns_per_strip, column_groups)
         positive = tl.zeros([SLOTS], tl.float32)
         for step in range(first_column * (SLOTS // PART), end_column * (SLOTS // PART)):
             column = step // (SLOTS // PART)
@@ -133,20 +147,20 @@ def sums_kernel(
             c, d = _slot_rows(other, E, Q, G)
             logit = _differences(products, at_a, at_b, base + c, base + d)
             logit = logit * (inv_norm_row * (s * LOG2E))[:, None] * inv_norm_column[None, :]
-            keep, same_way = _kept(slot, other, inv_norm_row, inv_norm_column, column == group, Q, KIND)
+            keep, same_way = _kept(slot, other, inv_norm_row, inv_norm_column, column == own, Q, KIND)
             weight = tl.where(same_way, tl.exp2(logit - shift), 0.0) + tl.where(keep, tl.exp2(-logit - shift), 0.0)
             total += tl.sum(weight, axis=1)
             _accumulate(
-                column_sums + column_sums_strip * strip_stride + column * SLOTS + other,
+                column_sums + (column_sums_strip * column_groups + column) * SLOTS + other,
                 tl.sum(weight, axis=0),
                 KIND != WITHIN and row > begin,
                 ADD,
             )
-            if column == group:
+            if column == own:
                 positive += tl.sum(tl.where(slot[:, None] == other[None, :], logit, 0.0), 1)
-        if (first_column <= group) & (group < end_column):
+        if (first_column <= own) & (own < end_column):
             tl.store(positives + group * SLOTS + slot, positive)
-        tl.store(row_sums + column_strip * strip_stride + group * SLOTS + slot, total)
+        tl.store(row_sums + (column_strip * row_groups + group) * SLOTS + slot, total)
         tl.debug_barrier()  # the next row of groups adds to what other threads have stored
 
 
@@ -207,7 +221,7 @@ def _accumulate(target, column_sum, add, ADD: tl.constexpr):
     tl.store(target, column_sum)
 
 
-@triton.jit(do_not_specialize=["people", "column_strips", "row_strips"])
+@triton.jit(do_not_specialize=["people", *STRIPS])
 def loss_kernel(
     row_sums,  # (column strips, groups, SLOTS) float32, read
     column_sums,  # (row strips, groups, SLOTS) float32, read
@@ -221,7 +235,7 @@ def loss_kernel(
     column_lse,  # (N, Q) float32: log-sum-exp of each column, written
     partial,  # (2, programs) float32: workspace of sum_over_grid
     counter,  # () int32: 0 before and after, for sum_over_grid
-    people,  # N
+    people,  # N, of rows and of columns: the same
     column_strips,  # strips that row sums are made of
     row_strips,  # strips that column sums are made of
     E: tl.constexpr,  # emotions
@@ -230,53 +244,105 @@ def loss_kernel(
     SLOTS: tl.constexpr,  # room for a group's pairs, a power of two
 ):
     """A program owns a group: it adds its strips up, and the last program writes the loss. The launch bounds it."""
-    group = tl.program_id(0)
+    group, groups = tl.program_id(0), tl.num_programs(0)
     slot = tl.arange(0, SLOTS)
-    offset = group * SLOTS + slot
-    is_pair = tl.load(inv_norm_visual + offset) != -1.0
-    strip_stride = tl.num_programs(0) * SLOTS
+    is_pair = tl.load(inv_norm_visual + group * SLOTS + slot) != -1.0
     shift = _exponent_shift(load_scale(scale, scale_number))
-    rows = tl.where(is_pair, _sum_of_strips(row_sums, column_strips, strip_stride, offset), 1.0)
-    columns = tl.where(is_pair, _sum_of_strips(column_sums, row_strips, strip_stride, offset), 1.0)
-    lse_row = tl.where(is_pair, (shift + tl.log2(rows)) * LN2, 0.0)
-    lse_column = tl.where(is_pair, (shift + tl.log2(columns)) * LN2, 0.0)
-    positive = tl.where(is_pair, tl.load(positives + offset) * LN2, 0.0)
-    person = group * G + slot // Q
-    inside = (slot < G * Q) & (person < people)
-    tl.store(row_lse + person * Q + slot % Q, lse_row, inside)
-    tl.store(column_lse + person * Q + slot % Q, lse_column, inside)
+    lse_row = _log_sum(row_sums, column_strips, groups, group, slot, is_pair, shift, SLOTS)
+    lse_column = _log_sum(column_sums, row_strips, groups, group, slot, is_pair, shift, SLOTS)
+    positive = tl.where(is_pair, tl.load(positives + group * SLOTS + slot) * LN2, 0.0)
+    at, inside = _in_table(group, slot, 0, people, Q, G)
+    tl.store(row_lse + at, lse_row, inside)
+    tl.store(column_lse + at, lse_column, inside)
     total = tl.sum(0.5 * (lse_row + lse_column) - positive)
     last, total, _ = sum_over_grid(partial, counter, total, 0.0, 1024)
     if last:
         tl.store(loss, total / tl.maximum(tl.load(count), 1.0))
 
 
-@triton.jit
-def _sum_of_strips(sums, strips, strip_stride, offset):
-    total = tl.load(sums + offset)
-    for strip in range(1, strips):
-        total += tl.load(sums + strip * strip_stride + offset)
-    return total
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def fold_kernel(
-    products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart: replaced by its gradient
-    inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
-    inv_norm_text,  # (groups, SLOTS) float32: the same of the text
+@triton.jit(do_not_specialize=[*PEOPLE, *GROUPS, *STRIPS, "lead", "own_start"])
+def log_sums_kernel(
+    row_sums,  # (column strips, row_groups, SLOTS) float32, read
+    column_sums,  # (row strips, column_groups, SLOTS) float32, read
+    positives,  # (row_groups, SLOTS) float32: logits of the matching changes, times log2(e), read where these are
+    inv_norm_visual,  # (row_groups, SLOTS) float32: −1 where there is no pair, read
+    inv_norm_text,  # (column_groups, SLOTS) float32: the same of the text, read
     scale,  # () of any float type, or None: then scale_number counts
     scale_number,  # float32: the logit scale
-    grad,  # () float32: gradient of the loss, read
-    count,  # () float32: pairs that are there
-    row_lse,  # (N, Q) float32: log-sum-exp of each row, read
-    column_lse,  # (N, Q) float32: log-sum-exp of each column, read
-    row_grad_dots,  # (column strips, groups, SLOTS) float32: ρ along rows, by strip of columns, written
-    column_grad_dots,  # (row strips, groups, SLOTS) float32: ρ along columns, by strip of rows, written
-    chunk_start,  # the chunk's first group
+    row_lse,  # (n, Q) float32: log-sum-exp of each row, written
+    column_lse,  # (m, Q) float32: log-sum-exp of each column, written
+    positive,  # (n, Q) float32: logits of the matching changes, 0 where they are not in the rectangle, written
+    row_people,  # n
+    column_people,  # m
+    row_groups,  # groups of rows, the first one after `lead` empty places
+    column_groups,  # groups of columns
+    lead,  # places before the first row
+    own_start,  # the group of columns where the individuals of the rows' first group are
+    column_strips,  # strips that row sums are made of
+    row_strips,  # strips that column sums are made of
+    E: tl.constexpr,  # emotions
+    Q: tl.constexpr,  # pairs of emotions a < b: E(E−1)/2
+    G: tl.constexpr,  # individuals in a group
+    SLOTS: tl.constexpr,  # room for a group's pairs, a power of two
+):
+    """A program owns a group of a rectangle's rows or of its columns and adds its strips up. The launch bounds it."""
+    shift = _exponent_shift(load_scale(scale, scale_number))
+    slot = tl.arange(0, SLOTS)
+    group = tl.program_id(0)
+    if group < row_groups:
+        is_pair = tl.load(inv_norm_visual + group * SLOTS + slot) != -1.0
+        lse = _log_sum(row_sums, column_strips, row_groups, group, slot, is_pair, shift, SLOTS)
+        at, inside = _in_table(group, slot, lead, row_people, Q, G)
+        tl.store(row_lse + at, lse, inside)
+        own = own_start + group
+        is_own = is_pair & (own >= 0) & (own < column_groups)
+        is_own &= tl.load(inv_norm_text + own * SLOTS + slot, is_own, other=-1.0) != -1.0
+        tl.store(positive + at, tl.load(positives + group * SLOTS + slot, is_own, other=0.0) * LN2, inside)
+    else:
+        column = group - row_groups
+        is_pair = tl.load(inv_norm_text + column * SLOTS + slot) != -1.0
+        lse = _log_sum(column_sums, row_strips, column_groups, column, slot, is_pair, shift, SLOTS)
+        at, inside = _in_table(column, slot, 0, column_people, Q, G)
+        tl.store(column_lse + at, lse, inside)
+
+
+@triton.jit
+def _log_sum(sums, strips, groups, group, slot, is_pair, shift, SLOTS: tl.constexpr):
+    """ln of a group's sums over all strips: −∞ where nothing was added up, 0 where there is no pair."""
+    offset = group * SLOTS + slot
+    total = tl.load(sums + offset)
+    for strip in range(1, strips):
+        total += tl.load(sums + strip * (groups * SLOTS) + offset)
+    return tl.where(is_pair, (shift + tl.log2(tl.where(is_pair, total, 1.0))) * LN2, 0.0)
+
+
+@triton.jit
+def _in_table(group, slot, lead, people, Q: tl.constexpr, G: tl.constexpr):
+    """Where a group's slots lie in a table (people, Q), and which of them do."""
+    at = (group * G - lead) * Q + slot
+    return at, (slot < G * Q) & (at >= 0) & (at < people * Q)
+
+
+@triton.jit(do_not_specialize=[*TILING, "lead"])
+def fold_kernel(
+    products,  # S of the chunk, (chunk_groups·G·E, columns) float32, rows row_stride apart: replaced by its gradient
+    inv_norm_visual,  # (row_groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
+    inv_norm_text,  # (column_groups, SLOTS) float32: the same of the text
+    scale,  # () of any float type, or None: then scale_number counts
+    scale_number,  # float32: the logit scale
+    grad,  # () float32: gradient of the loss, read; or of the sum over pairs, where count is None
+    count,  # () float32: pairs that are there, over which the loss is the mean; or None
+    row_lse,  # (n, Q) float32: log-sum-exp of each row, read
+    column_lse,  # (m, Q) float32: log-sum-exp of each column, read
+    row_grad_dots,  # (column strips, row_groups, SLOTS) float32: ρ along rows, by strip of columns, written
+    column_grad_dots,  # (row strips, column_groups, SLOTS) float32: ρ along columns, by strip of rows, written
+    lead,  # places before the first row
+    chunk_start,  # the chunk's first group of rows
+    own_start,  # the group of columns where its individuals are, in the same places; any number if it is not there
     chunk_groups,  # groups in the chunk
-    people,  # N
     row_stride,  # of S, whose columns are those of all groups, or of one in WITHIN
-    groups,  # groups of individuals, the last one filled up
+    row_groups,  # groups of rows, the first and the last one filled up
+    column_groups,  # groups of columns, the last one filled up
     rows_per_strip,  # groups that a program walks along rows
     columns_per_strip,  # groups that it walks along columns
     E: tl.constexpr,  # emotions
@@ -296,50 +362,51 @@ def fold_kernel(
     row_strip, column_strip = tl.program_id(0), tl.program_id(1)
     s = load_scale(scale, scale_number)
     shift = _exponent_shift(s)
-    grad_per_logit = tl.load(grad).to(tl.float32) / tl.maximum(tl.load(count), 1.0)
+    grad_per_logit = tl.load(grad).to(tl.float32)
+    if count is not None:
+        grad_per_logit /= tl.maximum(tl.load(count), 1.0)
     slot = tl.arange(0, SLOTS)
     a, b = _slot_rows(slot, E, Q, G)
     x = tl.arange(0, ROWS)
     signs_t = tl.where(x[:, None] == b[None, :], 1.0, 0.0) - tl.where(x[:, None] == a[None, :], 1.0, 0.0)
-    strip_stride = groups * SLOTS
     # Within individuals a group's columns meet its own rows alone.
     column_sums_strip = 0 if KIND == WITHIN else row_strip
     begin = row_strip * rows_per_strip
     for row in range(begin, tl.minimum(begin + rows_per_strip, chunk_groups)):
-        group = chunk_start + row
+        group, own = chunk_start + row, own_start + row
         inv_norm_row = tl.load(inv_norm_visual + group * SLOTS + slot)
-        inv_sum_row = _inverse_sum(row_lse, group, slot, shift, people, Q, G)
+        inv_sum_row = _inverse_sum(row_lse + (group * G - lead) * Q + slot, inv_norm_row, shift)
         at_a, at_b = (row * G * E + a) * row_stride, (row * G * E + b) * row_stride
         grad_dot = tl.zeros([SLOTS], tl.float32)
         if KIND == WITHIN:
-            first_column, end_column = group, group + 1
+            first_column, end_column = own, own + 1
         else:
             first_column = column_strip * columns_per_strip
-            end_column = tl.minimum(first_column + columns_per_strip, groups)
+            end_column = tl.minimum(first_column + columns_per_strip, column_groups)
         for column in range(first_column, end_column):
             base = 0 if KIND == WITHIN else column * G * E
             folded = tl.zeros([ROWS, ROWS], tl.float32)
             for part in range(0, SLOTS, PART):
                 other = part + tl.arange(0, PART)
                 inv_norm_column = tl.load(inv_norm_text + column * SLOTS + other)
-                inv_sum_column = _inverse_sum(column_lse, column, other, shift, people, Q, G)
+                inv_sum_column = _inverse_sum(column_lse + column * G * Q + other, inv_norm_column, shift)
                 c, d = _slot_rows(other, E, Q, G)
                 logit = (
                     _differences(products, at_a, at_b, base + c, base + d)
                     * (inv_norm_row * s)[:, None]
                     * inv_norm_column[None, :]
                 )
-                keep, same_way = _kept(slot, other, inv_norm_row, inv_norm_column, column == group, Q, KIND)
+                keep, same_way = _kept(slot, other, inv_norm_row, inv_norm_column, column == own, Q, KIND)
                 g = tl.where(same_way, tl.exp2(logit * LOG2E - shift), 0.0)
                 g -= tl.where(keep, tl.exp2(-logit * LOG2E - shift), 0.0)
                 g *= (inv_sum_row[:, None] + inv_sum_column[None, :]) * (0.5 * grad_per_logit)
-                if column == group:
+                if column == own:
                     g -= tl.where(keep & (slot[:, None] == other[None, :]), grad_per_logit, 0.0)
                 grad_dots = g * logit
                 grad_dot += tl.sum(grad_dots, axis=1)
                 column_grad_dot = tl.sum(grad_dots, axis=0)
                 _accumulate(
-                    column_grad_dots + column_sums_strip * strip_stride + column * SLOTS + other,
+                    column_grad_dots + (column_sums_strip * column_groups + column) * SLOTS + other,
                     column_grad_dot,
                     KIND != WITHIN and row > begin,
                     ADD,
@@ -353,16 +420,14 @@ def fold_kernel(
             tl.debug_barrier()  # all threads have read their products, whose place the gradient takes
             target = products + (row * G * E + x[:, None]) * row_stride + base + x[None, :]
             tl.store(target, folded, (x[:, None] < G * E) & (x[None, :] < G * E))
-        tl.store(row_grad_dots + column_strip * strip_stride + group * SLOTS + slot, grad_dot)
+        tl.store(row_grad_dots + (column_strip * row_groups + group) * SLOTS + slot, grad_dot)
         tl.debug_barrier()  # the next row of groups adds to what other threads have stored
 
 
 @triton.jit
-def _inverse_sum(lse, group, slot, shift, people, Q: tl.constexpr, G: tl.constexpr):
-    """e^K over the sum of a row's or a column's exponentials."""
-    person = group * G + slot // Q
-    value = tl.load(lse + person * Q + slot % Q, (slot < G * Q) & (person < people), other=0.0)
-    return tl.exp2(shift - value * LOG2E)
+def _inverse_sum(lse, inv_norm, shift):
+    """e^K over the sum of a row's or a column's exponentials; any finite number where there is no pair."""
+    return tl.exp2(shift - tl.load(lse, inv_norm != -1.0, other=0.0) * LOG2E)
 
 
 @triton.jit
@@ -372,23 +437,26 @@ def _two_parts(x):
     return high, x - high
 
 
-@triton.jit(do_not_specialize=["groups", "column_strips", "row_strips"])
+@triton.jit(do_not_specialize=["row_people", *GROUPS, *STRIPS, "lead"])
 def gradient_kernel(
-    visual_sum,  # (groups·G·E, D) float32 or None: dS T, read
-    text_sum,  # (groups·G·E, D) float32 or None: dSᵀ V, read
-    grad_visual,  # (N, E, D) or None, written; visual_sum itself where that is float32
-    grad_text,  # (N, E, D) or None, written; may be text_sum
-    visual_centred,  # (groups·G·E, D) float32: features less their individual's mean
-    text_centred,  # (groups·G·E, D) float32: the same of the text
-    inv_norm_visual,  # (groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
-    inv_norm_text,  # (groups, SLOTS) float32: the same of the text
-    row_grad_dots,  # (column strips, groups, SLOTS) float32: ρ along rows, by strip of columns, read
-    column_grad_dots,  # (row strips, groups, SLOTS) float32: ρ along columns, by strip of rows, read
+    visual_sum,  # (row_groups·G·E, D) float32 or None: dS T, read
+    text_sum,  # (column_groups·G·E, D) float32 or None: dSᵀ V, read
+    grad_visual,  # (n, E, D) or None, written; its rows of visual_sum itself where that is float32
+    grad_text,  # (m, E, D) or None, written; may be text_sum
+    visual_centred,  # (row_groups·G·E, D) float32: features less their individual's mean
+    text_centred,  # (column_groups·G·E, D) float32: the same of the text
+    inv_norm_visual,  # (row_groups, SLOTS) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
+    inv_norm_text,  # (column_groups, SLOTS) float32: the same of the text
+    row_grad_dots,  # (column strips, row_groups, SLOTS) float32: ρ along rows, by strip of columns, read
+    column_grad_dots,  # (row strips, column_groups, SLOTS) float32: ρ along columns, by strip of rows, read
     scale,  # () of any float type, or None: then scale_number counts
     grad_scale,  # () or None: the scale's gradient, written
     partial,  # (2, programs) float32: workspace of sum_over_grid
     counter,  # () int32: 0 before and after, for sum_over_grid
-    groups,  # groups of individuals, the last one filled up
+    row_people,  # n
+    row_groups,  # groups of rows, the first one after `lead` empty places
+    column_groups,  # groups of columns
+    lead,  # places before the first row
     column_strips,  # strips that row sums are made of
     row_strips,  # strips that column sums are made of
     E: tl.constexpr,  # emotions
@@ -404,21 +472,20 @@ def gradient_kernel(
 
     Bytes bound it: 2·E·D numbers read, the features once for each pair from L1; E·D written.
     """
-    person = tl.program_id(0) // 2
     pair = tl.arange(0, BLOCK_Q)
-    offset = person // G * SLOTS + person % G * Q + pair
-    strip_stride = groups * SLOTS
     total = 0.0
-    if tl.program_id(0) % 2 == 0:
+    if tl.program_id(0) < row_people:
+        place = tl.program_id(0) + lead
+        offset = place // G * SLOTS + place % G * Q + pair
         inv_norm = tl.load(inv_norm_visual + offset, pair < Q, other=-1.0)
-        grad_dot = _grad_dots(row_grad_dots, column_strips, strip_stride, offset, inv_norm, pair, Q)
+        grad_dot = _grad_dots(row_grad_dots, column_strips, row_groups * SLOTS, offset, inv_norm, pair, Q)
         total = tl.sum(grad_dot)
         if visual_sum is not None:
             _subtract_norm_gradient(
                 visual_sum,
-                grad_visual,
+                grad_visual - tl.cast(lead, tl.int64) * E * D,
                 visual_centred,
-                person,
+                place,
                 grad_dot * inv_norm * inv_norm,
                 E,
                 Q,
@@ -429,13 +496,15 @@ def gradient_kernel(
             )
     else:
         if text_sum is not None:
+            place = tl.program_id(0) - row_people
+            offset = place // G * SLOTS + place % G * Q + pair
             inv_norm = tl.load(inv_norm_text + offset, pair < Q, other=-1.0)
-            grad_dot = _grad_dots(column_grad_dots, row_strips, strip_stride, offset, inv_norm, pair, Q)
+            grad_dot = _grad_dots(column_grad_dots, row_strips, column_groups * SLOTS, offset, inv_norm, pair, Q)
             _subtract_norm_gradient(
                 text_sum,
                 grad_text,
                 text_centred,
-                person,
+                place,
                 grad_dot * inv_norm * inv_norm,
                 E,
                 Q,
@@ -462,9 +531,9 @@ def _grad_dots(grad_dots, strips, strip_stride, offset, inv_norm, pair, Q: tl.co
 @triton.jit
 def _subtract_norm_gradient(
     sums,  # (groups·G·E, D) float32, read
-    gradient,  # (N, E, D), written; may be sums
+    gradient,  # the same rows, written; may be sums
     centred,  # (groups·G·E, D) float32, read
-    person,  # whose features
+    place,  # the individual's, among all groups'
     weights,  # (BLOCK_Q,) float32: ρ/|Δ|² of each pair
     E: tl.constexpr,  # emotions
     Q: tl.constexpr,  # pairs of emotions a < b: E(E−1)/2
@@ -477,7 +546,7 @@ def _subtract_norm_gradient(
     e = tl.arange(0, BLOCK_E)
     pair = tl.arange(0, BLOCK_Q)
     a, b = _emotions_of(pair, E)
-    row = tl.cast(person, tl.int64) * E
+    row = tl.cast(place, tl.int64) * E
     for start in range(0, D, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         offset = (row + e[:, None]) * D + column[None, :]

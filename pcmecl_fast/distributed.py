@@ -365,10 +365,13 @@ def _awaited(key: str) -> str:
     """A key of the store, however long it takes, unless a rank fails meanwhile."""
     store = _store()
     while True:
+        began = time.monotonic()
         try:
             store.wait([key], _LOOK)
             return store.get(key).decode()
-        except dist.DistStoreError:
+        except RuntimeError:  # what a store raises differs; at once, it means that the store is gone
+            if time.monotonic() - began < _LOOK.total_seconds() / 2:
+                raise
             told = _failure_told()
         if told is not None:
             raise AnotherRankFailed(told)

@@ -174,7 +174,7 @@ FAULTS = [
     ),
     Fault(
         "features are read from one before their beginning",
-        "correlation.cu",
+        "correlation_features.cu",
         {
             "const T* from = x + i * args.emotions * args.width + k;": (
                 "const T* from = x + i * args.emotions * args.width + k - 1;"
@@ -211,8 +211,8 @@ FAULTS = [
     ),
     Fault(
         "a length is never stored for the kernels that need it",
-        "correlation.cu",
-        {"  args.inv_norm_text[pair * N + i] = valid ? w : -1.0f;\n": ""},
+        "correlation_features.cu",
+        {"  if (at.j >= 0) args.inv_norm_text[pair * m + at.j] = valid ? w : -1.0f;\n": ""},
         correlation,
         "uninitialised: a read .* of buffer",
     ),
@@ -267,12 +267,8 @@ FAULTS = [
     ),
     Fault(
         "a block has 2048 threads",
-        "correlation.cu",
-        {
-            "changes_kernel<T, 1>, {unsigned(args.individuals)}, kThreads": (
-                "changes_kernel<T, 1>, {unsigned(args.individuals)}, 2048"
-            )
-        },
+        "correlation_features.cu",
+        {"changes_kernel<T, 1>, {individuals}, kThreads": "changes_kernel<T, 1>, {individuals}, 2048"},
         correlation,
         "launch limit: 2048 threads",
     ),

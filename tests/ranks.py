@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class Crew:
 
 
 def _serve(pipe: Any) -> None:
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
 
     torch.set_num_threads(1)

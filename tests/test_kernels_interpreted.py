@@ -17,11 +17,11 @@ pytestmark = [
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("operator", ["direction", "correlation", "attention", "frames", "rest"])
+@pytest.mark.parametrize("operator", ["direction", "rectangle", "correlation", "attention", "frames", "rest"])
 def test_kernels_in_the_interpreter(operator):
-    words = ["direction", "correlation", "attention", "frames"]
+    words = ["direction", "rectangle", "correlation", "attention", "frames"]
     wanted = operator if operator in words else " and ".join(f"not {word}" for word in words)
-    files = [str(HERE / name) for name in ("test_kernels.py", "test_ops_direction_limits.py")]
+    files = [str(HERE / name) for name in ("test_kernels.py", "test_rectangles_triton.py", "test_ops_direction_limits.py")]
     command = [sys.executable, "-m", "pytest", "-x", *files, "-k", wanted]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)

@@ -132,6 +132,14 @@ def test_large_sizes_fit_a_grid(operator, shapes, rest):
     assert len(launches) > 1
 
 
+@pytest.mark.parametrize(("people", "others", "first"), [(4_000, 4_000, 2_000), (8, 100_000, 50_000), (100_000, 8, -7)])
+def test_large_rectangles_fit_a_grid(people, others, first):
+    with as_launched.on(90, compiles=False) as launches:
+        visual, text = (torch.empty(count, 7, 8, device="cuda") for count in (people, others))
+        as_launched.run_rectangle(CORRELATION_LOSS, (visual, text, None, 20.0, None, None, "all", first))
+    assert len(launches) > 1
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_many_samples_and_wide_features_fit_a_grid(deterministic):
     with as_launched.on(90, compiles=False) as launches:
@@ -140,6 +148,31 @@ def test_many_samples_and_wide_features_fit_a_grid(deterministic):
         arguments = (*features, *indices, None, 20.0, 0.3, True, 0.0, "mean")
         triton_resources.Workload("", DIRECTION_LOSS, tuple, deterministic=deterministic).run(arguments)
     assert len(launches) > 1
+
+
+def test_a_rectangle_takes_no_more_launches_than_a_square():
+    def launched(*people, run):
+        with as_launched.on(90, compiles=False) as launches:
+            features = [torch.empty(count, 7, 512, device="cuda") for count in people]
+            run(CORRELATION_LOSS, features)
+        return [launch.name.replace("log_sums", "loss") for launch in launches]
+
+    square = launched(512, 512, run=lambda operator, x: as_launched.run(operator, (*x, None, 20.0, None, "all")))
+    rectangle = launched(
+        512, 512, run=lambda operator, x: as_launched.run_rectangle(operator, (*x, None, 20.0, None, None, "all", 300))
+    )
+    assert rectangle == square
+
+
+def test_the_next_block_compiles_nothing_new():
+    """Ranks meet blocks of a size with many values of `first`, and a rank's rows begin anywhere in a group."""
+    with as_launched.on(90) as launches:
+        visual, text = (torch.empty(count, 7, 64, device="cuda") for count in (25, 19))
+        for first in (0, 1, 16, 32, -15, 40):
+            as_launched.run_rectangle(CORRELATION_LOSS, (visual, text, None, 20.0, None, None, "all", first))
+            if first == 0:
+                before = len(launches)
+    assert len(launches) == before
 
 
 def test_a_grid_that_does_not_fit_is_found():

@@ -25,6 +25,7 @@ NARROW = {  # they gather single numbers from L2, or add up a few sums
     ("correlation_loss", "sums_kernel"),
     ("correlation_loss", "fold_kernel"),
     ("correlation_loss", "loss_kernel"),
+    ("correlation_loss", "log_sums_kernel"),
     ("clip_frames", "weights_kernel"),  # reads nothing
 }
 WIDE_LOAD = r"ld\.global\S*\.(v4\.[bu]32|v2\.[bu]64)|cp\.async\.cg"  # 16 bytes

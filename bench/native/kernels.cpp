@@ -104,7 +104,7 @@ void correlation(const std::string& pass) {
   std::vector<float> inv_sum(N * Q, 1e-3f);
 
   Correlation<float> args = {};
-  args.individuals = N, args.emotions = E, args.width = D, args.pairs = Q;
+  args.rows = args.columns = N, args.emotions = E, args.width = D, args.pairs = Q;
   args.visual = visual.data(), args.text = text.data(), args.scale = 28, args.centred = centred.data();
   args.inv_norm_visual = inverse.data(), args.valid = reinterpret_cast<bool*>(valid.data());
   args.positive = positive.data(), args.row_sum = row_sum.data(), args.column_sum = column_sum.data();

@@ -4,6 +4,8 @@
 //
 // binds both, and `clip_frames_differentiable`, the two under autograd. The numbers are the positions of the arguments
 // that have a gradient.
+//
+//   PCMECL_BIND_FUNCTION(name)     binds a function that autograd does not know
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -42,4 +44,9 @@ inline bool bind(Binding binding) {
     m.def(#operation "_backward", &operation##_backward, unlocked);                                   \
     using Both = ::pcmecl::Differentiable<&operation, &operation##_backward, __VA_ARGS__>;            \
     m.def(#operation "_differentiable", ::pcmecl::named<Both>(#operation, &operation), unlocked);     \
+  });
+
+#define PCMECL_BIND_FUNCTION(function)                                                               \
+  [[maybe_unused]] static const bool function##_is_bound = ::pcmecl::bind([](pybind11::module_& m) { \
+    m.def(#function, &function, pybind11::call_guard<pybind11::gil_scoped_release>());               \
   });

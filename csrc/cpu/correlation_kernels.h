@@ -102,6 +102,13 @@ void correlation_centre(const Correlation<C>& args, int64_t begin, int64_t end) 
   }
 }
 
+// The row of column j's individual, or -1.
+template <typename C>
+PCMECL_INLINE int64_t own_row(const Correlation<C>& args, int64_t j) {
+  const int64_t i = j - args.first;
+  return i >= 0 && i < args.rows ? i : -1;
+}
+
 // The tile's text features, and the positive logits of its individuals. Units are the tile's lanes.
 template <typename C>
 void correlation_pack(const Correlation<C>& args, const CorrelationTile<C>& tile, int64_t begin, int64_t end) {
@@ -109,7 +116,8 @@ void correlation_pack(const Correlation<C>& args, const CorrelationTile<C>& tile
   for (int64_t lane = begin; lane < end; ++lane) {
     const int64_t j = tile.column + lane;
     const bool padding = lane >= tile.columns;
-    const bool* present = args.mask && !padding ? args.mask + j * emotions : nullptr;
+    const int64_t i = padding ? -1 : own_row(args, j);
+    const bool* present = args.text_mask && !padding ? args.text_mask + j * emotions : nullptr;
     C* text = tile.text + lane * width;
     if (padding)
       for (int64_t e = 0; e < emotions; ++e) std::fill(text + e * stride, text + e * stride + width, C(0));
@@ -118,7 +126,7 @@ void correlation_pack(const Correlation<C>& args, const CorrelationTile<C>& tile
     int64_t pair = 0;
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
-        const bool valid = !padding && args.valid[j * args.pairs + pair];
+        const bool valid = !padding && (!present || (present[a] && present[b]));
         const C* before = text + a * stride;
         const C* after = text + b * stride;
         const C inverse = valid ? inverse_norm(squared_change(before, after, width)) : C(0);
@@ -126,12 +134,11 @@ void correlation_pack(const Correlation<C>& args, const CorrelationTile<C>& tile
         tile.text_valid[pair * tile.lanes + lane] = valid ? C(1) : C(0);
         if (tile.inv_text_sum)
           tile.inv_text_sum[pair * tile.lanes + lane] = valid ? args.inv_column_sum[j * args.pairs + pair] : C(0);
-        if (!padding) {
-          const C* visual = args.centred + j * emotions * width;
-          args.positive[j * args.pairs + pair] =
-              valid ? args.inv_norm_visual[j * args.pairs + pair] * inverse *
-                          product_of_changes(visual + a * width, visual + b * width, before, after, width)
-                    : C(0);
+        if (valid && i >= 0) {
+          const C* visual = args.centred + i * emotions * width;
+          args.positive[i * args.pairs + pair] =
+              args.inv_norm_visual[i * args.pairs + pair] * inverse *
+              product_of_changes(visual + a * width, visual + b * width, before, after, width);
         }
       }
   }
@@ -216,7 +223,7 @@ void forward_tile(
             const int64_t at = other * lanes + j;
             Exponentials<C> both =
                 exponentials((difference[d] - difference[c]) * load(tile.inv_norm_text + at), args.offset);
-            if (distinct && other == pair) both.up *= only<C>(i - tile.column - j);
+            if (distinct && other == pair) both.up *= only<C>(i + args.first - tile.column - j);
             const Vector<C> term = both.up + both.down;
             row_sum += term * load(tile.text_valid + at);
             store(column_sum + at, load(column_sum + at) + term);
@@ -255,7 +262,7 @@ void backward_tile(
             const Vector<C> inv_norm_text = load(tile.inv_norm_text + at);
             const Vector<C> logit = (difference[d] - difference[c]) * inv_norm_text;
             Exponentials<C> both = exponentials(logit, args.offset);
-            if (distinct && other == pair) both.up *= only<C>(i - tile.column - j);
+            if (distinct && other == pair) both.up *= only<C>(i + args.first - tile.column - j);
             const Vector<C> g = (both.up - both.down) * (load(tile.inv_text_sum + at) + inv_row_sum);
             const Vector<C> grad_dot = g * logit, of = g * inv_norm_text;
             row_grad_dot += grad_dot;
@@ -412,23 +419,25 @@ void correlation_backward_within(
 }
 
 // What does not go through S: the positive logits, and the lengths of the text's changes. Units are the tile's
-// individuals, whose rows of both gradients a unit owns; it writes the text's out of the tile.
+// individuals, whose row of both gradients a unit owns; it writes the text's out of the tile.
 template <typename C>
 void correlation_finish(
     const Correlation<C>& args, const CorrelationTile<C>& tile, const C* column_grad_dot, int64_t begin, int64_t end) {
   const int64_t emotions = args.emotions, width = args.width, stride = tile.lanes * width;
   for (int64_t lane = begin; lane < end; ++lane) {
-    const int64_t i = tile.column + lane;
+    const int64_t j = tile.column + lane, i = own_row(args, j);
     int64_t pair = 0;
     for (int64_t a = 0; a < emotions; ++a)
       for (int64_t b = a + 1; b < emotions; ++b, ++pair) {
         const int64_t at = i * args.pairs + pair, in_tile = pair * tile.lanes + lane;
-        if (!args.valid[at]) continue;
+        if (tile.text_valid[in_tile] == 0) continue;
         const C w = tile.inv_norm_text[in_tile];
-        const C grad_dot = args.grad_per_logit * (column_grad_dot[in_tile] - 2 * args.positive[at]);
+        const C positive = i < 0 ? C(0) : args.positive[at];
+        const C grad_dot = args.grad_per_logit * (column_grad_dot[in_tile] - 2 * positive);
         add_changes(
             tile.text + lane * width + a * stride, tile.text + lane * width + b * stride, -grad_dot * w * w,
             tile.grad_text + lane * width + a * stride, tile.grad_text + lane * width + b * stride, width);
+        if (i < 0) continue;
         const C across = -2 * args.grad_per_logit * args.inv_norm_visual[at] * w;
         const int64_t before = (i * emotions + a) * width, after = (i * emotions + b) * width;
         add_changes(
@@ -441,7 +450,7 @@ void correlation_finish(
       }
     for (int64_t e = 0; e < emotions && args.grad_text; ++e) {
       const C* from = tile.grad_text + lane * width + e * stride;
-      std::copy(from, from + width, args.grad_text + (i * emotions + e) * width);
+      std::copy(from, from + width, args.grad_text + (j * emotions + e) * width);
     }
   }
 }

@@ -72,28 +72,30 @@ struct DirectionKernels {
 // correlation_loss. Individuals j of the text lie in lanes: a tile's columns are ordered (emotion, j).
 template <typename C>
 struct Correlation {
-  int64_t individuals, emotions, width, pairs;
-  const C* visual;  // (N, E, D) as given
-  const C* text;
-  const bool* mask;  // (N, E) or null
+  int64_t rows, columns, first;  // n, m; row i is of the same individual as column first + i, if there is one
+  int64_t emotions, width, pairs;
+  const C* visual;        // (n, E, D) as given
+  const C* text;          // (m, E, D)
+  const bool* mask;       // (n, E) or null
+  const bool* text_mask;  // (m, E) or null
   bool distinct;
   C scale;         // times log2(e): logits are exponents of 2
   int64_t offset;  // K: sums are of 2^(l - K)
 
-  C* centred;          // (N, E, D): the visual features less each individual's mean
-  C* inv_norm_visual;  // (N, Q): scale / |change|, 0 where there is none
-  bool* valid;         // (N, Q)
-  C* positive;         // (N, Q): the positive logits
-  C* row_sum;          // (N, Q)
-  C* column_sum;       // (N, Q)
+  C* centred;          // (n, E, D): the visual features less each individual's mean
+  C* inv_norm_visual;  // (n, Q): scale / |change|, 0 where there is none
+  bool* valid;         // (n, Q)
+  C* positive;         // (n, Q): the positive logits; holds zeros
+  C* row_sum;          // (n, Q)
+  C* column_sum;       // (m, Q)
 
   // Backward.
-  C* inv_row_sum;     // (N, Q): 1 / row_sum
-  C* inv_column_sum;  // (N, Q)
+  C* inv_row_sum;     // (n, Q): 1 / row_sum
+  C* inv_column_sum;  // (m, Q)
   C grad_per_logit;   // what a logit's gradient is multiplied by: grad / valid directions
-  C* row_grad_dot;    // (N, Q): Σ of gradient times logit over a row
-  C* grad_centred;    // (N, E, D) or null
-  C* grad_text;       // (N, E, D) or null
+  C* row_grad_dot;    // (n, Q): Σ of gradient times logit over a row
+  C* grad_centred;    // (n, E, D) or null
+  C* grad_text;       // (m, E, D) or null
 };
 
 // A tile: individuals [row, row + rows) against [column, column + columns), the latter padded to `lanes`.
@@ -119,7 +121,7 @@ struct CorrelationKernels {
   void (*finish)(
       const Correlation<C>&, const CorrelationTile<C>&, const C* column_grad_dot, int64_t begin, int64_t end);
   void (*finish_visual)(const Correlation<C>&, int64_t begin, int64_t end);
-  // negatives="within": each individual alone, `blocks` (N, E, E) being centred · text transposed.
+  // negatives="within": each individual alone, `blocks` (n, E, E) being centred · text transposed; n = m, first = 0.
   void (*forward_within)(const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, int64_t, int64_t);
   void (*backward_within)(
       const Correlation<C>&, const CorrelationTile<C>&, const C* blocks, C* grad_blocks, C* column_grad_dot, int64_t,

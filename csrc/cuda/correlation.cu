@@ -11,6 +11,8 @@
 // registers for E = 7 and 8 (else in shared memory, E up to 32); row sums are added over the warp once a pair. Parts
 // are written per block and added by the driver in a fixed order: nothing is atomic and every run gives the same bits.
 // Operations a logit of the quarter: about 10 and two exponentials forward, 16 and two backward. Bound by arithmetic.
+#include <algorithm>
+
 #include "kernels.h"
 #include "scale.h"
 #include "warp.h"
@@ -28,73 +30,12 @@ constexpr int kLanes = kRows<E> * kWarpSize;
 
 bool known(int emotions) { return emotions == 7 || emotions == 8; }
 
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 constexpr float kMaxScale = 150;
 
 template <int E>
 constexpr int kPairs = E * (E - 1) / 2;
 
 __device__ __forceinline__ float offset(float scale) { return fmaxf(0.0f, ceilf(scale * kLog2e) - 100); }
-
-// First an individual's features less their mean over its emotions, then its pairs, a warp each.
-template <typename T>
-__device__ void centre_features(const Changes<T>& args, const T* x, int64_t i, float* to, int64_t row, int64_t stride) {
-  const bool* present = args.mask ? args.mask + i * args.emotions : nullptr;
-  for (int64_t k = threadIdx.x; k < args.width; k += blockDim.x) {
-    const T* from = x + i * args.emotions * args.width + k;
-    float total = 0, count = 0;
-    for (int e = 0; e < args.emotions; ++e) {
-      if (present && !present[e]) continue;  // what is not present may be anything, NaN included
-      total += float(from[e * args.width]);
-      count += 1;
-    }
-    const float mean = total / fmaxf(count, 1.0f);
-    for (int e = 0; e < args.emotions; ++e)
-      to[row + e * stride + k] = present && !present[e] ? 0.0f : float(from[e * args.width]) - mean;
-  }
-}
-
-template <int V, typename T>
-__device__ void measure_pair(const Changes<T>& args, int64_t i, int a, int b, int pair) {
-  const int64_t N = args.individuals, D = args.width;
-  const float* visual = args.centred_visual + i * args.emotions * D;
-  const float *before = args.centred_text + (a * N + i) * D, *after = args.centred_text + (b * N + i) * D;
-  float visual_square = 0, text_square = 0, product = 0;
-  for (int64_t k = lane_of_thread() * V; k < D; k += kWarpSize * V) {
-    float x[V], y[V], from_x[V], from_y[V];
-    load(visual + b * D + k, x);
-    load(visual + a * D + k, from_x);
-    load(after + k, y);
-    load(before + k, from_y);
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const float dx = x[v] - from_x[v], dy = y[v] - from_y[v];
-      visual_square += dx * dx;
-      text_square += dy * dy;
-      product += dx * dy;
-    }
-  }
-  const float u = inverse_norm(sum_over(visual_square)), w = inverse_norm(sum_over(text_square));
-  const float cosine = sum_over(product) * u * w;
-  if (lane_of_thread() != 0) return;
-  const bool* present = args.mask ? args.mask + i * args.emotions : nullptr;
-  const bool valid = !present || (present[a] && present[b]);
-  const int64_t Q = pair_count(args.emotions);
-  args.inv_norm_visual[i * Q + pair] = valid ? u : -1.0f;
-  args.inv_norm_text[pair * N + i] = valid ? w : -1.0f;
-  args.cosine[i * Q + pair] = valid ? cosine : 0.0f;
-}
-
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) changes_kernel(const Changes<T> args) {
-  const int64_t i = blockIdx.x, N = args.individuals, D = args.width;
-  centre_features(args, args.visual, i, args.centred_visual, i * args.emotions * D, D);
-  centre_features(args, args.text, i, args.centred_text, i * D, N * D);
-  __syncthreads();
-  for (int a = 0, pair = 0; a < args.emotions; ++a)
-    for (int b = a + 1; b < args.emotions; ++b, ++pair)
-      if (pair % kWarps == warp_of_thread()) measure_pair<V>(args, i, a, b, pair);
-}
 
 // `count` numbers of a lane: in registers where the count is known to the compiler, else in shared memory, where other
 // lanes' lie between them.
@@ -151,15 +92,15 @@ __device__ __forceinline__ void for_emotions(int emotions, Step&& step) {
 template <int E>
 struct Place {
   int64_t i, j, row, stride;  // i: of all; row: of the chunk; stride: of a row of S
-  bool inside, own;           // own: i = j
+  bool inside, own;           // own: i and j are one individual
 
   __device__ Place(const Correlation& args) {
     row = int64_t(blockIdx.x) * kRows<E> + warp_of_thread();
     i = args.row + row;
     j = int64_t(blockIdx.y) * kWarpSize + lane_of_thread();
-    stride = args.emotions * args.individuals;
-    inside = j < args.individuals && row < args.rows;
-    own = i == j;
+    stride = args.emotions * args.columns;
+    inside = j < args.columns && row < args.rows;
+    own = i + args.first == j;
   }
 };
 
@@ -171,7 +112,7 @@ __device__ void write_columns(const Correlation& args, int64_t j, Columns& colum
   for (int cd = warp_of_thread(); cd < pairs; cd += kRows<E>) {
     float total = 0;
     for (int warp = 0; warp < kRows<E>; ++warp) total += shared[cd * kLanes<E> + warp * kWarpSize + lane_of_thread()];
-    if (j < args.individuals) args.column_parts[(int64_t(blockIdx.x) * pairs + cd) * args.individuals + j] = total;
+    if (j < args.columns) args.column_parts[(int64_t(blockIdx.x) * pairs + cd) * args.columns + j] = total;
   }
 }
 
@@ -185,9 +126,9 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correl
   float* for_columns = reinterpret_cast<float*>(shared);
   Slots<kPairs<E>> columns(shared, pairs);
   Slots<E> difference(shared, emotions);
-  float inverse[E ? kPairs<E> : 1];  // the (Q, N) table's column j
+  float inverse[E ? kPairs<E> : 1];  // the (Q, m) table's column j
   for_pairs<E>(emotions, [&](int, int, int cd) {
-    if constexpr (E != 0) inverse[cd] = at.inside ? args.inv_norm_text[cd * args.individuals + at.j] : -1.0f;
+    if constexpr (E != 0) inverse[cd] = at.inside ? args.inv_norm_text[cd * args.columns + at.j] : -1.0f;
     columns[cd] = 0;
   });
 
@@ -197,7 +138,7 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correl
       float sum = 0;
       if (!(row_norm < 0) && at.inside) {
         for_emotions<E>(emotions, [&](int e) {
-          const float* column = block + e * args.individuals;
+          const float* column = block + e * args.columns;
           difference[e] = (column[b * at.stride] - column[a * at.stride]) * (row_norm * scale * kLog2e);
         });
         for_pairs<E>(emotions, [&](int c, int d, int cd) {
@@ -205,7 +146,7 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correl
           if constexpr (E != 0)
             w = inverse[cd];
           else
-            w = args.inv_norm_text[cd * args.individuals + at.j];
+            w = args.inv_norm_text[cd * args.columns + at.j];
           const float logit = (difference[d] - difference[c]) * w;
           float up = exp2_fast(logit - K);
           const float down = exp2_fast(-logit - K);
@@ -237,14 +178,14 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const C
   float inverse[E ? kPairs<E> : 1], inv_sum[E ? kPairs<E> : 1];
   for_pairs<E>(emotions, [&](int, int, int cd) {
     if constexpr (E != 0) {
-      inverse[cd] = at.inside ? args.inv_norm_text[cd * args.individuals + at.j] : -1.0f;
+      inverse[cd] = at.inside ? args.inv_norm_text[cd * args.columns + at.j] : -1.0f;
       inv_sum[cd] = at.inside ? 1 / args.column_sum[at.j * pairs + cd] : 0.0f;
     }
     grad_dots[cd] = 0;
   });
   if (at.inside)
     for (int a = 0; a < emotions; ++a)
-      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.individuals] = 0; });
+      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.columns] = 0; });
 
   for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a) {
     for_emotions<E>(emotions, [&](int e) { grad_before[e] = 0; });
@@ -253,7 +194,7 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const C
       float grad_dot = 0;
       if (!(row_norm < 0) && at.inside) {
         for_emotions<E>(emotions, [&](int e) {
-          const float* column = block + e * args.individuals;
+          const float* column = block + e * args.columns;
           difference[e] = (column[b * at.stride] - column[a * at.stride]) * (row_norm * scale * kLog2e);
           grad_difference[e] = 0;
         });
@@ -262,7 +203,7 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const C
           if constexpr (E != 0) {
             w = inverse[cd], inv_column_sum = inv_sum[cd];
           } else {
-            w = args.inv_norm_text[cd * args.individuals + at.j];
+            w = args.inv_norm_text[cd * args.columns + at.j];
             inv_column_sum = 1 / args.column_sum[at.j * pairs + cd];
           }
           const float logit = (difference[d] - difference[c]) * w;
@@ -277,15 +218,14 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const C
         });
         for_emotions<E>(emotions, [&](int e) {
           const float of = grad_difference[e] * row_norm;
-          grad[b * at.stride + e * args.individuals] += of;
+          grad[b * at.stride + e * args.columns] += of;
           grad_before[e] -= of;
         });
       }
       grad_dot = sum_over(grad_dot);
       if (lane_of_thread() == 0) args.row_parts[(int64_t(blockIdx.y) * args.rows + at.row) * pairs + ab] = grad_dot;
     }
-    if (at.inside)
-      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.individuals] += grad_before[e]; });
+    if (at.inside) for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.columns] += grad_before[e]; });
   }
   write_columns<E>(args, at.j, grad_dots, for_columns, pairs);
 }
@@ -305,7 +245,7 @@ struct Own {
   }
 
   __device__ float inv_norm_visual(int ab) const { return args.inv_norm_visual[i * pairs + ab]; }
-  __device__ float inv_norm_text(int cd) const { return args.inv_norm_text[cd * args.individuals + i]; }
+  __device__ float inv_norm_text(int cd) const { return args.inv_norm_text[cd * args.columns + i]; }
 
   __device__ float logit(int a, int b, int ab, int c, int d, int cd) const {
     const float* before = block + a * emotions;
@@ -370,7 +310,7 @@ __global__ void __launch_bounds__(kThreads)
     if (row)
       row_grad_dot[own.i * own.pairs + pair] = grad_dot;
     else
-      column_grad_dot[pair * args.individuals + own.i] = grad_dot;
+      column_grad_dot[pair * args.columns + own.i] = grad_dot;
   });
   // A thread owns dS[x, y]: it adds every pair with x against every pair with y, turned so that x and y are their ends.
   for (int at = threadIdx.x; at < own.emotions * own.emotions; at += kThreads) {
@@ -398,6 +338,25 @@ __device__ float count_valid(const float* inv_norm_visual, int64_t pairs, float*
   return fmaxf(sum_over_block(valid, warps), 1.0f);
 }
 
+// A sum of all logits of a valid row or column is at least 2: the positive and its opposite. One of none is 0, and its
+// logarithm −∞. Beyond the scale that float sums hold, both are NaN.
+__global__ void logarithms_kernel(const CorrelationLogarithms args) {
+  const float scale = value_of(args.scale), K = scale <= kMaxScale ? offset(scale) : nanf("");
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at < args.rows) {
+    args.row_lse[at] = logf(args.row_sum[at]) + K * kLn2;
+    args.positive[at] = scale * args.cosine[at];
+  }
+  if (at < args.columns) args.column_lse[at] = logf(args.column_sum[at]) + K * kLn2;
+}
+
+__global__ void exponentials_kernel(const CorrelationLogarithms args) {
+  const float K = offset(value_of(args.scale));
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at < args.rows) args.row_sum[at] = expf(args.row_lse[at] - K * kLn2);
+  if (at < args.columns) args.column_sum[at] = expf(args.column_lse[at] - K * kLn2);
+}
+
 __global__ void count_kernel(const float* inv_norm_visual, int64_t pairs, float* valid) {
   const float count = count_valid(inv_norm_visual, pairs, reinterpret_cast<float*>(shared_memory()));
   if (threadIdx.x == 0) *valid = count;
@@ -421,52 +380,8 @@ __global__ void result_kernel(const CorrelationResult args) {
   if (threadIdx.x == 0) *args.loss = scale <= kMaxScale ? total / valid : nanf("");
 }
 
-// A block owns an individual. Lengths and positives are E×E matrices times its features: with M a pair's number,
-// grad[b] += M·(x_b − x_a) and grad[a] −= the same.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const CorrelationFinish<T> args) {
-  const int64_t i = blockIdx.x, N = args.individuals, D = args.width;
-  const int E = args.emotions, Q = int(pair_count(E));
-  const float scale = value_of(args.scale), grad_per_logit = *args.grad / (2 * *args.pairs);
-  float* visual_lengths = reinterpret_cast<float*>(shared_memory());  // (E, E), symmetric; no diagonal
-  float* text_lengths = visual_lengths + E * E;
-  float* positives = text_lengths + E * E;
-  for (int a = 0, pair = 0; a < E; ++a)
-    for (int b = a + 1; b < E; ++b, ++pair) {
-      if (pair % kThreads != int(threadIdx.x)) continue;
-      const float u = args.inv_norm_visual[i * Q + pair], w = args.inv_norm_text[pair * N + i];
-      const bool valid = !(u < 0);
-      const float positive = 2 * grad_per_logit * scale * args.cosine[i * Q + pair];
-      // Moments are of logits in base 2.
-      const float row = valid ? grad_per_logit * kLn2 * args.row_grad_dot[i * Q + pair] - positive : 0.0f;
-      const float column = valid ? grad_per_logit * kLn2 * args.column_grad_dot[pair * N + i] - positive : 0.0f;
-      args.row_grad_dot[i * Q + pair] = row;
-      visual_lengths[a * E + b] = visual_lengths[b * E + a] = valid ? -row * u * u : 0.0f;
-      text_lengths[a * E + b] = text_lengths[b * E + a] = valid ? -column * w * w : 0.0f;
-      positives[a * E + b] = positives[b * E + a] = valid ? -2 * grad_per_logit * scale * u * w : 0.0f;
-    }
-  __syncthreads();
-
-  const float through = grad_per_logit * scale;
-  for (int64_t k = threadIdx.x; k < D; k += blockDim.x)
-    for (int b = 0; b < E; ++b) {
-      const float* visual = args.centred_visual + i * E * D + k;
-      const float* text = args.centred_text + i * D + k;
-      float to_visual = 0, to_text = 0;
-      for (int a = 0; a < E; ++a) {
-        if (a == b) continue;
-        const float dx = visual[b * D] - visual[a * D], dy = text[b * N * D] - text[a * N * D];
-        to_visual += visual_lengths[a * E + b] * dx + positives[a * E + b] * dy;
-        to_text += text_lengths[a * E + b] * dy + positives[a * E + b] * dx;
-      }
-      const int64_t at = (i * E + b) * D + k;
-      if (args.grad_visual) args.grad_visual[at] = T(to_visual + through * args.through_visual[at]);
-      if (args.grad_text) args.grad_text[at] = T(to_text + through * args.through_text[(b * N + i) * D + k]);
-    }
-}
-
 dim3 grid_of(const Correlation& args) {
-  const CorrelationParts parts = correlation_parts(args.individuals, args.emotions, args.rows);
+  const CorrelationParts parts = correlation_parts(args.columns, args.emotions, args.rows);
   return {unsigned(parts.row_blocks), unsigned(parts.column_blocks)};
 }
 
@@ -486,14 +401,8 @@ void launch_gradients(const Correlation& args) {
 
 }  // namespace
 
-template <typename T>
-void correlation_changes(const Changes<T>& args) {
-  const bool vector = args.width % 4 == 0;
-  launch(vector ? changes_kernel<T, 4> : changes_kernel<T, 1>, {unsigned(args.individuals)}, kThreads, 0, args);
-}
-
-CorrelationParts correlation_parts(int64_t individuals, int emotions, int64_t rows) {
-  return {blocks(individuals, kWarpSize), blocks(rows, known(emotions) ? kRows<8> : kRows<0>)};
+CorrelationParts correlation_parts(int64_t columns, int emotions, int64_t rows) {
+  return {blocks(columns, kWarpSize), blocks(rows, known(emotions) ? kRows<8> : kRows<0>)};
 }
 
 void correlation_sums(const Correlation& args) {
@@ -513,11 +422,11 @@ void correlation_gradients(const Correlation& args) {
 }
 
 void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum) {
-  launch(sums_within_kernel, {unsigned(args.individuals)}, kThreads, 0, args, row_sum, column_sum);
+  launch(sums_within_kernel, {unsigned(args.columns)}, kThreads, 0, args, row_sum, column_sum);
 }
 
 void correlation_gradients_within(const Correlation& args, float* row_grad_dot, float* column_grad_dot) {
-  launch(gradients_within_kernel, {unsigned(args.individuals)}, kThreads, 0, args, row_grad_dot, column_grad_dot);
+  launch(gradients_within_kernel, {unsigned(args.columns)}, kThreads, 0, args, row_grad_dot, column_grad_dot);
 }
 
 void correlation_result(const CorrelationResult& args) {
@@ -530,18 +439,12 @@ void correlation_count(const float* inv_norm_visual, int64_t pairs, float* valid
   launch(count_kernel, {1}, warps * kWarpSize, warps * sizeof(float), inv_norm_visual, pairs, valid);
 }
 
-template <typename T>
-void correlation_finish(const CorrelationFinish<T>& args) {
-  const size_t shared = 3 * sizeof(float) * args.emotions * args.emotions;
-  launch(finish_kernel<T>, {unsigned(args.individuals)}, kThreads, shared, args);
+void correlation_logarithms(const CorrelationLogarithms& args) {
+  launch(logarithms_kernel, {blocks(std::max(args.rows, args.columns), kThreads)}, kThreads, 0, args);
 }
 
-#define PCMECL_FOR(T)                                      \
-  template void correlation_changes<T>(const Changes<T>&); \
-  template void correlation_finish<T>(const CorrelationFinish<T>&);
-PCMECL_FOR(float)
-PCMECL_FOR(c10::Half)
-PCMECL_FOR(c10::BFloat16)
-#undef PCMECL_FOR
+void correlation_exponentials(const CorrelationLogarithms& args) {
+  launch(exponentials_kernel, {blocks(std::max(args.rows, args.columns), kThreads)}, kThreads, 0, args);
+}
 
 }  // namespace pcmecl::cuda

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../common/host_device.h"
+
 namespace pcmecl::cuda {
 
 struct Scale {
@@ -61,37 +63,50 @@ void direction_reduce(
     const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
     float* loss, float* divisor);
 
-// correlation_loss. The text's features lie as (E, N, D), so that columns of S = visual · textᵀ are ordered (emotion,
-// j) and neighbouring lanes are neighbouring individuals.
+// correlation_loss, or a rectangle of its logits: S = visual · textᵀ has n individuals as rows and m as columns. The
+// text's features lie as (E, m, D), so that columns are ordered (emotion, j) and neighbouring lanes are neighbouring
+// individuals.
+struct Extent {
+  int64_t rows, columns, first;  // n, m; row i is of the same individual as column first + i, if there is one
+
+  PCMECL_HD int64_t own() const {  // rows that have such a column
+    const int64_t begin = first > 0 ? first : 0, end = first + rows < columns ? first + rows : columns;
+    return end > begin ? end - begin : 0;
+  }
+  PCMECL_HD int64_t individuals() const { return rows + columns - own(); }
+};
+
 template <typename T>
 struct Changes {
-  int64_t individuals, width;
+  Extent extent;
+  int64_t width;
   int emotions;            // at most 32
-  const T* visual;         // (N, E, D)
-  const T* text;           // (N, E, D)
-  const bool* mask;        // (N, E) or null
-  float* centred_visual;   // (N, E, D), less each individual's mean
-  float* centred_text;     // (E, N, D)
-  float* inv_norm_visual;  // (N, Q): 1/|change| of the visual features; 0: no direction, -1: a pair that is not valid
-  float* inv_norm_text;    // (Q, N): of the text features
-  float* cosine;           // (N, Q): of the positive, 0 where not valid
+  const T* visual;         // (n, E, D)
+  const T* text;           // (m, E, D)
+  const bool* mask;        // (n, E) or null
+  const bool* text_mask;   // (m, E) or null
+  float* centred_visual;   // (n, E, D), less each individual's mean
+  float* centred_text;     // (E, m, D)
+  float* inv_norm_visual;  // (n, Q): 1/|change| of the visual features; 0: no direction, -1: a pair that is not valid
+  float* inv_norm_text;    // (Q, m): of the text features
+  float* cosine;           // (n, Q): of the positive, 0 where it is not valid or not among the columns
 };
 
 struct Correlation {
-  int64_t individuals;
+  int64_t columns, first;
   int emotions;
   bool distinct;
   Scale scale;
-  const float* inv_norm_visual;  // (N, Q)
-  const float* inv_norm_text;    // (Q, N)
-  const float* product;          // S of the chunk: (rows·E, E·N); "within": (N, E, E)
+  const float* inv_norm_visual;  // (n, Q)
+  const float* inv_norm_text;    // (Q, m)
+  const float* product;          // S of the chunk: (rows·E, E·m); "within", where n = m and first = 0: (n, E, E)
   int64_t row, rows;             // the chunk's individuals
 
   // Forward: sums of 2^(l − K), in parts. Backward: Σ of gradient times logit, in parts, and the gradient of S.
   float* row_parts;         // (column blocks, rows, Q)
-  float* column_parts;      // (row blocks, Q, N)
-  const float* row_sum;     // (N, Q)
-  const float* column_sum;  // (N, Q)
+  float* column_parts;      // (row blocks, Q, m)
+  const float* row_sum;     // (n, Q)
+  const float* column_sum;  // (m, Q)
   float* grad_product;      // as product
 };
 
@@ -110,33 +125,48 @@ struct CorrelationResult {
   float* loss;                   // ()
 };
 
+// Sums of 2^(l − K), the natural logarithms of what they stand for, and the positive logits.
+struct CorrelationLogarithms {
+  int64_t rows, columns;  // n·Q, m·Q
+  Scale scale;
+  const float* cosine;  // (n, Q)
+  float* row_sum;       // (n, Q)
+  float* column_sum;    // (m, Q)
+  float* row_lse;       // (n, Q)
+  float* column_lse;    // (m, Q)
+  float* positive;      // (n, Q)
+};
+
 // Ends the backward: lengths and positives, which do not go through S.
 template <typename T>
 struct CorrelationFinish {
-  int64_t individuals, width;
+  Extent extent;
+  int64_t width;
   int emotions;
   Scale scale;
   const float* grad;   // ()
-  const float* pairs;  // (): how many are valid, at least 1
+  const float* pairs;  // (): how many are valid, at least 1; null where `grad` is of each pair already
   const float *centred_visual, *centred_text, *inv_norm_visual, *inv_norm_text, *cosine;  // as in Changes
-  float* row_grad_dot;           // (N, Q): becomes Σ of gradient times logit, positives included
-  const float* column_grad_dot;  // (Q, N)
-  const float* through_visual;   // (N, E, D): dS · text, or null
-  const float* through_text;     // (E, N, D): dSᵀ · visual, or null
-  T* grad_visual;                // (N, E, D) or null
-  T* grad_text;                  // (N, E, D) or null
+  float* row_grad_dot;           // (n, Q): becomes Σ of gradient times logit, positives included
+  const float* column_grad_dot;  // (Q, m)
+  const float* through_visual;   // (n, E, D): dS · text, or null
+  const float* through_text;     // (E, m, D): dSᵀ · visual, or null
+  T* grad_visual;                // (n, E, D) or null
+  T* grad_text;                  // (m, E, D) or null
 };
 
 template <typename T>
 void correlation_changes(const Changes<T>& args);
-CorrelationParts correlation_parts(int64_t individuals, int emotions, int64_t rows);
+CorrelationParts correlation_parts(int64_t columns, int emotions, int64_t rows);
 void correlation_sums(const Correlation& args);
 void correlation_gradients(const Correlation& args);
-void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum);  // both (N, Q)
+void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum);  // both (n, Q)
 void correlation_gradients_within(
-    const Correlation& args, float* row_grad_dot, float* column_grad_dot);  // (N, Q), (Q, N)
+    const Correlation& args, float* row_grad_dot, float* column_grad_dot);  // (n, Q), (Q, n)
 void correlation_result(const CorrelationResult& args);
 void correlation_count(const float* inv_norm_visual, int64_t pairs, float* valid);
+void correlation_logarithms(const CorrelationLogarithms& args);    // from the sums
+void correlation_exponentials(const CorrelationLogarithms& args);  // back to the sums
 template <typename T>
 void correlation_finish(const CorrelationFinish<T>& args);
 

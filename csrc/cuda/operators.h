@@ -33,15 +33,19 @@ T* pointer_or_null(const std::optional<Tensor>& x) {
 
 inline at::TensorOptions in_float(const Tensor& x) { return x.options().dtype(at::kFloat); }
 
-// f(value of the tensor's type)
+// f(value of the type)
 template <typename F>
-void for_dtype(const Tensor& x, F&& f) {
-  switch (x.scalar_type()) {
+void for_dtype(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
     case at::kFloat: return f(float());
     case at::kHalf: return f(c10::Half());
     case at::kBFloat16: return f(c10::BFloat16());
-    default: TORCH_CHECK_TYPE(false, "got ", x.scalar_type(), "; takes float32, float16 or bfloat16");
+    default: TORCH_CHECK_TYPE(false, "got ", dtype, "; takes float32, float16 or bfloat16");
   }
+}
+template <typename F>
+void for_dtype(const Tensor& x, F&& f) {
+  for_dtype(x.scalar_type(), f);
 }
 
 // A scale as kernels take it, and the float that it points to.

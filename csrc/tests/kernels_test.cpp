@@ -155,8 +155,8 @@ struct CorrelationRun {
     std::vector<char> valid(N * Q);
     of_visual.assign(N * E * D, C(0)), of_text.assign(N * E * D, C(0));
     Correlation<C> args = {};
-    args.individuals = N, args.emotions = E, args.width = D, args.pairs = Q, args.visual = visual.data();
-    args.text = text.data(), args.mask = (const bool*)mask.data(), args.distinct = distinct;
+    args.rows = args.columns = N, args.emotions = E, args.width = D, args.pairs = Q, args.visual = visual.data();
+    args.text = text.data(), args.mask = args.text_mask = (const bool*)mask.data(), args.distinct = distinct;
     args.scale = C(5 / std::log(2.0)), args.centred = centred.data(), args.inv_norm_visual = inverse.data();
     args.valid = (bool*)valid.data(), args.positive = positive.data(), args.row_sum = rows.data();
     args.column_sum = columns.data(), args.inv_row_sum = inv_row_sum.data(),

@@ -26,6 +26,7 @@ if not isinstance(_module, str):
     extension.add(CPU, DIRECTION_LOGITS, _module, ANY, checks_values_on=DEVICES)
     extension.add(CPU, DIRECTION_LOSS, _module, ANY, checks_values_on=DEVICES)
     extension.add(CPU, CORRELATION_LOSS, _module, CORRELATION)
+    extension.add_rectangle(CPU, CORRELATION_LOSS, _module)
     extension.add(CPU, CLIP_FRAMES, _module, ANY)
     # PyTorch's own attention with the mask is the fastest on a CPU; the operator exists for the GPU.
     CPU.add(TREE_ATTENTION, TREE_ATTENTION.reference, limits=ANY)

@@ -29,6 +29,7 @@ def add_kernels(backend: Backend, module: ModuleType, device: str = "cuda") -> N
     extension.add(backend, DIRECTION_LOGITS, module, direction, checks_values_on=asserted)
     extension.add(backend, DIRECTION_LOSS, module, direction, checks_values_on=asserted)
     extension.add(backend, CORRELATION_LOSS, module, correlation)
+    extension.add_rectangle(backend, CORRELATION_LOSS, module)
     extension.add(backend, TREE_ATTENTION, module, tree)
     extension.add(backend, CLIP_FRAMES, module, anything)
 

@@ -64,6 +64,12 @@ def add(
     backend.add(operator, forward, backward, limits, checks_values_on, differentiable)
 
 
+def add_rectangle(backend: Backend, operator: Operator, module: ModuleType) -> None:
+    """Add the parts that ranks compute of an operator: `<first word of its name>_rectangle_sums` and `_gradients`."""
+    name = operator.name.removesuffix("_loss")
+    backend.add_rectangle(operator, *(getattr(module, f"{name}_rectangle_{what}") for what in ("sums", "gradients")))
+
+
 def _path(name: str = NAME) -> Path | None:
     spec = importlib.util.find_spec(name)
     return None if spec is None or spec.origin is None else Path(spec.origin)

@@ -47,6 +47,10 @@ def _add(operator: Operator, module: str, limits: Limits, checks_values_on: tupl
     TRITON.add(operator, forward, backward, limits, checks_values_on)
 
 
+def _add_rectangle(operator: Operator, module: str, name: str) -> None:
+    TRITON.add_rectangle(operator, *(_when_needed(module, f"{name}_{part}") for part in ("sums", "gradients")))
+
+
 def _when_needed(module: str, function: str) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         return getattr(import_module(f"pcmecl_fast.kernels.{module}"), function)(*arguments)
@@ -58,5 +62,6 @@ BACKENDS["triton"] = TRITON = Backend("triton", _missing)
 _add(DIRECTION_LOGITS, "direction", DIRECTION, checks_values_on=("cuda",))  # by assertions in the kernels
 _add(DIRECTION_LOSS, "direction", DIRECTION, checks_values_on=("cuda",))
 _add(CORRELATION_LOSS, "correlation", CORRELATION)
+_add_rectangle(CORRELATION_LOSS, "correlation", "correlation_rectangle")
 _add(TREE_ATTENTION, "tree_attention", TREE)
 _add(CLIP_FRAMES, "frames", ANY)
