@@ -113,8 +113,7 @@ def wide_clip() -> Clip:
 def _prompts(clip: Clip) -> PersonalizedPrompts:
     torch.manual_seed(1)
     prompts = PersonalizedPrompts(clip, EMOTIONS, n_ctx=2)
-    assert prompts.condition_net is not None
-    torch.nn.init.normal_(prompts.condition_net[2].weight, std=0.3)
+    torch.nn.init.normal_(prompts.get_parameter("condition_net.2.weight"), std=0.3)
     return prompts.requires_grad_(False)
 
 

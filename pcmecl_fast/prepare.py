@@ -41,7 +41,7 @@ from pcmecl_fast.data.index import (
 from pcmecl_fast.data.layouts import Listing, RawClip, find_layout, select
 from pcmecl_fast.data.media import is_hidden, need_av
 from pcmecl_fast.data.shares import Share, entries_of_shares, list_hash, read_folder, shares_in
-from pcmecl_fast.distributed import launched
+from pcmecl_fast.distributed import barrier, launched
 from pcmecl_fast.evaluate.contact_sheet import write_contact_sheet
 from pcmecl_fast.files import remove, remove_unfinished, unfinished
 from pcmecl_fast.machine import cores
@@ -81,15 +81,10 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
         log.warning("not of this data set, by their names: %s", name_some(listing.unknown, 5))
     cutting = Cutting(**{f.name: getattr(config, f.name) for f in fields(Cutting)})
     all_jobs = _jobs(clips, listing, config)
+    jobs, of_share = _own(all_jobs, share)
     sources = {clip.sources[0].relative_to(config.data).as_posix() for clip in listing.clips}
-    prepared = {"layout": layout.name, "data": os.path.realpath(config.data), **asdict(cutting)}
-    jobs = all_jobs
-    if share is not None:
-        sizes = [_bytes(job.clip) for job in all_jobs]
-        jobs = [all_jobs[i] for i in share(sizes)]
-        prepared["list"] = list_hash([job.file for job in all_jobs], sizes)
-        log.info("share %s: %d of %d clips", share, len(jobs), len(all_jobs))
-    index = config.out / _index_name(share)
+    prepared = {"layout": layout.name, "data": os.path.realpath(config.data), **of_share, **asdict(cutting)}
+    index = config.out / (INDEX if share is None else share.index)
     elsewhere = {job.file for job in all_jobs} - {job.file for job in jobs}
     # A share has its own lock: the others work beside it.
     with locked(config.out if share is None else config.out / f".{index.stem}", config.command):
@@ -102,6 +97,7 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
         asked = {job.file for job in jobs}
         _write_report(config.out, entries, share, prepared, why, listing.unknown)
         mark_finished(index)  # last: who sees it sees all
+    barrier()  # under torchrun, which ends all when one has an error
     broken = [entry for entry in entries if entry.broken and entry.file in asked]
     if broken:
         _report_broken(broken, len(jobs), config)
@@ -125,10 +121,6 @@ def _share(config: PrepareConfig) -> Share | None:
     if config.share is not None:
         return Share.parse(config.share)
     return Share(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])) if launched() else None
-
-
-def _index_name(share: Share | None) -> str:
-    return INDEX if share is None else share.index
 
 
 def _check(config: PrepareConfig, share: Share | None) -> None:
@@ -180,6 +172,24 @@ def _jobs(clips: Sequence[RawClip], listing: Listing, config: PrepareConfig) -> 
     return list(jobs.values())
 
 
+def _own(jobs: list[_Job], share: Share | None) -> tuple[list[_Job], dict[str, str]]:
+    """The jobs of a share, and what its index says of the list that it is a part of."""
+    if share is None:
+        return jobs, {}
+    sizes = [_bytes(job.clip) for job in jobs]
+    own = [jobs[i] for i in share(sizes)]
+    log.info("share %s: %d of %d clips", share, len(own), len(jobs))
+    return own, {"list": list_hash([job.file for job in jobs], sizes)}
+
+
+def _bytes(clip: RawClip) -> int:
+    size = 0
+    for path in clip.sources:
+        with contextlib.suppress(OSError):  # a link that leads nowhere
+            size += path.stat().st_size
+    return size
+
+
 def _stamp(clip: RawClip) -> str:
     """What changes when a recording does: the sizes and time stamps of its files."""
     digest = hashlib.blake2b(digest_size=8)
@@ -190,14 +200,6 @@ def _stamp(clip: RawClip) -> str:
         except OSError:  # a link that leads nowhere, which reading it will say
             digest.update(f"{path.name} is not there\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _bytes(clip: RawClip) -> int:
-    sizes = 0
-    for path in clip.sources:
-        with contextlib.suppress(OSError):  # a link that leads nowhere
-            sizes += path.stat().st_size
-    return sizes
 
 
 def _left_to_do(

@@ -58,10 +58,9 @@ class Share:
             sizes: of the recordings, in bytes.
         """
         costs = [size + 1 for size in sizes]  # opening a recording costs, too
-        before, total = accumulate(costs, initial=0), sum(costs)
-        owners = [
-            (2 * b + cost) * self.of // (2 * total) for b, cost in zip(before, costs, strict=False)
-        ]  # its middle's
+        twice = 2 * sum(costs)
+        # A recording belongs to the share in which its middle lies.
+        owners = [(2 * end - cost) * self.of // twice for cost, end in zip(costs, accumulate(costs), strict=True)]
         return range(bisect_left(owners, self.number - 1), bisect_right(owners, self.number - 1))
 
 
