@@ -33,12 +33,12 @@ class Parts(NamedTuple):
 def parts_of_run(run: str | Path, *, clip: Clip | None = None, device: torch.device | str | None = None) -> Parts:
     """Read the folder of a finished run of `pcmecl-fast prompts`, `train` or `demo`.
 
+    A bank with a row for each frame stays on disk.
+
     Args:
         run: the folder.
         clip: the run's model, where it is loaded already.
         device: where to put the model otherwise.
-
-    A bank with a row for each frame stays on disk.
 
     Raises:
         FileNotFoundError: no such folder, or one without the files of a finished run.

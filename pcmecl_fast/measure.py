@@ -154,7 +154,7 @@ def _jobs(pairing: Pairing, tools: Tools, config: MeasureConfig) -> list[_Job]:
     chosen = _drawn_frames(pairing, references, counts, tools, sampling, config.seed)
     heard = _drawn_clips(pairing, sampling.clips, config.seed)
     weights = sorted(config.weights.iterdir()) if config.weights else []
-    options = [sorted(tools.metrics), config.protocol, sampling]
+    options = [_MEANING, sorted(tools.metrics), config.protocol, sampling]
     jobs = []
     for pair in pairing.pairs:
         key, recording = edited_key(pair.edited), pair.recording
@@ -168,6 +168,10 @@ def _jobs(pairing: Pairing, tools: Tools, config: MeasureConfig) -> list[_Job]:
         stamp = stamp_of([*options, _labels(clip), job.chosen], [*clip.sources, *weights])
         jobs.append(replace(job, stamp=stamp))
     return jobs
+
+
+_MEANING = 2
+"""Raised when a number comes to mean something else, so that clips whose records are older are measured again."""
 
 
 def _labels(clip: FaceClip) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from pcmecl_fast.distributed import share
 from pcmecl_fast.ops import correlation_loss
 
 SIZES = [(9, 5, 17), (6, 7, 33)]  # N, E, D
-BACKENDS = {"reference": DTYPES}
+BACKENDS = {"reference": DTYPES, "cpu": (torch.bfloat16, torch.float32, torch.float64)}
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["gathered", "passed round"])

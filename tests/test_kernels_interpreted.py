@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 def test_kernels_in_the_interpreter(operator):
     words = ["direction", "rectangle", "correlation", "attention", "frames"]
     wanted = operator if operator in words else " and ".join(f"not {word}" for word in words)
-    files = [str(HERE / name) for name in ("test_kernels.py", "test_rectangles_triton.py", "test_ops_direction_limits.py")]
+    names = ("test_kernels.py", "test_rectangles_triton.py", "test_ops_direction_limits.py")
+    files = [str(HERE / name) for name in names]
     command = [sys.executable, "-m", "pytest", "-x", *files, "-k", wanted]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)

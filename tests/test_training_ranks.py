@@ -203,6 +203,8 @@ def test_incomplete_variables_of_torchrun_are_named(monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError, match="RANK is set, MASTER_ADDR, MASTER_PORT are not: start the ranks with torchrun"):
-        with joined("cpu"):
-            pass
+    with (
+        pytest.raises(ValueError, match="RANK is set, MASTER_ADDR, MASTER_PORT are not: start the ranks with torchrun"),
+        joined("cpu"),
+    ):
+        pass

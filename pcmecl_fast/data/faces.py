@@ -53,6 +53,33 @@ def load_detector(name: str = "dlib") -> Detector:
     return DETECTORS[name]()
 
 
+def surest_face(
+    detector: Detector,
+    picture: np.ndarray,  # (H, W, 3) uint8 RGB
+) -> Face | None:
+    """The face that the detector is surest of; None where it is of none, or has no landmarks for it."""
+    return next((face for face in detector(picture) if face.score > 0 and face.landmarks is not None), None)
+
+
+def recognition_file(name: str, use: str) -> Path:
+    """A file of the package face-recognition-models.
+
+    Args:
+        name: of the file.
+        use: what it does, for the message.
+
+    Raises:
+        ImportError: the package is not installed; says what installs it.
+    """
+    # Not by importing the package: it imports pkg_resources, which setuptools no longer has.
+    spec = find_spec("face_recognition_models")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder) / "models" / name
+        if file.is_file():
+            return file
+    raise _faces_extra(f"face-recognition-models, whose files {use},")
+
+
 def distance(a: Box, b: Box) -> float:
     """Of two boxes: centres' distance in parts of the mean side, plus the logarithm of their heights' ratio."""
     side_a, side_b = a[3] - a[1], b[3] - b[1]
@@ -91,7 +118,8 @@ class DlibDetector:
             raise _faces_extra("dlib, which finds faces,") from error
         self._rectangle = dlib.rectangle
         self._search = dlib.get_frontal_face_detector()
-        self._landmarks = dlib.shape_predictor(str(_landmarks_file()))
+        landmarks = recognition_file("shape_predictor_68_face_landmarks.dat", "place faces' landmarks")
+        self._landmarks = dlib.shape_predictor(str(landmarks))
 
     def __call__(
         self,
@@ -204,16 +232,6 @@ def _eyes_angle(landmarks: np.ndarray) -> float:
 def _within(box: Box, picture: np.ndarray) -> Box:
     height, width = picture.shape[:2]
     return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height))
-
-
-def _landmarks_file() -> Path:
-    # Not by importing the package: it imports pkg_resources, which setuptools no longer has.
-    spec = find_spec("face_recognition_models")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        file = Path(folder) / "models" / "shape_predictor_68_face_landmarks.dat"
-        if file.is_file():
-            return file
-    raise _faces_extra("face-recognition-models, whose files place faces' landmarks,")
 
 
 def _faces_extra(what: str) -> ImportError:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from pcmecl_fast.data.base import FrameDataset
+from pcmecl_fast.data.faces import surest_face
 from pcmecl_fast.evaluate.field.measures import Tools
-from pcmecl_fast.evaluate.field.meter import emotion_seen, landmark_distances, surest_face
+from pcmecl_fast.evaluate.field.meter import emotion_seen, landmark_distances
 from pcmecl_fast.evaluate.intervals import summarize
 from pcmecl_fast.evaluate.metrics import Edit, Trials, Values
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from pcmecl_fast.data.faces import Detector, load_detector
 from pcmecl_fast.evaluate.networks import IdentityNetwork, SyncNet, load_network, load_syncnet
@@ -83,8 +82,8 @@ MEASURES = (
         "csim",
         "CSIM",
         "↑",
-        f"expression similarity, no identity: mean cosine of EfficientFace's features over all pairs of {SAMPLES} "
-        "random frames a side, individual and emotion; mean over individuals, then emotions, as in CDRL",
+        "expression similarity, no identity: mean cosine of EfficientFace's features over all pairs of at most "
+        f"{SAMPLES} random frames a side, individual and emotion; mean over individuals, then emotions, as in CDRL",
         by="person",
     ),
     Measure("lse_d", "lse", "LSE-D", "↓", "SyncNet's mean distance at the best of the offsets ±10; {lse}"),
@@ -101,8 +100,8 @@ MEASURES = (
         "emotion",
         "emotion accuracy",
         "↑",
-        "frames in which the fer package's classifier sees the target emotion, a weak one: right in 53 % of unedited "
-        "stills of MEAD; every {every}th frame",
+        "frames in which the fer package's classifier sees the target emotion in the square around the face, a weak "
+        "one: right in 53 % of unedited stills of MEAD; every {every}th frame",
         unit="%",
     ),
     Measure(
@@ -121,7 +120,8 @@ MEASURES = (
         "fid",
         "FID",
         "↓",
-        "Fréchet distance of InceptionV3's features (2048), as FAD's",
+        "Fréchet distance of InceptionV3's features (2048; network and resize are torch-fidelity's) of {frames} edited "
+        "frames and of {frames} real ones of the same people and emotion; mean over emotions",
         by="emotion",
     ),
     Measure(
@@ -151,12 +151,12 @@ _LSE = {
 
 def protocol_of(measure: Measure, protocol: Protocol, sampling: Sampling) -> str:
     """How a number was taken, in one line."""
-    few = f", of {sampling.clips} random ones for each emotion" if sampling.clips is not None else ""
+    few = f", of at most {sampling.clips} random ones for each emotion" if sampling.clips is not None else ""
     return measure.protocol.format(
         lse=_LSE[protocol] + few,
         every=sampling.every,
         pixels="frames" if sampling.pixels == 1 else f"every {sampling.pixels}th frame",
-        frames="all" if sampling.frames is None else f"{sampling.frames} random",
+        frames="all" if sampling.frames is None else f"at most {sampling.frames} random",
     )
 
 
@@ -253,10 +253,6 @@ def _sync(tools: Tools, weights: Path | None, device: str) -> None:
     tools.sync = load_syncnet(weights, device)
 
 
-def _inception(tools: Tools, weights: Path | None, device: str) -> None:
-    tools.networks["inception"] = _Inception(weights, device)
-
-
 _NEEDS: dict[str, _Load] = {
     "fad": _network("resnet_face18"),
     "csim": _network("efficient_face"),
@@ -264,39 +260,5 @@ _NEEDS: dict[str, _Load] = {
     "identity": _identity,
     "emotion": _emotion,
     "lmd": _detector,
-    "fid": _inception,
+    "fid": _network("inception"),
 }
-
-_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-
-
-class _Inception:
-    """FID's InceptionV3, which torchmetrics takes from torch-fidelity, with that project's file of weights."""
-
-    name, width = "inception", 2048
-
-    def __init__(self, weights: Path | None, device: str) -> None:
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        file = None if weights is None else weights / _INCEPTION
-        if file is None or not file.is_file():
-            raise FileNotFoundError(
-                f"{_INCEPTION}, which torch-fidelity publishes, is not in {weights or '--weights'}: FID goes without"
-            )
-        try:
-            network = NoTrainInceptionV3(
-                name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(file)
-            )
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                "torch-fidelity, which has FID's network, is not installed: pip install torch-fidelity"
-            ) from error
-        self._network: Any = network.to(device)
-        self._device = device
-
-    @torch.inference_mode()
-    def __call__(
-        self,
-        frames: Tensor,  # (B, 3, H, W) in [-1, 1]
-    ) -> Tensor:  # (B, 2048)
-        return self._network(((frames + 1) * 127.5).round().to(self._device, torch.uint8)).cpu()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
@@ -15,26 +17,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from pcmecl_fast.data.faces import Detector, Face
-from pcmecl_fast.data.layouts.base import is_sound
+from pcmecl_fast.data.faces import Detector, Face, surest_face
+from pcmecl_fast.data.layouts.base import is_sound, is_video
 from pcmecl_fast.data.sound import has_sound
 from pcmecl_fast.evaluate.field.clips import FaceClip
 from pcmecl_fast.evaluate.field.measures import OF_GROUPS, Protocol, Sampling, Tools
 from pcmecl_fast.evaluate.field.pairs import Pair
-from pcmecl_fast.evaluate.field.reading import as_tensor, batches, frames_of, rate_of
+from pcmecl_fast.evaluate.field.pixels import psnr, ssim
+from pcmecl_fast.evaluate.field.reading import as_batch, batches, frames_of, rate_of
 from pcmecl_fast.evaluate.lip_sync import SAMPLE_RATE, lip_sync, read_waveform
 from pcmecl_fast.evaluate.networks import SyncNet
 
-Frames = list[np.ndarray]
-"""Each (H, W, 3) uint8, all of one size."""
+Frames = dict[int, np.ndarray]
+"""By number in the clip, ascending; each (H, W, 3) uint8, all of one size."""
 Chosen = Mapping[str, Collection[int]]
 """Numbers of a clip's frames, by network."""
 
 _BATCH = 16
 _BESIDE_RECORDING = ("identity", "lmd", "lmd_mouth", "psnr", "ssim", "flicker")
 """Measures that compare with the recording, frame by frame."""
+_KNOWN = 4096  # faces of recordings that are remembered, 1 KB each
 
 
 @dataclass
@@ -80,6 +83,7 @@ class ClipMeter:
 
     def __init__(self, tools: Tools, *, protocol: Protocol, sampling: Sampling) -> None:
         self.tools, self.protocol, self.sampling = tools, protocol, sampling
+        self._known = _KnownFaces(tools.detector) if tools.detector is not None else None
 
     def edited(self, pair: Pair, chosen: Chosen, *, heard: bool = True) -> Result:
         """An edited clip, against its recording.
@@ -93,16 +97,20 @@ class ClipMeter:
             ValueError: the edited clip is damaged; a damaged recording leaves only its own measures out.
         """
         result = Result()
-        recording = _Recording(pair, result)
         meters = self._meters(pair, heard=heard)
+        recording = _Recording(pair, result, [meter for meter in meters if meter.compares])
         features = _Features(self.tools, chosen)
-        for frames in batches(frames_of(pair.edited), _BATCH):
-            others = recording.beside(frames)
-            numbers = range(result.frames, result.frames + len(frames))
-            result.frames += len(frames)
-            features.add(frames, numbers)
+
+        def wanted(number: int) -> bool:
+            return features.wants(number) or any(meter.wants(number) for meter in meters)
+
+        for batch in batches(frames_of(pair.edited, wanted), _BATCH):
+            frames = _numbered(batch, result.frames)
+            others = recording.beside(frames, len(batch))
+            result.frames += len(batch)
+            features.add(frames)
             for meter in meters:
-                meter.add(frames, others, numbers)
+                meter.add(frames, others)
         recording.finish()
         for meter in meters:
             meter.finish(result)
@@ -114,15 +122,15 @@ class ClipMeter:
         return result
 
     def reference(self, clip: FaceClip, chosen: Chosen) -> Result:
-        """A clip of real faces: its features alone.
+        """A clip of real faces: its features alone; it is read up to the last frame that they are taken of.
 
         Raises:
             ValueError: the clip is damaged.
         """
         result, features = Result(), _Features(self.tools, chosen)
-        for frames in batches(frames_of(clip), _BATCH):
-            features.add(frames, range(result.frames, result.frames + len(frames)))
-            result.frames += len(frames)
+        for batch in batches(itertools.islice(frames_of(clip, features.wants), features.end), _BATCH):
+            features.add(_numbered(batch, result.frames))
+            result.frames += len(batch)
         result.features = features.all()
         return result
 
@@ -130,20 +138,32 @@ class ClipMeter:
         tools, meters = self.tools, list[_Meter]()
         if tools.metrics & {"psnr", "ssim", "flicker"}:
             meters.append(_Likeness(tools, self.sampling.pixels))
-        if tools.detector is not None:
-            meters.append(_Faces(pair, tools, tools.detector, self.sampling.every))
+        if self._known is not None:
+            meters.append(_Faces(pair, tools, self._known, self.sampling.every))
         if tools.sync is not None and heard:
             meters.append(_Sync(pair, tools.sync, self.protocol))
         return meters
 
 
-class _Recording:
-    """The frames of an edit's recording beside its own; where there are none, the result says why."""
+def _numbered(batch: Sequence[np.ndarray | None], first: int) -> Frames:
+    return {number: frame for number, frame in enumerate(batch, first) if frame is not None}
 
-    def __init__(self, pair: Pair, result: Result) -> None:
+
+class _Recording:
+    """The frames of an edit's recording beside its own; where there are none, the result says why.
+
+    Args:
+        pair: the edit and its recording.
+        result: of the edit.
+        meters: what compares the two; without any, the recording is not opened.
+    """
+
+    def __init__(self, pair: Pair, result: Result, meters: Sequence[_Meter]) -> None:
         self._result, self._clip = result, pair.recording
-        self._frames: Iterator[np.ndarray] = iter(())
+        self._frames: Iterator[np.ndarray | None] = iter(())
         self._compared = 0
+        if not meters:
+            return
         if self._clip is None:
             self._lose(pair.why)
             return
@@ -155,38 +175,48 @@ class _Recording:
                 a, b = (f"{float(rate):.4g}" for rate in (ours, theirs))
                 self._lose(f"{a} frames a second beside the recording's {b}: they do not show the same moments")
                 return
-            self._frames = frames_of(self._clip)
+            self._frames = frames_of(self._clip, lambda number: any(meter.wants(number) for meter in meters))
         except (ValueError, OSError) as error:
             self._lose(str(error))
 
-    def beside(self, frames: Frames) -> Frames:
-        """As many frames of the recording, in the size of the edit's; fewer where it ends."""
+    def beside(self, frames: Frames, count: int) -> Frames:
+        """Of the recording's next `count` frames those that are looked at, in the size of the edit's, `frames`.
+
+        Fewer where it ends.
+        """
         try:
-            others = list(itertools.islice(self._frames, len(frames)))
+            batch = list(itertools.islice(self._frames, count))
         except (ValueError, OSError) as error:
             self._lose(str(error))
-            return []
-        self._compared += len(others)
-        if not others or others[0].shape == frames[0].shape:
+            return {}
+        others = _numbered(batch, self._compared)
+        self._compared += len(batch)
+        if not others:
             return others
-        (height, width), (h, w) = frames[0].shape[:2], others[0].shape[:2]
+        (height, width), (h, w) = (next(iter(of.values())).shape[:2] for of in (frames, others))
+        if (height, width) == (h, w):
+            return others
         if abs(height * w - h * width) > 0.02 * h * width:
             self._lose(f"its {width} × {height} pixels and the recording's {w} × {h} are no two sizes of one picture")
-            return []
+            return {}
         self._result.note(f"the recording's {w} × {h} pixels were resized to {width} × {height}")
-        resized = (Image.fromarray(other).resize((width, height), Image.Resampling.LANCZOS) for other in others)
-        return [np.array(picture) for picture in resized]
+        resize = partial(Image.Image.resize, size=(width, height), resample=Image.Resampling.LANCZOS)
+        return {number: np.array(resize(Image.fromarray(other))) for number, other in others.items()}
 
     def finish(self) -> None:
         """Note lengths that differ."""
-        longer = self._compared == self._result.frames and next(self._frames, None) is not None
+        try:
+            longer = self._compared == self._result.frames and next(self._frames, self) is not self
+        except (ValueError, OSError) as error:
+            self._lose(str(error))
+            return
         if self._compared and (longer or self._compared < self._result.frames):
             self._result.note(
                 f"the recording is {'longer' if longer else 'shorter'}: the first {self._compared} frames were compared"
             )
 
     def _lose(self, why: str) -> None:
-        self._frames = iter(())
+        self._frames, self._compared = iter(()), 0
         self._result.lacks(_BESIDE_RECORDING, why)
 
 
@@ -195,28 +225,55 @@ class _Features:
 
     def __init__(self, tools: Tools, chosen: Chosen) -> None:
         self._networks = {name: tools.networks[name] for name in OF_GROUPS.values() if name in tools.networks}
-        self._chosen = chosen
+        self._chosen = {name: frozenset(chosen[name]) for name in self._networks if name in chosen}
+        self._waiting: dict[str, list[np.ndarray]] = {name: [] for name in self._networks}
         self._parts: dict[str, list[Tensor]] = {name: [] for name in self._networks}
 
-    def add(self, frames: Frames, numbers: range) -> None:
-        for name, network in self._networks.items():
-            wanted = [
-                frame
-                for frame, number in zip(frames, numbers, strict=True)
-                if name not in self._chosen or number in self._chosen[name]
-            ]
-            if wanted:
-                self._parts[name].append(network(as_tensor(wanted)).float().cpu())
+    @property
+    def end(self) -> int | None:
+        """How many frames a clip is read for them; None is all. One at least, which tells whether it can be read."""
+        if len(self._chosen) < len(self._networks):
+            return None
+        return 1 + max((number for of in self._chosen.values() for number in of), default=0)
+
+    def wants(self, number: int) -> bool:
+        return any(self._takes(name, number) for name in self._networks)
+
+    def add(self, frames: Frames) -> None:
+        for name, waiting in self._waiting.items():
+            waiting += [frame for number, frame in frames.items() if self._takes(name, number)]
+            # Networks run for many frames at once, however few of a clip's were drawn.
+            if len(waiting) >= _BATCH:
+                self._describe(name)
 
     def all(self) -> dict[str, np.ndarray]:
+        for name in self._networks:
+            self._describe(name)
         return {name: torch.cat(parts).numpy() for name, parts in self._parts.items() if parts}
+
+    def _takes(self, name: str, number: int) -> bool:
+        return name not in self._chosen or number in self._chosen[name]
+
+    def _describe(self, name: str) -> None:
+        if self._waiting[name]:
+            self._parts[name].append(self._networks[name](as_batch(self._waiting[name])).float().cpu())
+            self._waiting[name].clear()
 
 
 class _Meter(Interface):
-    """Takes a clip's frames in parts."""
+    """Takes a clip's frames in parts.
 
-    def add(self, frames: Frames, others: Frames, numbers: range) -> None:
-        """Take frames of the edit, as many of its recording or fewer, and the numbers of the edit's."""
+    Attributes:
+        compares: whether it also takes the recording's.
+    """
+
+    compares: bool
+
+    def wants(self, number: int) -> bool:
+        """Whether it looks at a frame."""
+
+    def add(self, frames: Frames, others: Frames) -> None:
+        """Take frames of the edit, those it wants among them, and of its recording the same or fewer."""
 
     def finish(self, result: Result) -> None:
         """Give the result its values."""
@@ -225,32 +282,35 @@ class _Meter(Interface):
 class _Likeness:
     """PSNR, SSIM and flicker against the recording."""
 
+    compares = True
+
     def __init__(self, tools: Tools, every: int) -> None:
         self._metrics, self._every = tools.metrics, every
         self._means: dict[str, list[float]] = {"psnr": [], "ssim": [], "flicker": []}
         self._identical = 0
-        self._last: Tensor | None = None  # (1, 3, H, W), what the edit changed in the last frame
+        self._last: np.ndarray | None = None  # (1, H, W, 3) int16, what the edit changed in the last frame
 
-    def add(self, frames: Frames, others: Frames, numbers: range) -> None:
-        if not others:
-            return
-        edited = as_tensor(frames[: len(others)]).add_(1).mul_(127.5)  # levels
-        recorded = as_tensor(others).add_(1).mul_(127.5)
-        seen = [k for k in range(len(others)) if numbers[k] % self._every == 0]
-        if "psnr" in self._metrics and seen:
-            each = peak_signal_noise_ratio(
-                edited[seen], recorded[seen], data_range=(0.0, 255.0), reduction="none", dim=(1, 2, 3)
-            ).flatten()
-            self._identical += int(each.isinf().sum())
-            self._means["psnr"] += each[each.isfinite()].tolist()
-        if "ssim" in self._metrics and seen:
-            ssim = structural_similarity_index_measure(edited[seen], recorded[seen], data_range=255.0, reduction="none")
-            self._means["ssim"] += torch.as_tensor(ssim).flatten().tolist()
-        if "flicker" in self._metrics:
-            change = edited - recorded
-            changes = change if self._last is None else torch.cat([self._last, change])
-            self._means["flicker"] += changes.diff(dim=0).abs().mean((1, 2, 3)).tolist()
-            self._last = change[-1:]
+    def wants(self, number: int) -> bool:
+        return "flicker" in self._metrics or number % self._every == 0
+
+    def add(self, frames: Frames, others: Frames) -> None:
+        both = [(frame, others[number]) for number, frame in frames.items() if number in others]
+        if "flicker" in self._metrics and both:
+            changes = [np.subtract(edited, recorded, dtype=np.int16) for edited, recorded in both]
+            if self._last is not None:
+                changes.insert(0, self._last)
+            self._means["flicker"] += [float(np.abs(b - a).mean()) for a, b in itertools.pairwise(changes)]
+            self._last = changes[-1]
+        seen = [(frames[number], others[number]) for number in others if number % self._every == 0]
+        for edited, recorded in seen:
+            if "psnr" in self._metrics:
+                value = psnr(edited, recorded)
+                if math.isfinite(value):
+                    self._means["psnr"].append(value)
+                else:
+                    self._identical += 1
+            if "ssim" in self._metrics:
+                self._means["ssim"].append(ssim(edited, recorded))
 
     def finish(self, result: Result) -> None:
         for name, values in self._means.items():
@@ -267,26 +327,30 @@ class _Likeness:
 class _Faces:
     """Identity, landmarks and emotion: what needs the face found in the frame."""
 
-    def __init__(self, pair: Pair, tools: Tools, detector: Detector, every: int) -> None:
-        self._pair, self._tools, self._detector, self._every = pair, tools, detector, every
+    def __init__(self, pair: Pair, tools: Tools, known: _KnownFaces, every: int) -> None:
+        self._pair, self._tools, self._known, self._every = pair, tools, known, every
+        self.compares = bool(tools.metrics & {"identity", "lmd"})
         self._same: list[float] = []
         self._apart: list[tuple[float, float]] = []  # of all landmarks, and of the mouth's
         self._right: list[float] = []
         self._looked = self._faceless = 0
 
-    def add(self, frames: Frames, others: Frames, numbers: range) -> None:
-        for k, number in enumerate(numbers):
-            if number % self._every:
-                continue
+    def wants(self, number: int) -> bool:
+        return number % self._every == 0
+
+    def add(self, frames: Frames, others: Frames) -> None:
+        for number in filter(self.wants, frames):
             self._looked += 1
-            face = self._find(frames[k])
+            face = surest_face(self._known.detector, frames[number])
             if face is None:
                 self._faceless += 1
                 continue
-            self._see_emotion(frames[k], face)
-            other = self._find(others[k]) if k < len(others) else None
+            self._see_emotion(frames[number], face)
+            if not self.compares or number not in others or self._pair.recording is None:
+                continue
+            other = self._known.face(self._pair.recording, number, others[number])
             if other is not None:
-                self._compare(frames[k], face, others[k], other)
+                self._compare(frames[number], face, others[number], other)
 
     def finish(self, result: Result) -> None:
         result.looked, result.faceless = self._looked, self._faceless
@@ -307,9 +371,6 @@ class _Faces:
             result.lacks(["emotion", "identity", "lmd", "lmd_mouth"], missing)
         result.lacks(["identity", "lmd", "lmd_mouth"], "no face found in the recording's frames")
 
-    def _find(self, frame: np.ndarray) -> Face | None:
-        return surest_face(self._detector, frame)
-
     def _see_emotion(self, frame: np.ndarray, face: Face) -> None:
         network = self._tools.networks.get("emotion")
         if network is not None and self._pair.edited.emotion in network.emotions:
@@ -317,23 +378,31 @@ class _Faces:
 
     def _compare(self, frame: np.ndarray, face: Face, other: np.ndarray, its_face: Face) -> None:
         if (network := self._tools.networks.get("identity")) is not None:
-            a, b = network(as_tensor([frame, other]), [face, its_face])
+            a, b = network(as_batch([frame, other]), [face, its_face])
             self._same.append(float(F.cosine_similarity(a, b, dim=0)))
         self._apart.append(landmark_distances(face, its_face))
 
 
-def surest_face(detector: Detector, frame: np.ndarray) -> Face | None:
-    """The face that the detector is surest of; None where it is of none, or has no landmarks for it."""
-    return next((face for face in detector(frame) if face.score > 0 and face.landmarks is not None), None)
+class _KnownFaces:
+    """The faces of recordings' frames, each looked for once for all the edits of a recording that are measured soon."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+        self._faces: dict[tuple[Path, int, tuple[int, ...]], Face | None] = {}
+
+    def face(self, recording: FaceClip, number: int, frame: np.ndarray) -> Face | None:
+        """The surest face of a recording's frame in the size that it is compared in."""
+        key = recording.sources[0], number, frame.shape
+        if key not in self._faces:
+            self._faces[key] = surest_face(self.detector, frame)
+            if len(self._faces) > _KNOWN:
+                self._faces.pop(next(iter(self._faces)))
+        return self._faces[key]
 
 
 def emotion_seen(network: Any, frame: np.ndarray, face: Face) -> str:
-    """The classifier's word for the frame within the face's box."""
-    height, width = frame.shape[:2]
-    left, top = max(0, int(face.box[0])), max(0, int(face.box[1]))
-    right, bottom = min(width, int(face.box[2])), min(height, int(face.box[3]))
-    within = frame[top : max(bottom, top + 1), left : max(right, left + 1)]
-    return network.emotions[int(network(as_tensor([within]))[0].argmax())]
+    """The classifier's word for the square around the face."""
+    return network.emotions[int(network(as_batch([frame]), [face])[0].argmax())]
 
 
 def landmark_distances(face: Face, other: Face) -> tuple[float, float]:
@@ -348,6 +417,8 @@ def landmark_distances(face: Face, other: Face) -> tuple[float, float]:
 class _Sync:
     """LSE-D and LSE-C of a clip with its sound."""
 
+    compares = False
+
     def __init__(self, pair: Pair, network: SyncNet, protocol: Protocol) -> None:
         self._pair, self._network, self._protocol = pair, network, protocol
         self._frames: list[np.ndarray] = []
@@ -358,9 +429,12 @@ class _Sync:
         except (ValueError, OSError) as error:
             self._why = str(error)
 
-    def add(self, frames: Frames, others: Frames, numbers: range) -> None:
+    def wants(self, number: int) -> bool:
+        return self._sound is not None
+
+    def add(self, frames: Frames, others: Frames) -> None:
         if self._sound is not None:
-            self._frames += frames
+            self._frames += frames.values()
 
     def finish(self, result: Result) -> None:
         if self._sound is None:
@@ -371,13 +445,18 @@ class _Sync:
             if rate is None:
                 rate = _RATES[self._protocol]
                 result.note(f"nothing says its rate: LSE takes {rate} frames a second")
-            frames = torch.from_numpy(np.stack(self._frames)).permute(0, 3, 1, 2)
+            if is_video(self._pair.edited.sources[0]) and self._sound in self._of_recording():
+                result.note("it has no sound of its own: LSE takes its recording's")
             sound = read_waveform(self._sound)
-            found = lip_sync(frames, rate, sound, SAMPLE_RATE, self._protocol, self._network)
+            found = lip_sync(as_batch(self._frames), rate, sound, SAMPLE_RATE, self._protocol, self._network)
         except (ValueError, OSError) as error:
             result.lacks(["lse_d", "lse_c"], str(error))
             return
         result.values |= {"lse_d": found.distance, "lse_c": found.confidence}
+
+    def _of_recording(self) -> tuple[Path | None, ...]:
+        recording = self._pair.recording
+        return (recording.sound, *recording.sources) if recording is not None else ()
 
 
 _RATES = {"cdrl": Fraction(30), "original": Fraction(25)}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from pcmecl_fast.evaluate.field.clips import FaceClip
 from pcmecl_fast.evaluate.field.pairs import Pairing
-from pcmecl_fast.evaluate.field.reading import count_frames, frames_of
+from pcmecl_fast.evaluate.field.reading import count_frames, frame_at
 from pcmecl_fast.evaluate.field.scores import Case, Score, Setting
 from pcmecl_fast.evaluate.field.table import heading, table_of
 from pcmecl_fast.evaluate.origin import Origin
@@ -117,7 +115,7 @@ class _Pictures:
 
     def _read(self, clip: FaceClip) -> str | None:
         try:
-            frame: np.ndarray | None = next(itertools.islice(frames_of(clip), count_frames(clip) // 2, None), None)
+            frame = frame_at(clip, count_frames(clip) // 2)
         except (ValueError, OSError):  # damaged: the numbers say so
             return None
         if frame is None:

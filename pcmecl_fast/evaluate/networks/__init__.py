@@ -11,6 +11,7 @@ from pcmecl_fast.evaluate.networks.base import FrameNetwork, MissingWeights
 from pcmecl_fast.evaluate.networks.efficient_face import load_efficient_face
 from pcmecl_fast.evaluate.networks.emotion import EmotionNetwork, load_emotion
 from pcmecl_fast.evaluate.networks.identity import IdentityNetwork, load_identity
+from pcmecl_fast.evaluate.networks.inception import load_inception
 from pcmecl_fast.evaluate.networks.resnet_face import load_resnet_face
 from pcmecl_fast.evaluate.networks.syncnet import SyncNet, load_syncnet
 from pcmecl_fast.wording import did_you_mean
@@ -31,6 +32,7 @@ NETWORKS: dict[str, Callable[[Path | None, torch.device], FrameNetwork]] = {
     "efficient_face": load_efficient_face,
     "emotion": load_emotion,
     "identity": load_identity,
+    "inception": load_inception,
 }
 
 
@@ -41,7 +43,8 @@ def load_network(
 
     Args:
         name: "resnet_face18" (512 features, for FAD), "efficient_face" (1024, for CSIM), "emotion" (7 logits; also
-            `emotions` and `probabilities`) or "identity" (128; a row of NaN for a frame without a face).
+            `emotions` and `probabilities`), "identity" (128; a row of NaN for a frame without a face) or "inception"
+            (2048, for FID).
         weights: the folder with their authors' files. "identity" needs none, nor "emotion" where the package `fer` is
             installed.
         device: where it runs; None is the CPU.

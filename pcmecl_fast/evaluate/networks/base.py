@@ -15,6 +15,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pcmecl_fast.weights import read_weights
 from pcmecl_fast.wording import name_some
@@ -204,9 +205,30 @@ def fill(module: Module, state: dict[str, Tensor], path: Path) -> Module:
 
 
 def frozen(module: Module, device: torch.device) -> Module:
-    """For inference alone, with the layout of memory in which convolutions are fastest."""
+    """For inference alone: normalisations folded, in the layout of memory in which convolutions are fastest."""
     module.eval().requires_grad_(False)
+    fold_normalisations(module)
     return module.to(device).to(memory_format=torch.channels_last)
+
+
+def fold_normalisations(module: nn.Module) -> None:
+    """Make each normalisation that follows a convolution a part of it: one pass over its output less.
+
+    The two are neighbours in an `nn.Sequential`, or children of the names `conv…` and `bn…` with the same ending.
+    """
+    for part in list(module.modules()):
+        children = dict(part.named_children())
+        followers = (
+            [*children][1:] if isinstance(part, nn.Sequential) else [k.replace("conv", "bn", 1) for k in children]
+        )
+        for name, follower in zip(children, followers, strict=False):
+            first, second = children[name], children.get(follower)
+            if isinstance(first, _CONVOLUTIONS) and isinstance(second, _NORMALISATIONS):
+                setattr(part, name, fuse_conv_bn_eval(first, second))
+                setattr(part, follower, nn.Identity())
+
+
+_CONVOLUTIONS, _NORMALISATIONS = (nn.Conv2d, nn.Conv3d), (nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def _is_counter(key: str) -> bool:

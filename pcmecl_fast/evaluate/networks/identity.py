@@ -6,16 +6,17 @@ Its input is aligned by landmarks. A face is looked for in each frame, unless it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pcmecl_fast.data.faces import Detector, Face, load_detector
+from pcmecl_fast.data.faces import Detector, Face, load_detector, recognition_file, surest_face
 from pcmecl_fast.evaluate.networks.base import as_pictures, frozen
 from pcmecl_fast.evaluate.networks.dlib_face import SIDE, WIDTH, DlibFace
+
+FILE = "dlib_face_recognition_resnet_model_v1.dat"
 
 _AT_ONCE = 32
 _MARGIN = 0.25  # around the face, in parts of it: dlib's own
@@ -43,7 +44,7 @@ class IdentityNetwork:
         import dlib
 
         self._dlib, self._detector, self._device = dlib, detector, device
-        self._network = frozen(DlibFace(_weights_file()), device)
+        self._network = frozen(DlibFace(recognition_file(FILE, "tell faces apart")), device)
 
     def __call__(
         self,
@@ -72,8 +73,7 @@ class IdentityNetwork:
         frames: Tensor,  # (B, 3, H, W) RGB in [-1, 1], or uint8
     ) -> list[Face | None]:
         """The surest face of each frame, or None."""
-        found = (self._detector(picture) for picture in _rows_first(frames))
-        return [next((face for face in faces if face.score > 0), None) for faces in found]
+        return [surest_face(self._detector, picture) for picture in _rows_first(frames)]
 
     def _aligned(self, picture: np.ndarray, face: Face) -> np.ndarray:  # (150, 150, 3) uint8
         if face.landmarks is None:
@@ -86,15 +86,3 @@ class IdentityNetwork:
 
 def _rows_first(frames: Tensor) -> np.ndarray:  # (B, H, W, 3) uint8
     return np.ascontiguousarray(as_pictures(frames).permute(0, 2, 3, 1).cpu().numpy())
-
-
-def _weights_file() -> Path:
-    # Not by importing the package: it imports pkg_resources, which setuptools no longer has.
-    spec = find_spec("face_recognition_models")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        file = Path(folder) / "models" / "dlib_face_recognition_resnet_model_v1.dat"
-        if file.is_file():
-            return file
-    raise ImportError(
-        'face-recognition-models, whose files tell faces apart, is not installed: pip install "pcmecl_fast[faces]"'
-    )
