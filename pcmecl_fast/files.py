@@ -9,7 +9,7 @@ import mmap
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,8 +139,11 @@ def content_hash(path: str | Path) -> str:
 
 def unfinished(path: Path) -> Path:
     """A temporary name beside a path, for what takes its place when it is whole."""
-    name = os.fsdecode(os.fsencode(path.name)[:_NAMED])  # a file's name has 255 bytes at most
-    return path.with_name(f".{name}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
+    return path.with_name(f".{_repeated(path.name)}.{uuid.uuid4().hex[:12]}{_UNFINISHED}")
+
+
+def _repeated(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_NAMED])  # a file's name has 255 bytes at most
 
 
 def remove(path: Path) -> None:
@@ -151,22 +154,70 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process was writing in a folder. Only for one who has the folder to themselves."""
-    for path in list(folder.glob(f".*{_UNFINISHED}")):
-        remove(path)
-
-
-class MappedTensor:
-    """One tensor of a safetensors file as a memory map, read by rows; it takes no memory between reads.
+def remove_unfinished(folder: Path, *, names: Collection[str] | None = None) -> None:
+    """Remove what a killed process was writing in a folder. Only for one who has it, or the names, to themselves.
 
     Args:
-        path: a file that `save_tensors` or `save_rows` wrote.
-        name: the tensor.
+        folder: which; it may be missing.
+        names: of the files that were to be written; by default whatever they are.
+    """
+    whose = None if names is None else {_repeated(name) for name in names}
+    for path in list(folder.glob(f".*{_UNFINISHED}")):
+        name = path.name[1:].rsplit(".", 2)[0]
+        if whose is None or name in whose:
+            remove(path)
+
+
+class MappedRows:
+    """The rows of a tensor that lies in safetensors files, one after the other: memory maps, empty between reads.
+
+    Args:
+        paths: files that `save_tensors` or `save_rows` wrote.
+        name: the tensor, in each file.
 
     Attributes:
-        tensor: the whole tensor, on the CPU, read-only.
+        shape, dtype: of the whole tensor.
+
+    Raises:
+        ValueError: rows of different shapes or dtypes.
     """
+
+    def __init__(self, paths: Sequence[str | Path], name: str) -> None:
+        self._files = [_MappedTensor(path, name) for path in paths]
+        first, self._lengths = self._files[0].tensor, [len(file.tensor) for file in self._files]
+        if any(f.tensor.shape[1:] != first.shape[1:] or f.tensor.dtype != first.dtype for f in self._files):
+            raise ValueError(f"{name}: files of one tensor hold rows of different shapes or dtypes")
+        self.shape, self.dtype = torch.Size([sum(self._lengths), *first.shape[1:]]), first.dtype
+        self._ends = torch.tensor(self._lengths).cumsum(0)
+
+    def whole(self, device: torch.device | str = "cpu") -> Tensor:
+        """All rows: of one file on the CPU the map itself, read-only; else a copy in memory."""
+        if len(self._files) == 1:
+            return self._files[0].tensor.to(device)
+        rows = torch.empty(self.shape, dtype=self.dtype, device=device)
+        for part, file in zip(rows.split(self._lengths), self._files, strict=True):
+            part.copy_(file.tensor)
+            file.release()
+        return rows
+
+    def rows(
+        self,
+        index: Tensor,  # (…) int
+    ) -> Tensor:
+        """A copy of the rows at `index`, (*index.shape, *the tensor's other dimensions)."""
+        flat = index.flatten()
+        rows = torch.empty(len(flat), *self.shape[1:], dtype=self.dtype)
+        for part in torch.arange(len(flat)).split(128):
+            of_file = torch.searchsorted(self._ends, flat[part], right=True)
+            for k in of_file.unique().tolist():
+                here, file = part[of_file == k], self._files[k]
+                rows[here] = file.tensor[flat[here] - (self._ends[k] - self._lengths[k])]
+                file.release()
+        return rows.view(*index.shape, *self.shape[1:])
+
+
+class _MappedTensor:
+    """One tensor of a safetensors file as a memory map."""
 
     def __init__(self, path: str | Path, name: str) -> None:
         with open(path, "rb") as file:
@@ -179,19 +230,10 @@ class MappedTensor:
         if count:
             self.tensor = torch.frombuffer(self._map, dtype=dtype, offset=begin, count=count).view(entry["shape"])
 
-    def rows(
-        self,
-        index: Tensor,  # (…) int
-    ) -> Tensor:
-        """A copy of the rows at `index`, (*index.shape, *the tensor's other dimensions)."""
-        flat = index.flatten()
-        rows = self.tensor.new_empty(len(flat), *self.tensor.shape[1:])
-        for part in torch.arange(len(flat)).split(128):
-            rows[part] = self.tensor[flat[part]]
-            # The OS may map megabytes around each row, and count them as ours until they are released.
-            if hasattr(mmap, "MADV_DONTNEED"):
-                self._map.madvise(mmap.MADV_DONTNEED)
-        return rows.view(*index.shape, *self.tensor.shape[1:])
+    def release(self) -> None:
+        """Forget what has been read: the OS may map megabytes around each row, and count them as ours until then."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager

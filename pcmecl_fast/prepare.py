@@ -5,7 +5,8 @@
     <out>/report.html                           every individual and emotion at a glance, and what could not be prepared
 
 The index grows as clips are finished, each under its name only when it is whole. So a killed command goes on where it
-was, and ends with the files that one run through would have made, byte for byte.
+was, and ends with the files that one run through would have made, byte for byte. With `--share` a command prepares a
+part of the clips and writes an index of its own, while others prepare the rest: data/shares.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from pcmecl_fast.data.cutting import SUFFIXES, Cutting, NoFaceError, cut_clip, hash_of
@@ -38,6 +40,8 @@ from pcmecl_fast.data.index import (
 )  # fmt: skip
 from pcmecl_fast.data.layouts import Listing, RawClip, find_layout, select
 from pcmecl_fast.data.media import is_hidden, need_av
+from pcmecl_fast.data.shares import Share, entries_of_shares, list_hash, read_folder, shares_in
+from pcmecl_fast.distributed import barrier, launched
 from pcmecl_fast.evaluate.contact_sheet import write_contact_sheet
 from pcmecl_fast.files import remove, remove_unfinished, unfinished
 from pcmecl_fast.machine import cores
@@ -55,12 +59,14 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
 
     Raises:
         BlockingIOError: another process prepares the same folder.
-        FileExistsError: `out` holds something else, or clips prepared with other options.
-        ValueError: nothing to prepare, an unknown layout, individual, emotion, view or level; recordings that have
-            changed since they were prepared; and at the end, recordings that could not be prepared: the others are.
+        FileExistsError: `out` holds something else, clips prepared with other options, or shares of another number.
+        ValueError: no share is written so; nothing to prepare, an unknown layout, individual, emotion, view or level;
+            recordings that have changed since they were prepared; and at the end, recordings that could not be
+            prepared: the others are.
         OSError: the disk is full; what was prepared is whole, and the same command goes on.
     """
-    _check(config)
+    share = _share(config)
+    _check(config, share)
     layout, why = find_layout(config.data, config.layout)
     log.info("%s is laid out as %s: %s", config.data, layout.name, why)
     listing = layout.list(config.data)
@@ -74,23 +80,28 @@ def run_prepare(config: PrepareConfig) -> dict[str, Any]:
     if listing.unknown:
         log.warning("not of this data set, by their names: %s", name_some(listing.unknown, 5))
     cutting = Cutting(**{f.name: getattr(config, f.name) for f in fields(Cutting)})
-    jobs = _jobs(clips, listing, config)
+    all_jobs = _jobs(clips, listing, config)
+    jobs, of_share = _own(all_jobs, share)
     sources = {clip.sources[0].relative_to(config.data).as_posix() for clip in listing.clips}
-    prepared = {"layout": layout.name, "data": os.path.realpath(config.data), **asdict(cutting)}
-    with locked(config.out, config.command):
-        left = _left_to_do(config, prepared, jobs, sources)
+    prepared = {"layout": layout.name, "data": os.path.realpath(config.data), **of_share, **asdict(cutting)}
+    index = config.out / (INDEX if share is None else share.index)
+    elsewhere = {job.file for job in all_jobs} - {job.file for job in jobs}
+    # A share has its own lock: the others work beside it.
+    with locked(config.out if share is None else config.out / f".{index.stem}", config.command):
+        left = _left_to_do(config, index, prepared, jobs, elsewhere, sources)
         if len(left) < len(jobs):
             log.info("%d of %d clips are done already", len(jobs) - len(left), len(jobs))
         _check_tools(cutting, left)
-        _prepare(left, cutting, config, prepared)
-        entries = rewrite_index(config.out / INDEX, prepared, order=in_order)
+        _prepare(left, cutting, config, index, prepared)
+        entries = rewrite_index(index, prepared, order=in_order)
         asked = {job.file for job in jobs}
-        write_contact_sheet(config.out, entries, prepared, why, listing.unknown)
-        mark_finished(config.out / INDEX)  # last: who sees it sees all
+        _write_report(config.out, entries, share, prepared, why, listing.unknown)
+        mark_finished(index)  # last: who sees it sees all
+    barrier()  # under torchrun, which ends all when one has an error
     broken = [entry for entry in entries if entry.broken and entry.file in asked]
     if broken:
         _report_broken(broken, len(jobs), config)
-    return _summary(entries, config.out)
+    return _summary(entries, config.out, share)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,14 @@ class _Job:
     replaces: bool = False  # what an earlier call made of the recording as it was
 
 
-def _check(config: PrepareConfig) -> None:
+def _share(config: PrepareConfig) -> Share | None:
+    """The share to prepare: the one asked for, or under torchrun this process's; None where all are."""
+    if config.share is not None:
+        return Share.parse(config.share)
+    return Share(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])) if launched() else None
+
+
+def _check(config: PrepareConfig, share: Share | None) -> None:
     """Refuse what would fail clip by clip, and an output folder that is somebody else's, before anything is written."""
     check_options(config)
     for name in ("individuals", "emotions", "views", "levels"):
@@ -119,10 +137,22 @@ def _check(config: PrepareConfig) -> None:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {config.out} is a file; name a folder")
     others = [path.name for path in out.iterdir() if not is_hidden(path)] if out.is_dir() else []
-    if others and INDEX not in others:
+    known = shares_in(out)
+    if others and INDEX not in others and not known:
         raise FileExistsError(
             f"--out: {config.out} holds {name_some(sorted(others), 3)}, not made by `pcmecl-fast prepare`; name "
             "another folder"
+        )
+    if share is not None and INDEX in others:
+        raise FileExistsError(
+            f"--out: {config.out} was prepared at once; without --share the same command goes on, and another --out "
+            "takes shares"
+        )
+    if known and (share is None or known[0].of != share.of):
+        asked = "all at once" if share is None else f"share {share}"
+        raise FileExistsError(
+            f"--out: {config.out} is prepared in {known[0].of} shares, and not {asked}; --share 1/{known[0].of} and so "
+            "on go on with it, and another --out keeps it"
         )
 
 
@@ -142,6 +172,24 @@ def _jobs(clips: Sequence[RawClip], listing: Listing, config: PrepareConfig) -> 
     return list(jobs.values())
 
 
+def _own(jobs: list[_Job], share: Share | None) -> tuple[list[_Job], dict[str, str]]:
+    """The jobs of a share, and what its index says of the list that it is a part of."""
+    if share is None:
+        return jobs, {}
+    sizes = [_bytes(job.clip) for job in jobs]
+    own = [jobs[i] for i in share(sizes)]
+    log.info("share %s: %d of %d clips", share, len(own), len(jobs))
+    return own, {"list": list_hash([job.file for job in jobs], sizes)}
+
+
+def _bytes(clip: RawClip) -> int:
+    size = 0
+    for path in clip.sources:
+        with contextlib.suppress(OSError):  # a link that leads nowhere
+            size += path.stat().st_size
+    return size
+
+
 def _stamp(clip: RawClip) -> str:
     """What changes when a recording does: the sizes and time stamps of its files."""
     digest = hashlib.blake2b(digest_size=8)
@@ -154,9 +202,24 @@ def _stamp(clip: RawClip) -> str:
     return digest.hexdigest()
 
 
-def _left_to_do(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job], sources: set[str]) -> list[_Job]:
-    """The jobs that no earlier call has done, or found broken; refuses to mix or to lose what one has done."""
-    index = config.out / INDEX
+def _left_to_do(
+    config: PrepareConfig,
+    index: Path,
+    prepared: dict[str, Any],
+    jobs: list[_Job],
+    elsewhere: set[str],
+    sources: set[str],
+) -> list[_Job]:
+    """The jobs that no earlier call has done, or found broken; refuses to mix or to lose what one has done.
+
+    Args:
+        config: the command's options.
+        index: of what earlier calls have done.
+        prepared: its head.
+        jobs: what is to be done.
+        elsewhere: the files that other shares prepare.
+        sources: all recordings in the raw folder, by name.
+    """
     if not index.exists():
         return jobs
     before, read = read_index(index)
@@ -164,13 +227,14 @@ def _left_to_do(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job
         raise FileExistsError(f"--out: {config.out} holds an index that `pcmecl-fast prepare` did not write")
     if before.get("data") != prepared["data"]:
         raise FileExistsError(f"--out: {config.out} holds faces out of {before.get('data')}; name another folder")
-    if differing := named_differences({k: v for k, v in before.items() if k != "finished"}, prepared):
+    was, now = ({k: v for k, v in head.items() if k not in ("finished", "list")} for head in (before, prepared))
+    if differing := named_differences(was, now):
         if not config.overwrite:
             raise FileExistsError(
                 f"--out: {config.out} was prepared with other options: {differing}; --overwrite prepares it again, "
                 "and another --out keeps it"
             )
-        _remove(config.out, read)
+        _remove(config.out, read, folders=not elsewhere)
         index.unlink()
         return jobs
     stamps = {job.file: job.stamp for job in jobs}
@@ -187,21 +251,22 @@ def _left_to_do(config: PrepareConfig, prepared: dict[str, Any], jobs: list[_Job
     if gone:
         names, is_are = name_some([entry.file for entry in gone], 3), "are" if len(gone) > 1 else "is"
         if config.overwrite:
-            _remove(config.out, gone)
+            _remove(config.out, gone, folders=not elsewhere)
         log.warning(
             "%s: the recordings of %s %s no longer in --data%s", config.out, names, is_are,
             ": removed" if config.overwrite else "; --overwrite removes what was prepared of them",
         )  # fmt: skip
 
     def stands(entry: Entry) -> bool:
-        if entry.file in changed or (config.overwrite and (entry.broken or entry.source not in sources)):
+        if entry.file in changed | elsewhere or (config.overwrite and (entry.broken or entry.source not in sources)):
             return False
         return bool(entry.broken) or _is_there(config.out, entry)
 
     standing = {entry.file for entry in known.values() if stands(entry)}
-    if len(standing) < len(known):
+    left = [replace(job, replaces=job.file in known) for job in jobs if job.file not in standing]
+    if len(standing) < len(known) or (left and before.get("finished")):
         rewrite_index(index, prepared, keep=lambda entry: entry.file in standing)
-    return [replace(job, replaces=job.file in known) for job in jobs if job.file not in standing]
+    return left
 
 
 def _is_there(out: Path, entry: Entry) -> bool:
@@ -214,15 +279,15 @@ def _is_there(out: Path, entry: Entry) -> bool:
         return False
 
 
-def _remove(out: Path, entries: Iterable[Entry]) -> None:
-    """Remove prepared clips, and the folders that this leaves empty."""
+def _remove(out: Path, entries: Iterable[Entry], *, folders: bool) -> None:
+    """Remove prepared clips, and the folders that this leaves empty, unless others are about to write there."""
     for entry in entries:
         path = out / entry.file
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        for folder in path.parents[:2]:
+        for folder in path.parents[:2] if folders else ():
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -234,12 +299,17 @@ def _check_tools(cutting: Cutting, jobs: list[_Job]) -> None:
         load_detector(cutting.detector)
 
 
-def _prepare(jobs: list[_Job], cutting: Cutting, config: PrepareConfig, prepared: dict[str, Any]) -> None:
+def _prepare(jobs: list[_Job], cutting: Cutting, config: PrepareConfig, index: Path, prepared: dict[str, Any]) -> None:
     """Prepare all clips in worker processes; each is entered into the index as it is finished."""
-    for folder in {(config.out / job.file).parent for job in jobs}:
-        remove_unfinished(folder)
-    writer = IndexWriter(config.out / INDEX, prepared)
-    workers = min(config.workers or cores(), max(1, len(jobs)))
+    names: dict[Path, set[str]] = {}
+    for job in jobs:
+        path = config.out / job.file
+        names.setdefault(path.parent, set()).add(path.name)
+    for folder, own in names.items():
+        remove_unfinished(folder, names=own)
+    writer = IndexWriter(index, prepared)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched() else 1
+    workers = min(config.workers or max(1, cores() // beside), max(1, len(jobs)))
     done = in_workers(partial(_do, cutting=cutting, out=config.out), jobs, workers)
     try:
         for entry in tqdm(done, total=len(jobs), desc="preparing", unit="clip", disable=not jobs):
@@ -292,6 +362,19 @@ def _is_of(error: Exception, clip: RawClip) -> bool:
     return isinstance(error, NoFaceError) or any(str(path) in str(error) for path in files)
 
 
+def _write_report(
+    out: Path, entries: list[Entry], share: Share | None, prepared: dict[str, Any], why: str, unknown: Sequence[str]
+) -> None:
+    """The report of the folder; of shares it shows what there is of all, and the last has everything."""
+    if share is None:
+        write_contact_sheet(out, entries, prepared, why, unknown)
+        return
+    with FileLock(out / ".lock"):
+        entries = [replace(entry, track=None) for entry in entries_of_shares(out, shares_in(out))]
+        about = {key: value for key, value in prepared.items() if key != "list"}
+        write_contact_sheet(out, sorted(entries, key=in_order), about, why, unknown)
+
+
 def _report_broken(broken: list[Entry], total: int, config: PrepareConfig) -> None:
     summary = (
         f"{len(broken)} of {total} recordings could not be prepared: {name_some([e.broken for e in broken], 3)}; "
@@ -305,9 +388,10 @@ def _report_broken(broken: list[Entry], total: int, config: PrepareConfig) -> No
     log.warning("left out, %s", summary)
 
 
-def _summary(entries: list[Entry], out: Path) -> dict[str, Any]:
+def _summary(entries: list[Entry], out: Path, share: Share | None) -> dict[str, Any]:
     whole = [entry for entry in entries if not entry.broken]
-    return {
+    shares = {} if share is None else {"share": str(share), "of the others": _others(out)}
+    return shares | {
         "clips": len(whole),
         "frames": sum(entry.frames for entry in whole),
         "individuals": len({entry.individual for entry in whole}),
@@ -316,3 +400,11 @@ def _summary(entries: list[Entry], out: Path) -> dict[str, Any]:
         "faces at a glance": str(out / "report.html"),
         "next": f"pcmecl-fast train --data {out}",
     }
+
+
+def _others(out: Path) -> str:
+    try:
+        index = read_folder(out)
+    except ValueError as error:
+        return str(error)
+    return (index and index.left) or "all are there"

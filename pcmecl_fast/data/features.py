@@ -1,7 +1,8 @@
 """Unit image features of frames: a frozen tower maps a frame to the same features every time, so it runs only once.
 
 `FeatureStore` keeps them on disk, shared by all runs and processes; `LiveFeatures` computes them on every access, like
-a plain trainer. Both are read the same way: `features[index]`.
+a plain trainer. Both are read the same way: `features[index]`. Ranks share the work of a store, and that of the sums in
+`individual_conditions`: all of them call these with the same data.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from random import SystemRandom
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.loading import read_ahead
+from pcmecl_fast.distributed import barrier, from_main, is_main, rank, ranks, share, summed
 from pcmecl_fast.files import load_tensors, naming_damage, remove_unfinished, save_tensors
 
 log = logging.getLogger("pcmecl_fast")
@@ -55,11 +59,16 @@ class FeatureStore:
     name, renamed and never changed afterwards, so any number of processes may read while one fills; a second that wants
     to fill waits for the first and finds the work done.
 
+    Ranks (`pcmecl_fast.distributed`) fill it together: of the missing frames each computes an equal part, and reads all
+    afterwards. The folder may be one that all see or a disk of each machine's own: ranks find out who sees the same one
+    as they do, and share what is missing there.
+
     Args:
         root: the folder; created if missing.
         clip: the frozen model.
         dtype: dtype of the features on disk: float32, float16 or bfloat16. They are returned in float32.
-        shard_frames: maximum frames per shard. An interrupted fill loses less than one shard, and less than a minute.
+        shard_frames: maximum frames per shard. An interrupted fill loses less than one shard, and less than a minute, a
+            rank.
 
     Raises:
         ValueError: an unsupported dtype, or `shard_frames` below 1.
@@ -91,26 +100,41 @@ class FeatureStore:
         """The features of a data set's frames, read from disk; missing ones are computed first, with a progress bar.
 
         Args:
-            dataset: any data set of frames.
+            dataset: any data set of frames, the same on all ranks, which all call this.
             batch_size: frames per batch of the tower.
             backend: backend of `ops.clip_frames`.
             workers: processes that read frames while the tower runs.
         """
         frames = _digests(dataset)
-        if self._missing(frames).size:
+        if _on_any_rank(bool(self._missing(frames).size), self.clip):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock"):
-                self._fill(dataset, frames, batch_size, backend, workers)
+            with _held_together(self.folder, self.clip) as (at, of):
+                if at == 0:
+                    remove_unfinished(self.folder)
+                    self._missing(frames, remove_broken=True)
+                # The second time each rank for itself: whatever the folder does not show of what others have written.
+                for part in ((at, of), (0, 1)):
+                    barrier()
+                    self._fill(dataset, frames, part, batch_size, backend, workers)
+                barrier()
         return StoredFeatures(self._shards, self._digests, frames, self.clip)
 
     def _fill(
-        self, dataset: FrameDataset, frames: np.ndarray, batch_size: int, backend: str | None, workers: int
+        self,
+        dataset: FrameDataset,
+        frames: np.ndarray,
+        part: tuple[int, int],  # which of how many
+        batch_size: int,
+        backend: str | None,
+        workers: int,
     ) -> None:
-        remove_unfinished(self.folder)
-        missing = torch.from_numpy(self._missing(frames, remove_broken=True))
+        """Compute a part of the frames that are missing."""
+        all_missing = torch.from_numpy(self._missing(frames))
+        missing = all_missing[share(len(all_missing), at=part[0], of=part[1])]
         if not len(missing):
             return
-        bar = tqdm(total=len(dataset), initial=len(dataset) - len(missing), desc="image features", unit="frame")
+        held = len(dataset) - len(all_missing)
+        bar = tqdm(total=held + len(missing), initial=held, desc="image features", unit="frame", disable=not is_main())
         batches: list[Tensor] = []
         done, written, since = 0, 0, time.monotonic()
         chunks = missing.split(min(batch_size, self.shard_frames))
@@ -155,6 +179,50 @@ class FeatureStore:
                 raise ValueError(f"features {tuple(features.shape)} of frames {tuple(frames.shape)}")
         self._shards[path] = features
         self._digests[path] = frames.numpy().reshape(-1).view(f"S{_DIGEST}")
+
+
+@contextmanager
+def _held_together(folder: Path, clip: Clip) -> Iterator[tuple[int, int]]:
+    """Have a folder with the other ranks that see the same one, and nobody else: which of them this is, of how many."""
+    together = _who_see(folder)
+    at = together.index(rank())
+    lock = FileLock(folder / ".lock", timeout=0)
+    # Nobody waits for one folder while holding another: two runs with a folder on each machine might wait for ever.
+    while _on_any_rank(at == 0 and not _acquired(lock), clip):
+        lock.release()
+        time.sleep(SystemRandom().uniform(0.1, 0.5))
+    try:
+        yield at, len(together)
+    finally:
+        lock.release()
+
+
+def _who_see(folder: Path) -> list[int]:
+    """The ranks for whom this path is this rank's folder: each leaves a file there, and looks for those of others."""
+    if ranks() == 1:
+        return [0]
+    asked = from_main(lambda: uuid.uuid4().hex)
+    mine = folder / f".rank-{asked}-{rank()}"
+    mine.touch()
+    try:
+        barrier()
+        found = [other for other in range(ranks()) if (folder / f".rank-{asked}-{other}").exists()]
+        barrier()
+        return found
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _acquired(lock: FileLock) -> bool:
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    return True
+
+
+def _on_any_rank(yes: bool, clip: Clip) -> bool:
+    return bool(summed(torch.tensor(int(yes), device=clip.device)))
 
 
 class StoredFeatures:
@@ -206,21 +274,21 @@ def individual_conditions(
     individual_index: Tensor,  # (L,) int
     individuals: int,
 ) -> Tensor:  # (N, D)
-    """The condition of each individual: the mean of its unit image features, or zero if it has no frames."""
-    total: Tensor | None = None
-    for index, part in _in_parts(features):
-        who = individual_index[index].to(part.device)
-        total = part.new_zeros(individuals, part.shape[1]) if total is None else total
-        total.index_add_(0, who, part)
-    if total is None:
+    """The condition of each individual: the mean of its unit image features, or zero if it has no frames.
+
+    Called on all ranks, each of which adds up a part of the frames, in float64: however many frames there are, and
+    ranks, the means agree to float32's rounding.
+    """
+    if not len(features):
         raise ValueError("features: got none; takes at least one frame's")
-    return total / torch.bincount(individual_index, minlength=individuals).clamp(min=1)[:, None].to(total.device)
-
-
-def _in_parts(features: Features, size: int = 4096) -> Iterator[tuple[Tensor, Tensor]]:
-    for index in torch.arange(len(features)).split(size):
-        if len(index):
-            yield index, features[index]
+    mine = torch.arange(len(features))[share(len(features))]
+    like = features[mine[:0]]
+    total = like.new_zeros(individuals, like.shape[-1], dtype=torch.float64)
+    for index in mine.split(4096) if len(mine) else ():
+        total.index_add_(0, individual_index[index].to(total.device), features[index].double())
+    barrier()
+    count = torch.bincount(individual_index, minlength=individuals).clamp(min=1).to(total.device)
+    return (summed(total) / count[:, None]).to(like.dtype)
 
 
 @torch.no_grad()

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pcmecl_fast.data.base import Clips, FrameDataset, Indices, as_frames, as_indices
 from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
-from pcmecl_fast.data.index import INDEX, Entry, Form, in_order, read_index, unpacked_pts
+from pcmecl_fast.data.index import Entry, Form, in_order, unpacked_pts
 from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.data.media import decode, need_av, square
 from pcmecl_fast.data.plain_folder import explain_absent, plain_entries
+from pcmecl_fast.data.shares import read_folder
 from pcmecl_fast.data.video import read_at
 from pcmecl_fast.files import content_hash
 from pcmecl_fast.wording import name_some
@@ -36,7 +37,8 @@ class FolderFaces(FrameDataset):
     """Pictures and videos laid out as `<root>/<individual>/<emotion>/<file>`, as square frames.
 
     A folder that `pcmecl-fast prepare` made has an index, and opens without a file being touched: a million frames in
-    seconds. What is added by hand is not seen, and what `left_out.txt` names, one clip a line, is not used.
+    seconds. What is added by hand is not seen, and what `left_out.txt` names, one clip a line, is not used. Of one that
+    was prepared in shares all indices are read as one, and a share that is missing or not finished is told.
 
     Any other folder is indexed first, in parallel and with a progress bar, by decoding every file once, the only way to
     find truncated ones (but WebM and Matroska files cut between two frames pass for shorter videos); where that takes a
@@ -91,15 +93,15 @@ class FolderFaces(FrameDataset):
         wanted = KNOWN_EMOTIONS if emotions is None else tuple(emotions)
         check_root(self.root)
         self.prepared: dict[str, Any] | None = None
-        if (self.root / INDEX).is_file():
-            self.prepared, read = read_index(self.root / INDEX)
+        index = read_folder(self.root)
+        if index is not None:
+            self.prepared = index.prepared
             # Of recordings that could not be prepared there are no files; `prepare` has named them.
-            whole = _without_left_out(self.root, filter(_is_whole, read))
+            whole = _without_left_out(self.root, filter(_is_whole, index.entries))
             entries = _chosen(self.root, whole, wanted, reserve=reserve or emotions is None)
-            if not (self.prepared or {}).get("finished"):
-                logger.warning(
-                    "%s: not all of it has been prepared yet; the same `pcmecl-fast prepare` goes on", self.root
-                )
+            if index.left:
+                logger.warning("%s: %s", self.root, index.left)
+            if not index.in_order:
                 entries.sort(key=in_order)
         else:
             entries = plain_entries(
@@ -326,7 +328,7 @@ def _chosen(root: Path, entries: Iterator[Entry], wanted: tuple[str, ...], *, re
         left_out = [name for name in KNOWN_EMOTIONS if name in others] + sorted(others - {*KNOWN_EMOTIONS})
         logger.info("%s: left out, since emotions= does not name them: %s", root, name_some(left_out))
     if not chosen:
-        raise ValueError(f"root: {root / INDEX} names no clips of {name_some(wanted)}")
+        raise ValueError(f"root: the index of {root} names no clips of {name_some(wanted)}")
     need_av([Path(entry.file) for entry in chosen if entry.pts is not None])
     return chosen
 

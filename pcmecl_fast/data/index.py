@@ -6,7 +6,8 @@
 
 `prepared` holds the options of `pcmecl-fast prepare`, which made the folder, or null where the folder is somebody's own
 and the index only remembers what was seen in it. Every other line is one `Entry`. Lines are appended as clips are
-finished, so that a process may be killed at any moment: a last line without its end is not read.
+finished, so that a process may be killed at any moment: a last line without its end is not read. A folder that was
+prepared in shares holds an index of each instead: data/shares.py.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.files import MappedTensor, load_tensors, naming_damage, save_rows, save_tensors
+from pcmecl_fast.distributed import is_main, ranks
+from pcmecl_fast.files import MappedRows, load_tensors, naming_damage, save_rows, save_tensors
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
+from pcmecl_fast.prompts.shards import FILES, files_of, remove_files, write_parts
 from pcmecl_fast.towers.fingerprint import VERSION
 from pcmecl_fast.wording import did_you_mean, name_some
 
@@ -88,13 +91,20 @@ class PromptBank:
                 raise ValueError(f"{name}: takes {count} different names for features {tuple(features.shape)}")
         if condition not in ("individual", "frame", "none"):
             raise ValueError(f"condition: takes 'individual', 'frame' or 'none', got {condition!r}")
-        self.features = features
+        self._features: Tensor | MappedRows = features
         self.individuals, self.emotions = list(individuals), list(emotions)
         self.descriptions = list(descriptions)
         self.tower = tower
         self.condition, self.ending = condition, ending
-        self._mapped: MappedTensor | None = None
-        self._row = {name: i for i, name in enumerate(self.individuals)}
+
+    @property
+    def features(self) -> Tensor:  # (N, E, D)
+        """The table. Where it lies on disk in several files, all of them are read; `lookup` reads rows."""
+        return self._features.whole() if isinstance(self._features, MappedRows) else self._features
+
+    @cached_property
+    def _row(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.individuals)}  # made when somebody asks: there may be millions
 
     @classmethod
     @torch.no_grad()
@@ -125,12 +135,17 @@ class PromptBank:
             batch_size: individuals per batch of the text tower.
             backend: backend of `PersonalizedPrompts`.
             path: a file to write the rows to as they are computed, for banks larger than memory; the returned bank is a
-                memory map of it.
+                memory map of it. Several ranks, which all call this, write a part each, into files beside it
+                (`prompts.shards`); what is whole of a build that was ended is not computed again.
             dtype: dtype of the rows; None means the prompts' dtype.
+
+        Raises:
+            ValueError: names that repeat or do not match the rows; prompts that take a condition, and none is given.
+            FileNotFoundError: `path` lies in a folder that is not the same for all ranks.
         """
         dtype = dtype or prompts.context.dtype
         count = len(individuals) if conditions is None else len(conditions)
-        rows = (each.to(dtype) for each in _rows(prompts, conditions, count, batch_size, backend))
+        rows = partial(_rows, prompts, conditions, batch_size=batch_size, backend=backend, dtype=dtype)
         shape = (count, len(emotions), clip.embed_dim)
         about: dict[str, Any] = {
             "descriptions": prompts.descriptions,
@@ -139,14 +154,19 @@ class PromptBank:
             "ending": prompts.ending,
         }
         if path is None:
-            features = torch.cat([torch.empty(0, *shape[1:], dtype=dtype, device=prompts.context.device), *rows])
-            return cls(features, individuals, emotions, **about)
+            empty = torch.empty(0, *shape[1:], dtype=dtype, device=prompts.context.device)
+            return cls(torch.cat([empty, *rows(range(count))]), individuals, emotions, **about)
         # Check the names before doing the work, on a tensor that takes no memory.
-        empty = torch.empty(shape, dtype=dtype, device="meta")
-        header = cls(empty, individuals, emotions, **about)._header()
-        with save_rows(path, "bank", "features", shape, dtype, header) as append:
-            for chunk in rows:
-                append(chunk)
+        table = torch.empty(shape, dtype=dtype, device="meta")
+        header = cls(table, individuals, emotions, **about)._header()
+        if ranks() > 1:
+            seen = partial(_conditions_of, conditions)
+            write_parts(Path(path), header, shape, dtype, rows, prompts=prompts, conditions=seen)
+        else:
+            with save_rows(path, "bank", "features", shape, dtype, header) as append:
+                for chunk in rows(range(count)):
+                    append(chunk)
+            remove_files(Path(path))
         return cls.load(path, clip, on_disk=True)
 
     @torch.no_grad()
@@ -190,17 +210,21 @@ class PromptBank:
         Raises:
             IndexError: a row that the bank does not have (checked for banks on the CPU).
         """
-        rows = rows.to(self.features.device)
-        count = len(self.features)
+        rows = rows.to(self.device)
+        count = len(self.individuals)
         if rows.device.type == "cpu" and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < count:
             raise IndexError(f"individual: takes 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}")
-        found = self.features[rows] if self._mapped is None else self._mapped.rows(rows)
-        return found.to(device or self.features.device)
+        found = self._features.rows(rows) if isinstance(self._features, MappedRows) else self._features[rows]
+        return found.to(device or self.device)
 
     @property
     def on_disk(self) -> bool:
-        """Whether the features are a memory map of a file, which `lookup` reads."""
-        return self._mapped is not None
+        """Whether the features are a memory map of a file, or of several, which `lookup` reads."""
+        return isinstance(self._features, MappedRows)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if isinstance(self._features, MappedRows) else self._features.device
 
     def rows(self, names: Sequence[str]) -> Tensor:  # (len(names),) int64
         """The rows of the named individuals.
@@ -231,6 +255,7 @@ class PromptBank:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the features, and a JSON header that describes them."""
         save_tensors(path, "bank", {"features": self.features}, self._header())
+        remove_files(Path(path))
 
     @classmethod
     def load(cls, path: str | Path, clip: Clip, *, on_disk: bool = False) -> PromptBank:
@@ -239,19 +264,24 @@ class PromptBank:
         Args:
             path: a file written by `save` or `build`.
             clip: the model.
-            on_disk: leave the features on disk, as a memory map on the CPU, whatever the clip's device.
+            on_disk: leave the features on disk, as memory maps on the CPU, whatever the clip's device.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or one that it names is gone.
             ValueError: the file is broken, is not a bank, or belongs to another tower.
         """
         tensors, header = load_tensors(path, "bank")
         tower = _tower_of(path, header)
         tower.check(clip, Path(path))
         with naming_damage(path):
-            mapped = MappedTensor(path, "features") if on_disk else None
+            if on_disk or FILES in header:
+                files, header["individuals"] = files_of(Path(path), header)
+                features: Tensor | MappedRows = MappedRows(files, "features")
+                table = torch.empty(features.shape, dtype=features.dtype, device="meta")
+            else:
+                table = features = tensors["features"].to(clip.device)
             bank = cls(
-                tensors["features"].to(clip.device) if mapped is None else mapped.tensor,
+                table,
                 header["individuals"],
                 header["emotions"],
                 descriptions=header["descriptions"],
@@ -259,9 +289,11 @@ class PromptBank:
                 condition=header["condition"],
                 ending=header["ending"],
             )
-            if bank.features.shape[2] != clip.embed_dim:
-                raise ValueError(f"features: takes (N, E, {clip.embed_dim}), got {tuple(bank.features.shape)}")
-        bank._mapped = mapped
+            if table.shape[2] != clip.embed_dim:
+                raise ValueError(f"features: takes (N, E, {clip.embed_dim}), got {tuple(table.shape)}")
+            if isinstance(features, MappedRows) and not on_disk:
+                features = features.whole(clip.device)
+        bank._features = features
         return bank
 
     def _of(self, features: Tensor, individuals: Sequence[str]) -> PromptBank:
@@ -299,17 +331,29 @@ def _condition(prompts: PersonalizedPrompts, condition: str | None) -> str:
 
 
 def _rows(
-    prompts: PersonalizedPrompts, conditions: Conditions | None, count: int, batch_size: int, backend: str | None
+    prompts: PersonalizedPrompts,
+    conditions: Conditions | None,
+    which: range,
+    *,
+    batch_size: int,
+    backend: str | None,
+    dtype: torch.dtype,
 ) -> Iterator[Tensor]:  # each (n, E, D)
-    """The rows of a bank, a batch at a time."""
-    chunks = tqdm(torch.arange(count).split(batch_size), desc="prompt bank", disable=count < 50 * batch_size)
+    """Rows of a bank, a batch at a time."""
+    quick = len(which) < 50 * batch_size or not is_main()
+    chunks = tqdm(torch.arange(which.start, which.stop).split(batch_size), desc="prompt bank", disable=quick)
     if prompts.condition is None:
-        shared = prompts(backend=backend)  # (1, E, D)
+        shared = prompts(backend=backend).to(dtype)  # (1, E, D)
         yield from (shared.expand(len(chunk), -1, -1) for chunk in chunks)
     elif conditions is None:
         raise ValueError("conditions: got None, and these prompts are conditioned; takes a row for each individual")
     else:
-        yield from (prompts(conditions[chunk], backend=backend) for chunk in chunks if len(chunk))
+        yield from (prompts(conditions[chunk], backend=backend).to(dtype) for chunk in chunks if len(chunk))
+
+
+def _conditions_of(conditions: Conditions | None, which: range) -> Iterator[Tensor]:  # each (n, D)
+    if conditions is not None:
+        yield from (conditions[chunk] for chunk in torch.arange(which.start, which.stop).split(4096) if len(chunk))
 
 
 def _with_closest(missing: Sequence[str], known: Sequence[str], *, most: int = 3) -> str:

@@ -369,6 +369,9 @@ class PrepareConfig:
     """keep the sound where there is one, in the recording or beside it; need: a recording without is an error."""
     skip_broken: bool = False
     """Leave out recordings that are broken or show no face without ending in an error; the report names them anyway."""
+    share: str | None = None
+    """Prepare one of equal shares, such as 3/16, the third of sixteen: each on its own machine, into one folder or into
+    folders that are copied into one. Under torchrun each process takes its own."""
     workers: int = 0
     """Processes; 0 means one for each core."""
     overwrite: bool = False
