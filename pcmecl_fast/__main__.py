@@ -1,4 +1,4 @@
-"""`python -m pcmecl_fast`, the same as `pcmecl-fast`: for `torchrun … -m pcmecl_fast train …`."""
+"""`python -m pcmecl_fast`, the same as `pcmecl-fast`: for `torchrun … -m pcmecl_fast -- train …`."""
 
 import sys
 

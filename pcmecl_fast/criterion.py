@@ -130,7 +130,7 @@ class PCMECLCriterion(nn.Module):
         self._watch = Watch(self.format)
         self.backend = backend
         self._on_disk = bank if bank.on_disk else None
-        features = bank.features.new_empty(0, *bank.features.shape[1:]).float() if bank.on_disk else bank.features
+        features = bank.lookup(torch.empty(0, dtype=torch.long)).float() if bank.on_disk else bank.features
         self.register_buffer("features", features.detach().to(clip.device), persistent=False)
         lengths = checked_lengths(lengths, bank, strength, by_frame=self.by_frame)
         self.register_buffer("lengths", None if lengths is None else lengths.to(self.features), persistent=False)
@@ -392,7 +392,7 @@ class PCMECLCriterion(nn.Module):
 
     def _read(self, bank: PromptBank, row: Tensor) -> Tensor:  # (B, E, D)
         """Rows of a bank on disk, and of those that were added to it since."""
-        on_disk, device = len(bank.features), self.features.device
+        on_disk, device = len(bank.individuals), self.features.device
         if not len(self.features):
             return bank.lookup(row, device)
         row = row.cpu()

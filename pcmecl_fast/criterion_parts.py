@@ -127,7 +127,7 @@ def checked_lengths(
         if strength:
             raise ValueError("lengths: required when strength is not 0; `personal_lengths` measures them on a data set")
         return None
-    rows, emotions = bank.features.shape[:2]
+    rows, emotions = len(bank.individuals), len(bank.emotions)
     shapes = [(emotions, emotions)] if by_frame else [(emotions, emotions), (rows, emotions, emotions)]
     if tuple(lengths.shape) not in shapes or not bool((lengths > 0).all()):
         takes = " or ".join(str(shape) for shape in shapes)

@@ -1,6 +1,6 @@
 """Ranks: the processes that torchrun starts, which share one piece of work and come to one result.
 
-    torchrun --nproc-per-node 8 -m pcmecl_fast train …
+    torchrun --nproc-per-node 8 -m pcmecl_fast -- train …
 
 Without torchrun there is one rank, and everything here costs nothing. The whole is PyTorch's own: gloo between CPUs,
 NCCL between GPUs, torchrun's rendezvous and restarts. Three rules make the ranks' result that of one process:
@@ -183,8 +183,10 @@ def agree(facts: Mapping[str, str]) -> None:
     }
     store.set(f"{key}/{rank()}", json.dumps(short))
 
+    count = ranks()  # of those that `compare`, alone, does not see
+
     def compare() -> None:
-        for other in range(1, ranks()):
+        for other in range(1, count):
             theirs = json.loads(_awaited(f"{key}/{other}"))
             differing = [name for name in short if theirs.get(name) != short[name]]
             if differing:

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from pcmecl_fast.distributed import from_main, is_main
 from pcmecl_fast.files import remove_unfinished, write_atomically
 from pcmecl_fast.options import from_options, named_differences, plain_options, read_options
+from pcmecl_fast.prompts.shards import remove_files
 from pcmecl_fast.train.config import FREE_ON_RESUME, Command
 
 log = logging.getLogger("pcmecl_fast")
@@ -261,6 +262,7 @@ def _remove_run(path: Path) -> None:
     # The summary first: from here on, whoever looks sees an unfinished run.
     for name in (SUMMARY, *_FILES):
         (path / name).unlink(missing_ok=True)
+    remove_files(path / "bank.safetensors")
     for name in _FOLDERS:
         shutil.rmtree(path / name, ignore_errors=True)
     for inner in (*(path / "prompts").glob("*/"), *(path / name for name in _INNER)):

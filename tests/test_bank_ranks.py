@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from rank_start import start
 from test_bank import EMOTIONS, conditions, learned
 
 from pcmecl_fast import PromptBank, distributed, load_clip
@@ -16,7 +15,6 @@ PEOPLE = [f"person {n}" for n in range(7)]
 
 def build(path, options=None, scale=1.0):
     """On a rank, or in the only process."""
-    start()
     clip = load_clip()
     seen = conditions(clip, 7) * scale
     return PromptBank.build(learned(clip), seen, PEOPLE, EMOTIONS, clip=clip, path=path, **(options or {}))
@@ -68,7 +66,6 @@ def test_ranks_without_anybody_write_nothing(crew, tmp_path):
 
 
 def few(path, count=2):
-    start()
     clip = load_clip()
     return PromptBank.build(
         learned(clip), conditions(clip, count), PEOPLE[:count], EMOTIONS, clip=clip, path=path
@@ -100,7 +97,6 @@ def test_prompts_without_a_condition_are_written_by_ranks_too(crew, tmp_path):
 def without_a_condition(path):
     from pcmecl_fast import PersonalizedPrompts
 
-    start()
     clip = load_clip()
     torch.manual_seed(0)
     prompts = PersonalizedPrompts(clip, ["a", "b", "c"], n_ctx=2, condition=None)
@@ -155,7 +151,6 @@ def fails(path):
         def __getitem__(self, index):
             raise OSError("the disk is full")
 
-    start()
     clip = load_clip()
     PromptBank.build(learned(clip), Full(), PEOPLE, EMOTIONS, clip=clip, path=path)
 

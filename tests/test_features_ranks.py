@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from features import unit_features
-from rank_start import start
 from test_features import EVERY, Counted, shards
 
 from pcmecl_fast import distributed, load_clip
@@ -21,7 +20,6 @@ def few(seed=0):
 
 def fill(root, own_disk=None, die_at=None):
     """On a rank: how many frames it has seen, and all features."""
-    start()
     clip, faces = load_clip(), few()
     folder = Path(root) / (f"disk-{own_disk[distributed.rank()]}" if own_disk else "shared")
     counted = Counted(faces, die_at=die_at)
@@ -116,7 +114,6 @@ def test_two_runs_with_folders_on_each_machine_do_not_wait_for_each_other(crew, 
 def in_two_pairs(root):
     import torch.distributed as dist
 
-    start()
     place = distributed.rank() % 2  # ranks 0 and 1 are one run on two machines, 2 and 3 another
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     folder = Path(root) / str(place)
@@ -147,7 +144,6 @@ def many_features(count=1000):
 
 
 def conditions_on_rank(count=1000):
-    start()
     features, who = many_features()
     return individual_conditions(features[:count], who[:count], 5)
 

@@ -18,7 +18,7 @@ SMALL = [
 
 
 def torchrun(ranks, *words, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "pcmecl_fast"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "pcmecl_fast", "--"]
     return subprocess.Popen(
         [*command, *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -190,7 +190,7 @@ class _Players:
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.generator.parameters(), 1.0)
         self.scaler.step(self.optimizer)
-        whole = summed(torch.stack([term.float() for term in totals.values()]))
+        whole = summed(torch.stack([term.to(totals["pcmecl"]) for term in totals.values()]))
         return edits, dict(zip(totals, whole.unbind(), strict=True))
 
     def improve_critic(self, parts: Sequence[Batch], edits: Sequence[Tensor]) -> Tensor:
@@ -246,8 +246,7 @@ class _Judging(nn.Module):
 
 
 def _over_ranks(module: nn.Module) -> nn.Module:
-    # Buffers are the same everywhere: the critic's spectral norms do not depend on the frames.
-    return DistributedDataParallel(module, broadcast_buffers=False) if ranks() > 1 else module
+    return DistributedDataParallel(module) if ranks() > 1 else module
 
 
 def _averaging(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:

@@ -15,15 +15,16 @@ A video is a clip, and so are a folder's numbered pictures; any other picture is
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 from pcmecl_fast.data.emotions import emotion_named
-from pcmecl_fast.data.index import INDEX, read_index
+from pcmecl_fast.data.index import Entry
 from pcmecl_fast.data.layouts.base import Entries, entries, is_picture, is_sound, is_video, natural
+from pcmecl_fast.data.shares import read_folder
 
 COMPARISON = ".compare"
 """How `pcmecl-fast edit` ends the names of videos that show source and edit side by side."""
@@ -88,8 +89,9 @@ def list_clips(root: Path, people: Collection[str] = ()) -> Listing:
         OSError: a folder cannot be read.
     """
     listing = Listing()
-    if (root / INDEX).is_file():
-        _list_index(root, listing)
+    index = read_folder(root)
+    if index is not None:
+        _list_index(root, index.entries, listing)
         return listing
     found = list(_walk(root, root, listing))
     known = {_labels(parts, is_file, ()).individual for _, _, parts, is_file in found} | {*people}
@@ -185,8 +187,8 @@ def _recordings(root: Path, folder: Path, pictures: Sequence[Path]) -> dict[str,
     return {name: [file for _, file in sorted(of)] for name, of in recordings.items()} or None
 
 
-def _list_index(root: Path, listing: Listing) -> None:
-    for entry in read_index(root / INDEX)[1]:
+def _list_index(root: Path, clips: Iterable[Entry], listing: Listing) -> None:
+    for entry in clips:
         if entry.broken:
             listing.left_out[entry.file] = entry.broken
             continue
