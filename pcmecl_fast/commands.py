@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pcmecl_fast.data.layout import check_root
 from pcmecl_fast.libraries import installed_version, missing_library
-from pcmecl_fast.machine import busy_notice, stopping_at_once
+from pcmecl_fast.machine import busy_notice, launched, stopping_at_once
 from pcmecl_fast.options import in_options, option_name, read_config
 from pcmecl_fast.train.config import (
     AblateConfig,
@@ -52,7 +52,7 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run a command; bad input ends in one line on stderr and exit status 1, Ctrl-C in one and 130."""
     name = next((word for word in arguments if word in COMMANDS), "")
     words = COMMANDS[name][0] if name else _ConfigFile
-    command, config = f"pcmecl-fast {name}".strip(), None
+    command, config, begun = f"pcmecl-fast {name}".strip(), None, False
     if list(arguments) == ["--version"]:
         print(f"pcmecl-fast {installed_version('pcmecl_fast')}")
         return 0
@@ -63,6 +63,8 @@ def run_command(arguments: Sequence[str]) -> int:
         # Of torchrun's ranks, the first speaks for all.
         logging.basicConfig(level=logging.INFO if _is_first() else logging.ERROR, handlers=[handler])
         config = _at_home(config)
+        if launched() and name not in _SPREAD:
+            raise ValueError(f"{name} runs as one process; torchrun is for {', '.join(_SPREAD)}")
         _check_paths(config)
         notice = busy_notice() if name in _LONG and _is_first() else None
         if notice:
@@ -70,10 +72,9 @@ def run_command(arguments: Sequence[str]) -> int:
         logging.getLogger("torch").setLevel(logging.WARNING)
         with stopping_at_once(f"{command}: stopped"):
             import torch  # noqa: F401  # seconds, in which nothing is begun yet
-        from pcmecl_fast.distributed import AnotherRankFailed, joined, launched
+        from pcmecl_fast.distributed import AnotherRankFailed, joined
 
-        if launched() and name not in _SPREAD:
-            raise ValueError(f"{name} runs as one process; torchrun is for {', '.join(_SPREAD)}")
+        begun = True
         try:
             with joined(getattr(config, "device", "cpu")):
                 COMMANDS[name][1](config, shlex.join(["pcmecl-fast", *arguments]))
@@ -86,7 +87,9 @@ def run_command(arguments: Sequence[str]) -> int:
             raise
         message = missing_library(error) or (error.args[0] if isinstance(error, KeyError) and error.args else error)
         message = in_options(" ".join(str(message).split()), words)  # one line only: libraries write pages
-        _say(f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)")
+        # Until the ranks know of each other, each comes to the same error: one of a machine says so.
+        if begun or os.environ.get("LOCAL_RANK", "0") == "0":
+            _say(f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)")
         return 1
     except KeyboardInterrupt:
         if os.environ.get("PCMECL_TRACEBACK"):

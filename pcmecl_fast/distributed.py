@@ -33,6 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pcmecl_fast.machine import launched
+
 log = logging.getLogger("pcmecl_fast")
 
 Group = Any
@@ -98,11 +100,6 @@ def shares(count: int) -> list[int]:
     """How many of `count` things each rank has."""
     each = (share(count, at=k) for k in range(ranks()))
     return [part.stop - part.start for part in each]
-
-
-def launched() -> bool:
-    """Whether torchrun has started this process as one of several, joined or not."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 @contextmanager

@@ -71,6 +71,11 @@ def stopping_at_once(message: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def launched() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 def default_workers() -> int:
     """Processes that read frames ahead of training: one for each core, at most four."""
     return min(4, cores())
