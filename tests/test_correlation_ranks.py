@@ -7,7 +7,7 @@ from operators import correlation_inputs
 from tolerances import DTYPES, assert_close_for
 
 from pcmecl_fast.distributed import share
-from pcmecl_fast.ops import correlation_loss
+from pcmecl_fast.ops import correlation_loss, correlation_ranks
 
 SIZES = [(9, 5, 17), (6, 7, 33)]  # N, E, D
 BACKENDS = {"reference": DTYPES, "cpu": (torch.bfloat16, torch.float32, torch.float64)}
@@ -25,6 +25,12 @@ def test_in_float64_they_agree_to_1e_12(crew):
     for negatives in ("all", "within", "distinct"):
         for overlap in (False, True):
             check(crew, 4, (2, 0, 1), "reference", negatives, overlap, [torch.float64], SIZES, tolerance=1e-12)
+
+
+def test_blocks_of_a_few_individuals_add_up(crew):
+    for negatives in ("all", "within", "distinct"):
+        for overlap in (False, True):
+            check(crew, 2, (7,), "cpu", negatives, overlap, [torch.float64], SIZES, tolerance=1e-12, at_once=4)
 
 
 def test_without_anybody_the_loss_is_0_and_has_a_graph(crew):
@@ -45,7 +51,7 @@ def test_sizes_that_are_not_so_are_refused(crew):
         assert message == f"group_sizes: got [3, 3] for 2 ranks, of which this, {rank}, has 2 individuals"
 
 
-def check(crew, ranks, parts, backend, negatives, overlap, dtypes, sizes, tolerance=None):
+def check(crew, ranks, parts, backend, negatives, overlap, dtypes, sizes, tolerance=None, at_once=512):
     """All cases of one kind; `parts` are the individuals of the first ranks, and the last has the rest."""
     cases = []
     for dtype in dtypes:
@@ -54,7 +60,7 @@ def check(crew, ranks, parts, backend, negatives, overlap, dtypes, sizes, tolera
             if parts is not None:
                 counts = [*parts, size[0] - sum(parts)]
             cases += [(tuple(counts), backend, negatives, overlap, dtype, size, missing) for missing in (False, True)]
-    for case, *found in zip(cases, *crew(ranks, all_of, on_rank, cases), strict=True):
+    for case, *found in zip(cases, *crew(ranks, all_of, on_rank, cases, at_once), strict=True):
         *_, dtype, size, missing = case
         visual, text, mask = correlation_inputs(*size, dtype=dtype)
         exact = [x.detach().double().requires_grad_() for x in (visual, text)]
@@ -78,7 +84,8 @@ def closer(tolerance):
     return lambda a, b: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
-def all_of(function, cases):
+def all_of(function, cases, at_once):
+    correlation_ranks._AT_ONCE["cpu"] = at_once
     return [function(*case) for case in cases]
 
 

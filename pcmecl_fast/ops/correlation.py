@@ -69,8 +69,8 @@ def correlation_loss(
         backend: see `use_backend`; None leaves the choice to it.
         group: a process group, such as `torch.distributed.group.WORLD`; None for this process alone.
         group_sizes: how many individuals each rank has; None asks them, which waits for the device.
-        overlap: pass the text features round a ring instead of gathering them: memory O(N / ranks) for them, too, and
-            the next ones arrive while those here are computed with; more and smaller messages.
+        overlap: pass the text features round a ring instead of gathering them: the next ones arrive while those here
+            are computed with.
 
     Returns:
         A scalar; float32 for half inputs, else the inputs' dtype.
@@ -120,7 +120,8 @@ def _over_ranks(
         raise ValueError(
             f"group_sizes: got {list(sizes)} for {ranks} ranks, of which this, {rank}, has {len(visual)} individuals"
         )
-    return correlation_over_ranks(visual, text, scale, mask, Call(rectangle, negatives, group, sizes, overlap))
+    call = Call(rectangle, negatives, group, sizes, overlap, on_gpu=visual.is_cuda)
+    return correlation_over_ranks(visual, text, scale, mask, call)
 
 
 def _outputs(visual: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,15 +1,15 @@
 """correlation_loss over ranks: each has its own individuals, and their negatives are everybody's.
 
 A rank has n of the N individuals, whose visual features are its rows of S, and meets the columns in blocks of text
-features: all of them gathered, or those of one rank after the other, passed round a ring. A block is a rectangle of S,
-which a backend's kernels work through tile by tile:
+features: of some individuals of all ranks, gathered, or of one rank after the other, passed round a ring. A block and
+some of the rows are a rectangle of S, which a backend's kernels work through tile by tile:
 
     sums       → ln Σ e^l of its rows and columns, and the rows' own logits l₊
     gradients  → of Σ [½ (row + column) − l₊] / P, given the sums over all blocks
 
     loss = 1/P · Σ over pairs a < b that are present of [½ (row + column) − l₊],   P = their number over all ranks
 
-What a rank keeps between forward and backward are its own features and sums, O(N / ranks).
+A rank keeps its own features, sums and gradients, O(N / ranks), and blocks of at most `_AT_ONCE` individuals.
 
 Sent by each of R ranks, of E·D numbers an individual: forward (R−1)·n of the text's; backward the same again, and
 gradients of (R−1)·n (gathered) or R·n (passed round) individuals in the computing dtype. The rest are sums, one for
@@ -18,7 +18,7 @@ each pair of emotions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Call:
         group: the ranks.
         sizes: how many individuals each has.
         overlap: pass text features round, and compute with one rank's while the next rank's arrive.
+        on_gpu: whether the features are on one.
     """
 
     rectangle: Rectangle
@@ -50,6 +51,7 @@ class Call:
     group: Group
     sizes: tuple[int, ...]
     overlap: bool
+    on_gpu: bool = False
 
     @property
     def rank(self) -> int:
@@ -58,11 +60,6 @@ class Call:
     @property
     def ranks(self) -> int:
         return len(self.sizes)
-
-    @property
-    def first(self) -> int:
-        """The number of this rank's first individual."""
-        return sum(self.sizes[: self.rank])
 
 
 @torch.compiler.disable
@@ -110,12 +107,25 @@ class _OverRanks(torch.autograd.Function):
         present = visual.new_ones(visual.shape[:2], dtype=torch.bool) if mask is None else mask.contiguous()
         before, after = torch.triu_indices(visual.shape[1], visual.shape[1], 1, device=visual.device)
         valid = present[:, before] & present[:, after]  # (n, Q)
-
-        def sums(block: Tensor, block_mask: Tensor, first: int) -> tuple[Tensor, ...]:
-            return call.rectangle.sums(visual, block, scale, number, present, block_mask, call.negatives, first)
+        wide = computing_dtype(visual)
+        row, column = (torch.full(valid.shape, -torch.inf, dtype=wide, device=visual.device) for _ in range(2))
+        positive = torch.zeros_like(row)
 
         with autocast_off(visual):
-            row, column, positive = _exchange(call).sums(text, present, sums)
+            for part in _parts(call):
+
+                def sums(block: Tensor, block_mask: Tensor, place: int | None, part: _Part = part) -> Tensor:
+                    total = torch.full((len(block), valid.shape[1]), -torch.inf, dtype=wide, device=block.device)
+                    for rows, first in part.rectangles(len(visual), place):
+                        of_rows, of_columns, own = call.rectangle.sums(
+                            visual[rows], block, scale, number, present[rows], block_mask, call.negatives, first
+                        )
+                        row[rows] = torch.logaddexp(row[rows], of_rows)
+                        positive[rows] += own
+                        total = torch.logaddexp(total, of_columns)
+                    return total
+
+                column[part.own] = part.exchange.sums(text[part.own], present[part.own], sums)
             each = (row + column) / 2 - positive
             # In float64, as one sum over ranks: that of the losses, and of the pairs that they are the mean of.
             total = torch.stack([each.double().masked_fill(~valid, 0.0).sum(), valid.sum().double()])
@@ -123,7 +133,7 @@ class _OverRanks(torch.autograd.Function):
         pairs = total[1].clamp(min=1)
         ctx.save_for_backward(visual, text, scale, present, row, column, pairs)
         ctx.call, ctx.number = call, number
-        return (total[0] / pairs).to(computing_dtype(visual))
+        return (total[0] / pairs).to(wide)
 
     @staticmethod
     @once_differentiable
@@ -133,63 +143,127 @@ class _OverRanks(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:3])
         weight = grad.double()
         dist.all_reduce(weight, group=call.group)
-        weight = (weight / pairs).to(computing_dtype(visual))
-
-        def gradients(block: Tensor, block_mask: Tensor, first: int, block_column: Tensor) -> Any:
-            return call.rectangle.gradients(
-                weight, visual, block, scale, ctx.number, present, block_mask, call.negatives, first, row,
-                block_column, needs,
-            )  # fmt: skip
+        wide = computing_dtype(visual)
+        weight = (weight / pairs).to(wide)
+        grad_visual, grad_text = (
+            torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
+            for x, need in zip((visual, text), needs, strict=False)
+        )
+        grad_scale = torch.zeros((), dtype=torch.float64, device=visual.device) if needs[2] else None
 
         with autocast_off(visual):
-            found = _exchange(call).gradients(text, present, column, gradients)
-        like = (visual, text, scale)
+            for part in _parts(call):
+
+                def gradients(
+                    block: Tensor, block_mask: Tensor, place: int | None, lse: Tensor, part: _Part = part
+                ) -> Tensor:
+                    total = torch.zeros(block.shape, dtype=wide, device=block.device)
+                    for rows, first in part.rectangles(len(visual), place):
+                        of_visual, of_text, of_scale = call.rectangle.gradients(
+                            weight, visual[rows], block, scale, ctx.number, present[rows], block_mask, call.negatives,
+                            first, row[rows], lse, needs,
+                        )  # fmt: skip
+                        if grad_visual is not None and of_visual is not None:
+                            grad_visual[rows] += of_visual
+                        if of_text is not None:
+                            total += of_text
+                        if grad_scale is not None and of_scale is not None:
+                            grad_scale.add_(of_scale)
+                    return total
+
+                own = part.own
+                of_own = part.exchange.gradients(text[own], present[own], column[own], gradients)
+                if grad_text is not None:
+                    grad_text[own] = of_own
+        found, like = (grad_visual, grad_text, grad_scale), (visual, text, scale)
         return (*(None if x is None else x.to(y.dtype) for x, y in zip(found, like, strict=True)), None, None, None)
 
 
-Sums = Callable[[Tensor, Tensor, int], tuple[Tensor, ...]]
-"""Of a block (m, E, D), its mask (m, E), and its own first column: sums of rows, of columns, and positives."""
-Gradients = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]
-"""Of the same and the columns' sums (m, Q): gradients of the rows' features, of the block's and of the scale."""
+@dataclass(frozen=True)
+class _Part:
+    """The columns of one exchange: some individuals of each rank.
+
+    Attributes:
+        own: this rank's.
+        exchange: how all see them.
+        within: whether rows meet their own columns alone.
+        most: rows of a rectangle.
+    """
+
+    own: slice
+    exchange: _Alone | _Gathered | _Ring
+    within: bool
+    most: int
+
+    def rectangles(self, count: int, place: int | None) -> Iterator[tuple[slice, int]]:
+        """Rows to be met with a block, and the column of the first one's own individual.
+
+        Args:
+            count: rows in all.
+            place: where `own` begins in the block; None where it is not in it.
+        """
+        rows = range(self.own.start, self.own.stop) if self.within else range(count)
+        for begin in range(rows.start, rows.stop, self.most):
+            nowhere = -count - self.most  # no row has its own in the block
+            yield (
+                slice(begin, min(begin + self.most, rows.stop)),
+                nowhere if place is None else place + begin - self.own.start,
+            )
 
 
-def _exchange(call: Call) -> _Alone | _Gathered | _Ring:
-    if call.negatives == "within" or call.ranks == 1:
-        return _Alone(call)
-    return _Ring(call) if call.overlap else _Gathered(call)
+_AT_ONCE = {"cpu": 512, "cuda": 4096}
+"""Individuals of a block, of all ranks together: enough for kernels at their rate."""
+
+
+def _parts(call: Call) -> Iterator[_Part]:
+    """All columns, in blocks of at most `_AT_ONCE`; as many parts on each rank, some of them empty."""
+    within = call.negatives == "within"
+    most = _AT_ONCE["cuda" if call.on_gpu else "cpu"]
+    blocks_apart = within or call.ranks == 1 or call.overlap
+    each = max(1, most if blocks_apart else most // call.ranks)
+    kind = _Alone if within or call.ranks == 1 else _Ring if call.overlap else _Gathered
+    for begin in range(0, max(call.sizes), each):
+        sizes = tuple(min(max(size - begin, 0), each) for size in call.sizes)
+        own = slice(begin, begin + sizes[call.rank])
+        yield _Part(own, kind(call, sizes), within, each if within else most)
+
+
+Sums = Callable[[Tensor, Tensor, "int | None"], Tensor]
+"""Of a block (m, E, D), its mask (m, E), and where this rank's own begin in it: this rank's sums of columns, (m, Q)."""
+Gradients = Callable[[Tensor, Tensor, "int | None", Tensor], Tensor]
+"""Of the same and the columns' sums (m, Q): this rank's part of the gradient of the block's features, (m, E, D)."""
 
 
 class _Alone:
     """Alone, or within individuals, nobody needs another's features."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, sizes: Sequence[int]) -> None:
+        pass
 
-    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, ...]:
+    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> Tensor:
         return of(text, mask, 0)
 
-    def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> tuple[Tensor | None, ...]:
+    def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> Tensor:
         return of(text, mask, 0, column)
 
 
 class _Gathered:
-    """All text features at once: a collective each way, and the memory for them."""
+    """The text features of all ranks' part at once: a collective each way."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, sizes: Sequence[int]) -> None:
+        self.group, self.sizes = call.group, sizes
+        self.place = sum(sizes[: call.rank])
 
-    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, ...]:
-        call = self.call
-        row, column, positive = of(self._all(text), self._all_of(mask), call.first)
-        return row, self._joined(column)[call.first : call.first + len(text)].clone(), positive
+    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> Tensor:
+        column = self._joined(of(self._all(text), self._all_of(mask), self.place))
+        return column[self.place : self.place + len(text)]
 
-    def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> tuple[Tensor | None, ...]:
-        call = self.call
-        visual, block, scale = of(self._all(text), self._all_of(mask), call.first, self._all(column))
-        return visual, None if block is None else own_rows_of_sum(block, call.sizes, call.group), scale
+    def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> Tensor:
+        total = of(self._all(text), self._all_of(mask), self.place, self._all(column))
+        return own_rows_of_sum(total, self.sizes, self.group)
 
     def _all(self, x: Tensor) -> Tensor:
-        return all_rows(x, self.call.sizes, self.call.group)
+        return all_rows(x, self.sizes, self.group)
 
     def _all_of(self, mask: Tensor) -> Tensor:
         return self._all(mask.to(torch.uint8)).bool()
@@ -197,10 +271,10 @@ class _Gathered:
     def _joined(self, column: Tensor) -> Tensor:
         """ln Σ e^x over ranks."""
         most = column.clone()
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.call.group)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
         most = most.clamp(min=torch.finfo(most.dtype).min)  # of nothing: −inf less −inf is no number
         total = (column - most).exp()
-        dist.all_reduce(total, group=self.call.group)
+        dist.all_reduce(total, group=self.group)
         return total.log() + most
 
 
@@ -211,82 +285,60 @@ class _Ring:
     home after a whole round.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, sizes: Sequence[int]) -> None:
+        self.call, self.sizes = call, sizes
 
-    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> tuple[Tensor, ...]:
-        rows, positives = [], []
+    def sums(self, text: Tensor, mask: Tensor, of: Sums) -> Tensor:
+        def compute(place: int | None, block: Sequence[Tensor]) -> Tensor:
+            return of(block[0], block[1].bool(), place)
 
-        def compute(owner: int, block: Sequence[Tensor]) -> Tensor:
-            row, column, positive = of(block[0], block[1].bool(), self._first_in(owner))
-            rows.append(row)
-            positives.append(positive)
-            return column
+        return self._round([text, mask.to(torch.uint8)], compute, torch.logaddexp)
 
-        column = self._round([text, mask.to(torch.uint8)], compute, torch.logaddexp)
-        row, positive = rows[0], positives[0]
-        for other in rows[1:]:
-            row = torch.logaddexp(row, other)
-        return row, column, positive
+    def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> Tensor:
+        def compute(place: int | None, block: Sequence[Tensor]) -> Tensor:
+            return of(block[0], block[1].bool(), place, block[2])
 
-    def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> tuple[Tensor | None, ...]:
-        totals: list[Tensor | None] = [None, None]  # of the rows' features and of the scale
-
-        def compute(owner: int, block: Sequence[Tensor]) -> Tensor:
-            visual, columns, scale = of(block[0], block[1].bool(), self._first_in(owner), block[2])
-            for k, x in enumerate((visual, scale)):
-                before = totals[k]
-                totals[k] = x if before is None or x is None else before + x
-            # A rank whose text needs no gradient still passes on the others'.
-            return torch.zeros_like(block[0], dtype=column.dtype) if columns is None else columns
-
-        block = self._round([text, mask.to(torch.uint8), column], compute, torch.add)
-        return totals[0], block, totals[1]
-
-    def _first_in(self, owner: int) -> int:
-        """Where this rank's individuals begin in a rank's block: at 0 in its own, and nowhere in another's."""
-        call = self.call
-        return 0 if owner == call.rank else max(call.sizes) + sum(call.sizes)
+        return self._round([text, mask.to(torch.uint8), column], compute, torch.add)
 
     def _round(
         self,
         block: Sequence[Tensor],
-        compute: Callable[[int, Sequence[Tensor]], Tensor],
+        compute: Callable[[int | None, Sequence[Tensor]], Tensor],
         add: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """What all ranks compute of this rank's block, added up."""
-        call = self.call
-        partial: Tensor | None = None  # of this rank's step before, on its way
-        behind: _Sending | None = None
-        for step in range(call.ranks):
-            owner = (call.rank - step) % call.ranks
-            following = _Sending(call, block, owner) if step + 1 < call.ranks else None
-            here = compute(owner, block)
+        ranks, rank = self.call.ranks, self.call.rank
+        behind: _Sending | None = None  # this rank's result of the step before, on its way
+        for step in range(ranks):
+            owner = (rank - step) % ranks
+            following = self._send(block, owner) if step + 1 < ranks else None
+            here = compute(0 if owner == rank else None, block)
             if behind is not None:
                 (sum_so_far,) = behind.received()
                 here = add(sum_so_far, here)
-            partial = here
-            behind = _Sending(call, [partial], owner)
+            behind = self._send([here], owner)
             if following is not None:
                 block = following.received()
         assert behind is not None
         return behind.received()[0]
 
+    def _send(self, block: Sequence[Tensor], owner: int) -> _Sending:
+        return _Sending(self.call, block, arriving=self.sizes[(owner - 1) % self.call.ranks])
+
 
 class _Sending:
     """A block on its way to the next rank, and the one before it arriving from the last."""
 
-    def __init__(self, call: Call, block: Sequence[Tensor], owner: int) -> None:
-        to, source = ((call.rank + k) % call.ranks for k in (1, -1))
-        arriving = call.sizes[(owner - 1) % call.ranks]
+    def __init__(self, call: Call, block: Sequence[Tensor], *, arriving: int) -> None:
+        to, source = (dist.get_global_rank(call.group, (call.rank + k) % call.ranks) for k in (1, -1))
         self._sent = [x.contiguous() for x in block]  # kept until they are gone
         self._received = [x.new_empty(arriving, *x.shape[1:]) for x in block]
-        peers = [to, source] if call.group is None else [dist.get_global_rank(call.group, k) for k in (to, source)]
-        operations = [dist.P2POp(dist.isend, x, peers[0], call.group) for x in self._sent if x.numel()]
-        operations += [dist.P2POp(dist.irecv, x, peers[1], call.group) for x in self._received if x.numel()]
+        operations = [dist.P2POp(dist.isend, x, to, call.group) for x in self._sent if x.numel()]
+        operations += [dist.P2POp(dist.irecv, x, source, call.group) for x in self._received if x.numel()]
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def received(self) -> Sequence[Tensor]:
         for work in self._works:
             work.wait()
+        self._sent = []
         return self._received
