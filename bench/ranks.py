@@ -89,8 +89,9 @@ def _correlation(people: int, overlap: bool) -> tuple[float, int, float]:
     visual, text = (torch.randn(own, EMOTIONS, WIDTH, requires_grad=True) for _ in range(2))
     group = None if count == 1 else dist.group.WORLD
     arguments: dict[str, Any] = {"group": group, "group_sizes": [own] * count if group else None, "overlap": overlap}
-    small = [x[:2].detach().clone().requires_grad_() for x in (visual, text)]
-    ops.correlation_loss(*small).backward()  # what is loaded once, is loaded here
+    small = [x[:64].detach().clone().requires_grad_() for x in (visual, text)]
+    # What is loaded, and connected, once.
+    ops.correlation_loss(*small, **arguments | {"group_sizes": None}).backward()
     before, began = _resident(), time.perf_counter()
     with _counted() as sent, _peak() as peak:
         ops.correlation_loss(visual, text, scale=100.0, **arguments).backward()
@@ -101,8 +102,7 @@ def _correlation(people: int, overlap: bool) -> tuple[float, int, float]:
 def _peak() -> Iterator[list[float]]:
     """The most memory that this process has resident in the block."""
     found = [0.0]
-    with contextlib.suppress(OSError):  # Linux: forget the peak so far
-        Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     yield found
     lines = Path("/proc/self/status").read_text().splitlines()
     found[0] = next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
@@ -160,12 +160,13 @@ def scaling(options: Options) -> None:
 
 
 def _each_alone(work: Callable[[int, int], float], rounds: int) -> float:
+    folder = os.environ["PCMECL_BENCH_FOLDER"]
     dist.barrier()
     dist.destroy_process_group()
     try:
         return work(1, rounds)
     finally:
-        dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/alone-{os.getpid()}", rank=0, world_size=1)
 
 
 def _stage_1(count: int, rounds: int) -> float:

@@ -44,7 +44,7 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOOK = timedelta(seconds=5)  # how often a rank that waits for the first looks whether another has failed
 _WORDS = 3.0  # seconds in which the ranks that are left say so
 
-_state = {"exchanges": 0, "alone": 0}
+_state: dict[str, Any] = {"exchanges": 0, "alone": 0, "attempt": ""}
 
 
 class AnotherRankFailed(RuntimeError):
@@ -124,7 +124,9 @@ def joined(device: str = "cpu") -> Iterator[None]:
             f"RANK is set, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: start the ranks with "
             "torchrun, or unset RANK"
         )
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if ":" in device:
+        raise ValueError(f"--device {device}: each rank takes the GPU of its LOCAL_RANK; give --device cuda, or cpu")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         local, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= visible:
@@ -133,15 +135,29 @@ def joined(device: str = "cpu") -> Iterator[None]:
                 f"{visible} ranks a machine (--nproc-per-node {visible}), or use --device cpu"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    # Gloo too where there are GPUs: a rank that sees none meets the others, and is told apart.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     _state["exchanges"] = 0
+    _state["attempt"] = _new_name()
     try:
+        agree({"its kind of device (--device)": "GPU" if on_gpu else "CPU"})
         yield
-        dist.barrier()  # the store may be the first rank's: it stays until all have read
+        _everybody_is_here()  # the store may be the first rank's: it stays until all have read
     except BaseException as error:
+        # The group is not destroyed: that could wait for those who have gone. The process is about to end.
         raise _shared_failure(error) from error
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def _new_name() -> str:
+    """The same on all ranks, and another at each restart by torchrun, which keeps the store with all it holds."""
+    name = torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(time.time_ns() % 2**62))
+    dist.broadcast(name, 0)
+    return f"{int(name):x}"
+
+
+def _everybody_is_here() -> None:
+    dist.all_reduce(torch.zeros(1))
 
 
 # ---- Agreement -------------------------------------------------------------------------------------------------------
@@ -341,7 +357,8 @@ def _who_failed(error: BaseException) -> str:
     except RuntimeError:  # the store has gone with the first rank's machine
         return f"the other ranks cannot be reached any more ({' '.join(str(error).split())[:200]})"
     if gone:
-        return f"rank {', '.join(gone)} ended without a word: killed, or out of memory"
+        who = f"rank {gone[0]}" if len(gone) == 1 else f"of ranks {', '.join(gone)}, one"
+        return f"{who} ended without a word: killed, or out of memory"
     return f"the ranks lost their connection ({' '.join(str(error).split())[:200]})"
 
 
@@ -384,7 +401,7 @@ def _next_key(name: str) -> str:
 
 
 def _store() -> Any:
-    return dist.PrefixStore("pcmecl_fast", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore(f"pcmecl_fast/{_state['attempt']}", dist.distributed_c10d._get_default_store())
 
 
 def _joined() -> bool:

@@ -73,7 +73,8 @@ def stopping_at_once(message: str) -> Iterator[None]:
 
 def launched() -> bool:
     """Whether torchrun has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    given = {"RANK", "WORLD_SIZE"} & set(os.environ)
+    return bool(given) and os.environ.get("WORLD_SIZE") != "1"
 
 
 def default_workers() -> int:

@@ -119,6 +119,8 @@ class _Job:
 def _share(config: PrepareConfig) -> Share | None:
     """The share to prepare: the one asked for, or under torchrun this process's; None where all are."""
     if config.share is not None:
+        if launched():
+            raise ValueError("--share: under torchrun each process takes a share of its own; leave it out")
         return Share.parse(config.share)
     return Share(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])) if launched() else None
 

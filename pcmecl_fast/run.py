@@ -51,7 +51,7 @@ from pcmecl_fast.train.config import (
     check_options,
     device_named,
 )
-from pcmecl_fast.train.generator import train_generator
+from pcmecl_fast.train.generator import check_batch, train_generator
 from pcmecl_fast.train.loop import read_checkpoint
 from pcmecl_fast.train.prompts import contents_of, frame_features, learn_prompts
 from pcmecl_fast.wording import name_some
@@ -112,6 +112,7 @@ def run_train(
         dataset, held = open_data(config)
         _agree(config, clip, dataset)
         _check_checkpoints(config)
+        check_batch(config)
         # Made once to see whether it can be, before stage 1 spends its time.
         make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
         prompts, bank, curves = _prompts_for(config, clip, dataset, folder.begin)
@@ -123,6 +124,7 @@ def run_train(
             return picture
 
         contents = _prompts_hash(config.stage_one().out)
+        agree({"the contents of --prompts": contents})
         generator, loop = train_generator(clip, bank, dataset, config, preview=preview, prompts_hash=contents)
         generator.crop = _crop_of(dataset)
 

@@ -71,7 +71,9 @@ def _serve(pipe: Any) -> None:
             answer = function(*arguments)
             dist.barrier()  # the store goes with the first that leaves
             pipe.send((True, answer))
-        except BaseException:
+        except BaseException as error:
+            with contextlib.suppress(Exception):
+                distributed._tell_failure(error)  # for those who wait
             pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))
         finally:
             with contextlib.suppress(Exception):

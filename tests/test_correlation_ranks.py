@@ -30,7 +30,7 @@ def test_in_float64_they_agree_to_1e_12(crew):
 def test_blocks_of_a_few_individuals_add_up(crew):
     for negatives in ("all", "within", "distinct"):
         for overlap in (False, True):
-            check(crew, 2, (7,), "cpu", negatives, overlap, [torch.float64], SIZES, tolerance=1e-12, at_once=4)
+            check(crew, 2, (4,), "cpu", negatives, overlap, [torch.float64], SIZES, tolerance=1e-12, at_once=4)
 
 
 def test_without_anybody_the_loss_is_0_and_has_a_graph(crew):

@@ -18,7 +18,7 @@ from torch import Tensor
 from pcmecl_fast.distributed import Group
 from pcmecl_fast.ops import checks, reference
 from pcmecl_fast.ops.correlation_ranks import Call, check_alike, correlation_over_ranks
-from pcmecl_fast.ops.operator import REFERENCE, Operator
+from pcmecl_fast.ops.operator import REFERENCE, Operator, is_explaining
 from pcmecl_fast.ops.reference_rectangle import correlation_rectangle_gradients, correlation_rectangle_sums
 
 NEGATIVES = ("all", "within", "distinct")
@@ -57,7 +57,8 @@ def correlation_loss(
     **Over ranks**, with `group`: each rank gives its own n of the N individuals, in the order of ranks, none at all
     included, and gets the loss of all N. A rank computes its own rows of S against everybody's columns and keeps
     O(N / ranks). Its gradients are those of the sum of what all ranks return, as `torch.distributed.nn` has it: the
-    mean over ranks that DistributedDataParallel takes is then the loss's. All ranks must call, and all run backward.
+    mean over ranks that DistributedDataParallel takes is then the loss's. All ranks must call, and all run backward,
+    one without individuals too: its empty features must require gradients, as the others' do.
 
     Args:
         visual: image features, (N, E, D), unit features as CLIP gives them; float16, bfloat16, float32 or float64.
@@ -68,7 +69,8 @@ def correlation_loss(
         negatives: "all", "within" or "distinct".
         backend: see `use_backend`; None leaves the choice to it.
         group: a process group, such as `torch.distributed.group.WORLD`; None for this process alone.
-        group_sizes: how many individuals each rank has; None asks them, which waits for the device.
+        group_sizes: how many individuals each rank has; None asks them, and whether they are alike, which waits for the
+            device.
         overlap: pass the text features round a ring instead of gathering them: the next ones arrive while those here
             are computed with.
 
@@ -94,7 +96,7 @@ def correlation_loss(
     checks.check_scale(scale)
     checks.check_one_device(visual=visual, text=text, mask=mask, scale=scale if isinstance(scale, Tensor) else None)
     checks.check_choice("negatives", negatives, NEGATIVES)
-    if group is not None:
+    if group is not None and not is_explaining():
         return _over_ranks(visual, text, scale, mask, negatives, backend, group, group_sizes, overlap)
     return CORRELATION_LOSS(visual, text, scale, mask, negatives, backend=backend)
 
@@ -114,7 +116,7 @@ def _over_ranks(
     rectangle = chosen.rectangles.get(CORRELATION_LOSS.name)
     if rectangle is None:
         raise RuntimeError(f"backend {chosen.name!r} cannot run correlation_loss over ranks; use backend='reference'")
-    sizes = check_alike(visual, negatives, group) if group_sizes is None else tuple(group_sizes)
+    sizes = check_alike(visual, negatives, group, overlap=overlap) if group_sizes is None else tuple(group_sizes)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if len(sizes) != ranks or sizes[rank] != len(visual):
         raise ValueError(

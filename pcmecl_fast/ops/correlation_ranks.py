@@ -75,14 +75,14 @@ def correlation_over_ranks(
     return _OverRanks.apply(visual, text, tensor, number, mask, call)
 
 
-def check_alike(visual: Tensor, negatives: str, group: Group) -> tuple[int, ...]:
+def check_alike(visual: Tensor, negatives: str, group: Group, *, overlap: bool) -> tuple[int, ...]:
     """How many individuals each rank has; one exchange of a few numbers, which waits for the device.
 
     Raises:
         ValueError: a rank has other emotions, widths, dtypes or negatives than the first; on all ranks.
     """
     words = {"emotions": visual.shape[1], "features": visual.shape[2], "dtype": _DTYPES.index(visual.dtype)}
-    words["negatives"] = _NEGATIVES.index(negatives)
+    words |= {"negatives": _NEGATIVES.index(negatives), "overlap": int(overlap)}
     mine = torch.tensor([len(visual), *words.values()], device=visual.device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
@@ -202,16 +202,16 @@ class _Part:
             count: rows in all.
             place: where `own` begins in the block; None where it is not in it.
         """
-        rows = range(self.own.start, self.own.stop) if self.within else range(count)
-        for begin in range(rows.start, rows.stop, self.most):
-            nowhere = -count - self.most  # no row has its own in the block
-            yield (
-                slice(begin, min(begin + self.most, rows.stop)),
-                nowhere if place is None else place + begin - self.own.start,
-            )
+        begin, end = (min(at, count) for at in (self.own.start, self.own.stop))
+        # Rows beside `own` have their own individuals in other blocks; the columns here may be another rank's.
+        beside = () if self.within else ((0, begin, None), (end, count, None))
+        for start, stop, first in (*beside, (begin, end, place)):
+            for at in range(start, stop, self.most):
+                rows = slice(at, min(at + self.most, stop))
+                yield rows, -self.most if first is None else first + at - start
 
 
-_AT_ONCE = {"cpu": 512, "cuda": 4096}
+_AT_ONCE = {"cpu": 128, "cuda": 4096}
 """Individuals of a block, of all ranks together: enough for kernels at their rate."""
 
 

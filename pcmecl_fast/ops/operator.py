@@ -276,6 +276,11 @@ class Explanation:
         return f"{self.operator} runs on {self.backend}" + (f" ({others})" if others else "")
 
 
+def is_explaining() -> bool:
+    """Whether a call is only to tell where it would run."""
+    return not torch.compiler.is_compiling() and _explaining.get()
+
+
 def explain(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Explanation:
     """Tell which backend a call would run on and why not on the others; nothing is computed.
 
@@ -386,7 +391,7 @@ class Operator:
         """Run on the chosen backend; a named one that cannot run raises RuntimeError, "auto" tries the next."""
         requested = requested_backend(backend)
         compiling = torch.compiler.is_compiling()
-        if not compiling and _explaining.get():
+        if is_explaining():
             self._check_values(*arguments)
             return self._explanation(requested, arguments)
         name = self._fastest(arguments) if requested == "auto" else self._checked(requested, arguments)

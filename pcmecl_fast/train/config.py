@@ -15,7 +15,18 @@ from pcmecl_fast.options import option_name
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
 FREE_ON_RESUME = {
-    *("out", "resume", "overwrite", "checkpoint_every", "device", "backend", "cuda_graphs", "features", "workers"),
+    *(
+        "out",
+        "resume",
+        "overwrite",
+        "checkpoint_every",
+        "device",
+        "backend",
+        "cuda_graphs",
+        "features",
+        "workers",
+        "accumulate",
+    ),
 }
 """Where a run is kept, on what it runs and how often it saves: what may change between a kill and the resumption."""
 

@@ -93,7 +93,7 @@ def train_generator(
     plans = (draw(config.batch, loop.generator(step)).own() for step in range(loop.done, config.steps))
     for step, (plan, frames) in zip(loop, read_ahead(dataset, plans, Plan.wanted, workers=config.readers), strict=True):
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
-        torch.manual_seed(loop.generator(step).initial_seed() + rank())
+        torch.manual_seed(loop.generator(step).initial_seed() + (rank() << 40))
         players.set_rates(_schedule(step, config.steps))
         # Divided before it is moved: counting on the host waits for no device.
         parts = [part.to(clip.device) for part in Batch.of(plan, frames).parts(config.accumulate)]

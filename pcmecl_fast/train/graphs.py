@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pcmecl_fast.distributed import ranks
+
 WARM_UP = 3  # steps before the capture: kernels compile and are tuned, the optimiser creates its state
 
 log = logging.getLogger("pcmecl_fast")
@@ -61,7 +63,9 @@ def make_step(step: Step, optimizer: torch.optim.Optimizer, mode: str, device: t
     _settle(optimizer, wanted, device)
     if not wanted:
         return step
-    return GraphedStep(step, optimizer, must=mode == "on", capture=capture, run_aside=_run_aside, rehearse=rehearse)
+    # Over ranks, one that goes on without a graph would not meet the others' messages.
+    must = mode == "on" or ranks() > 1
+    return GraphedStep(step, optimizer, must=must, capture=capture, run_aside=_run_aside, rehearse=rehearse)
 
 
 class GraphedStep:

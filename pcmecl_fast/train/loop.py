@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pcmecl_fast.distributed import is_main
+from pcmecl_fast.distributed import agree, is_main
 from pcmecl_fast.files import write_atomically
 from pcmecl_fast.options import named_differences
 
@@ -67,6 +67,7 @@ class Loop:
         self.signature = {k: str(v) for k, v in signature.items()}
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.done = self._load() if resume and self.path.is_file() else 0
+        agree({f"the step that {name} goes on from (the checkpoint in --out)": str(self.done)})
         self._events = folder / "tensorboard" / name.replace(" ", "-")
         self.writer: SummaryWriter | None = None
         if is_main():
