@@ -171,7 +171,7 @@ def _each_alone(work: Callable[[int, int], float], rounds: int) -> float:
 
 def _stage_1(count: int, rounds: int) -> float:
     clip = load_clip()
-    people = 8 * count
+    people = 32 * count
     from pcmecl_fast import PersonalizedPrompts
 
     torch.manual_seed(0)
@@ -192,7 +192,7 @@ def _stage_2(count: int, rounds: int) -> float:
     bank = torch.nn.functional.normalize(torch.randn(8, len(data.emotions), clip.embed_dim), dim=-1)
     times: list[float] = []
     with tempfile.TemporaryDirectory() as out:
-        config = TrainConfig(out=Path(out), steps=rounds + 2, batch=8 * count, strength=0.0, checkpoint_every=10_000)
+        config = TrainConfig(out=Path(out), steps=rounds + 2, batch=24 * count, strength=0.0, checkpoint_every=10_000)
         made = PromptBank(bank, data.individuals, data.emotions, tower=Tower.of(clip))
         record = stage2.Loop.record
 
@@ -207,7 +207,7 @@ def _stage_2(count: int, rounds: int) -> float:
 
 def _store(count: int, rounds: int) -> float:
     clip = load_clip()
-    data = SyntheticFaces(20 * count, clips=1, frames_per_clip=1, size=64)
+    data = SyntheticFaces(200 * count, clips=1, frames_per_clip=1, size=64)
     data.frames(torch.arange(2))
     folder = Path(os.environ["PCMECL_BENCH_FOLDER"]) / f"{count}-{os.getpid() if not dist.is_initialized() else 0}"
     began = time.perf_counter()
