@@ -44,7 +44,7 @@ _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LOOK = timedelta(seconds=5)  # how often a rank that waits for the first looks whether another has failed
 _WORDS = 3.0  # seconds in which the ranks that are left say so
 
-_state: dict[str, Any] = {"exchanges": 0, "alone": 0, "attempt": ""}
+_state = {"exchanges": 0, "alone": 0}
 
 
 class AnotherRankFailed(RuntimeError):
@@ -136,9 +136,13 @@ def joined(device: str = "cpu") -> Iterator[None]:
             )
         torch.cuda.set_device(local)
     # Gloo too where there are GPUs: a rank that sees none meets the others, and is told apart.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=_store_of_torchrun(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     _state["exchanges"] = 0
-    _state["attempt"] = _new_name()
     try:
         agree({"its kind of device (--device)": "GPU" if on_gpu else "CPU"})
         yield
@@ -149,11 +153,17 @@ def joined(device: str = "cpu") -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _new_name() -> str:
-    """The same on all ranks, and another at each restart by torchrun, which keeps the store with all it holds."""
-    name = torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(time.time_ns() % 2**62))
-    dist.broadcast(name, 0)
-    return f"{int(name):x}"
+def _store_of_torchrun() -> dist.Store:
+    """The store in which ranks find each other; torchrun keeps it over restarts, with what the ranks before wrote."""
+    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=os.environ["RANK"] == "0" and not kept_by_torchrun,
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _everybody_is_here() -> None:
@@ -401,7 +411,7 @@ def _next_key(name: str) -> str:
 
 
 def _store() -> Any:
-    return dist.PrefixStore(f"pcmecl_fast/{_state['attempt']}", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore("pcmecl_fast", dist.distributed_c10d._get_default_store())
 
 
 def _joined() -> bool:

@@ -17,8 +17,9 @@ SMALL = [
 ]
 
 
-def torchrun(ranks, *words, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "pcmecl_fast", "--"]
+def torchrun(ranks, *words, restarts=0, **environment):
+    own = ["--nproc-per-node", str(ranks), "--max-restarts", str(restarts)]
+    command = [sys.executable, "-m", "torch.distributed.run", *own, "-m", "pcmecl_fast", "--"]
     return subprocess.Popen(
         [*command, *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -51,6 +52,22 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on_with_another_number(tmp_path
     assert resumed.returncode == 0, told
     assert f"resumes at step {done} of 400" in " ".join(told.split())
     assert json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for ranks in /proc")
+def test_torchruns_own_restart_goes_on_from_the_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    running = torchrun(2, "train", "--out", out, *SMALL, "--steps", "60", "--resume", restarts=1)
+    checkpoint = out / "stage-2.ckpt"
+    until = time.monotonic() + 240
+    while not checkpoint.exists() and running.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(rank_of(running.pid, 1), signal.SIGKILL)
+    told, _ = running.communicate(timeout=300)
+    assert running.returncode == 0, told
+    assert "of 60" in told
+    assert "stage 2 resumes at step" in " ".join(told.split())
+    assert (out / "summary.json").exists()
 
 
 def rank_of(agent: int, rank: int) -> int:

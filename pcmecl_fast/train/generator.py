@@ -246,7 +246,7 @@ class _Judging(nn.Module):
 
 
 def _over_ranks(module: nn.Module) -> nn.Module:
-    return DistributedDataParallel(module) if ranks() > 1 else module
+    return DistributedDataParallel(module, gradient_as_bucket_view=True) if ranks() > 1 else module
 
 
 def _averaging(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
