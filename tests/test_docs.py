@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 
 from pcmecl_fast import ablation, cli, load_clip, run
 from pcmecl_fast.commands import COMMANDS
+from pcmecl_fast.commands import _parse as parse
 from pcmecl_fast.data.media import write_frames
 from pcmecl_fast.synthetic import SyntheticFaces
 from tests.raw_trees import mead_tree
@@ -194,6 +195,8 @@ def test_commands_run(page, workplace, capsys, monkeypatch):
             check_requirements(words[2:], place)
         elif words[0] == "make":
             check_targets(words[1:], place)
+        elif words[0] == "torchrun":  # whose ranks have tests of their own
+            assert parse(words[words.index("--") + 1 :])[0], place
         elif words[0] == "bench/gpu.sh":
             assert (ROOT / words[0]).is_file(), place
         else:
