@@ -45,9 +45,12 @@ def few_faces():
     return partial(SyntheticFaces, 3, emotions=["neutral", "happy", "sad"], clips=1, frames_per_clip=2, size=32)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def crew():
-    """Up to four ranks of a gloo group: `crew(ranks, function, *arguments)` gives what each returns."""
+    """Up to four ranks of a gloo group: `crew(ranks, function, *arguments)` gives what each returns.
+
+    Each file has its own: functions may change what they find in their process, and end it.
+    """
     crew = Crew()
     yield crew
     crew.close()
