@@ -135,6 +135,10 @@ def joined(device: str = "cpu") -> Iterator[None]:
                 f"{visible} ranks a machine (--nproc-per-node {visible}), or use --device cpu"
             )
         torch.cuda.set_device(local)
+    # DDP imports this, and it would keep the group as its functions' default argument: gloo's threads would then meet
+    # the end of the interpreter, and abort it now and then (seen with PyTorch 2.14).
+    from torch.distributed.nn import functional  # noqa: F401
+
     # Gloo too where there are GPUs: a rank that sees none meets the others, and is told apart.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",

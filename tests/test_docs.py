@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from pcmecl_fast import ablation, cli, load_clip, run
@@ -145,6 +146,9 @@ def workplace(folder_of_runs, tmp_path, monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("pcmecl_fast") and getattr(module, "load_clip", None) is load_clip:
             monkeypatch.setattr(module, "load_clip", load_clip_without_downloads)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def load_clip_without_downloads(name="tiny-face", pretrained=None, **options):

@@ -1,5 +1,8 @@
 """Both stages over ranks end with one process's weights: in float64, where rounding does not grow to anything."""
 
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -208,3 +211,25 @@ def test_incomplete_variables_of_torchrun_are_named(monkeypatch):
         joined("cpu"),
     ):
         pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for threads in /proc")
+def test_nothing_of_the_group_is_left_when_the_ranks_part(tmp_path):
+    """Its threads would meet the end of the interpreter: now and then they abort it."""
+    part = tmp_path / "part.py"
+    part.write_text("""
+from pathlib import Path
+from torch import nn
+from pcmecl_fast.distributed import joined
+
+def threads():
+    return any("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+with joined("cpu"):
+    nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    during = threads()
+print(during, threads())
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", part]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"] * 2, done.stderr
