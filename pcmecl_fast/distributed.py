@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -249,15 +250,15 @@ def summed(x: Tensor, group: Group | None = None) -> Tensor:
     return x if _alone(group) else _Summed.apply(x, group)
 
 
-def gathered(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
-    """All ranks' rows in the order of ranks, (Σ sizes, …); differentiable.
+def gathered(*tensors: Tensor, sizes: Sequence[int], group: Group | None = None) -> tuple[Tensor, ...]:
+    """All ranks' rows of each tensor in the order of ranks, (Σ sizes, …), in one message; differentiable.
 
     Args:
-        x: this rank's rows, (sizes[rank], …).
+        tensors: this rank's rows, (sizes[rank], …).
         sizes: how many each rank has.
         group: of which ranks; by default all.
     """
-    return x if _alone(group) else _Gathered.apply(x, tuple(sizes), group)
+    return tensors if _alone(group) else _Gathered.apply(tuple(sizes), group, *tensors)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
@@ -281,22 +282,42 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-def all_rows(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+def all_rows(*tensors: Tensor, sizes: Sequence[int], group: Group | None = None) -> list[Tensor]:
     """`gathered` without a gradient."""
+    if len(tensors) == 1:
+        return [_rows_of_all(tensors[0], sizes, group)]
+    # As bytes: a message takes longer to begin than to carry a few numbers more.
+    widths = [math.prod(x.shape[1:]) for x in tensors]
+    as_bytes = [
+        x.reshape(len(x), width).contiguous().view(torch.uint8) for x, width in zip(tensors, widths, strict=True)
+    ]
+    parts = _rows_of_all(torch.cat(as_bytes, 1), sizes, group).split([x.shape[1] for x in as_bytes], 1)
+    return [
+        part.clone(memory_format=torch.contiguous_format).view(-1).view(x.dtype).view(len(part), *x.shape[1:])
+        for part, x in zip(parts, tensors, strict=True)
+    ]
+
+
+def _rows_of_all(x: Tensor, sizes: Sequence[int], group: Group | None) -> Tensor:
     most = max(sizes)
     # Gloo gathers equal shapes alone.
     padded = x if len(x) == most else torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
+    parts = [torch.empty_like(padded, memory_format=torch.contiguous_format) for _ in sizes]
     dist.all_gather(parts, padded.contiguous(), group=group)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def own_rows_of_sum(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
-    """This rank's rows of the sum of all ranks' x, (Σ sizes, …): a scatter with reduction, of unequal parts."""
+def own_rows_of_all(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+    """This rank's rows of every rank's x, (Σ sizes, …): (ranks, sizes[rank], …)."""
     own = sizes[dist.get_rank(group)]
     received = x.new_empty(len(sizes) * own, *x.shape[1:])
     dist.all_to_all_single(received, x.contiguous(), [own] * len(sizes), list(sizes), group=group)
-    return received.view(len(sizes), own, *x.shape[1:]).sum(0)
+    return received.view(len(sizes), own, *x.shape[1:])
+
+
+def own_rows_of_sum(x: Tensor, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+    """This rank's rows of the sum of all ranks' x, (Σ sizes, …): a scatter with reduction, of unequal parts."""
+    return own_rows_of_all(x, sizes, group).sum(0)
 
 
 class _Summed(torch.autograd.Function):
@@ -317,14 +338,17 @@ class _Summed(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: Group | None) -> Tensor:
+    def forward(ctx: Any, sizes: tuple[int, ...], group: Group | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.sizes, ctx.group = sizes, group
-        return all_rows(x.detach(), sizes, group)
+        ctx.set_materialize_grads(False)
+        return tuple(all_rows(*(x.detach() for x in tensors), sizes=sizes, group=group))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return own_rows_of_sum(grad, ctx.sizes, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Every rank has the same graph: where one has no gradient, none has.
+        own = (None if grad is None else own_rows_of_sum(grad, ctx.sizes, ctx.group) for grad in grads)
+        return None, None, *own
 
 
 # ---- Failures --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Both stages over ranks end with one process's weights: in float64, where rounding does not grow to anything."""
 
-import os
 import subprocess
 import sys
 import time
@@ -218,6 +217,7 @@ def test_nothing_of_the_group_is_left_when_the_ranks_part(tmp_path):
     """Its threads would meet the end of the interpreter: now and then they abort it."""
     part = tmp_path / "part.py"
     part.write_text("""
+import os
 from pathlib import Path
 from torch import nn
 from pcmecl_fast.distributed import joined
@@ -228,8 +228,9 @@ def threads():
 with joined("cpu"):
     nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
     during = threads()
-print(during, threads())
+Path(__file__).with_name(f"rank {os.environ['RANK']}").write_text(f"{during} {threads()}")
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", part]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "False"] * 2, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank {rank}").read_text() for rank in range(2)] == ["True False"] * 2

@@ -11,15 +11,16 @@ some of the rows are a rectangle of S, which a backend's kernels work through ti
 
 A rank keeps its own features, sums and gradients, O(N / ranks), and blocks of at most `_AT_ONCE` individuals.
 
-Sent by each of R ranks, of E·D numbers an individual: forward (R−1)·n of the text's; backward the same again, and
-gradients of (R−1)·n (gathered) or R·n (passed round) individuals in the computing dtype. The rest are sums, one for
-each pair of emotions.
+Sent by each of R ranks, of E·D numbers an individual: forward (R−1)·n of the text's; backward the same again, but for a
+single gathered block, which is kept; and gradients of (R−1)·n (gathered) or R·n (passed round) individuals in the
+computing dtype. The rest are sums, one for each pair of emotions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pcmecl_fast.distributed import Group, all_rows, own_rows_of_sum
+from pcmecl_fast.distributed import Group, all_rows, own_rows_of_all, own_rows_of_sum
 from pcmecl_fast.ops.checks import autocast_off
 from pcmecl_fast.ops.operator import Rectangle
 from pcmecl_fast.ops.reference import computing_dtype
@@ -110,9 +111,10 @@ class _OverRanks(torch.autograd.Function):
         wide = computing_dtype(visual)
         row, column = (torch.full(valid.shape, -torch.inf, dtype=wide, device=visual.device) for _ in range(2))
         positive = torch.zeros_like(row)
+        parts = list(_parts(call))
 
         with autocast_off(visual):
-            for part in _parts(call):
+            for part in parts:
 
                 def sums(block: Tensor, block_mask: Tensor, place: int | None, part: _Part = part) -> Tensor:
                     total = torch.full((len(block), valid.shape[1]), -torch.inf, dtype=wide, device=block.device)
@@ -132,7 +134,7 @@ class _OverRanks(torch.autograd.Function):
             dist.all_reduce(total, group=call.group)
         pairs = total[1].clamp(min=1)
         ctx.save_for_backward(visual, text, scale, present, row, column, pairs)
-        ctx.call, ctx.number = call, number
+        ctx.call, ctx.number, ctx.parts = call, number, parts
         return (total[0] / pairs).to(wide)
 
     @staticmethod
@@ -152,7 +154,7 @@ class _OverRanks(torch.autograd.Function):
         grad_scale = torch.zeros((), dtype=torch.float64, device=visual.device) if needs[2] else None
 
         with autocast_off(visual):
-            for part in _parts(call):
+            for part in ctx.parts:
 
                 def gradients(
                     block: Tensor, block_mask: Tensor, place: int | None, lse: Tensor, part: _Part = part
@@ -221,7 +223,9 @@ def _parts(call: Call) -> Iterator[_Part]:
     most = _AT_ONCE["cuda" if call.on_gpu else "cpu"]
     blocks_apart = within or call.ranks == 1 or call.overlap
     each = max(1, most if blocks_apart else most // call.ranks)
-    kind = _Alone if within or call.ranks == 1 else _Ring if call.overlap else _Gathered
+    alone = within or call.ranks == 1
+    keep = max(call.sizes) <= each
+    kind = _Alone if alone else _Ring if call.overlap else partial(_Gathered, keep=keep)
     for begin in range(0, max(call.sizes), each):
         sizes = tuple(min(max(size - begin, 0), each) for size in call.sizes)
         own = slice(begin, begin + sizes[call.rank])
@@ -248,34 +252,31 @@ class _Alone:
 
 
 class _Gathered:
-    """The text features of all ranks' part at once: a collective each way."""
+    """The text features of all ranks' part at once: a message of them, and one to their owners, each way.
 
-    def __init__(self, call: Call, sizes: Sequence[int]) -> None:
-        self.group, self.sizes = call.group, sizes
+    Those of a single part are kept for the gradient: they are no more than a block.
+    """
+
+    def __init__(self, call: Call, sizes: Sequence[int], *, keep: bool) -> None:
+        self.group, self.sizes, self.keep = call.group, sizes, keep
         self.place = sum(sizes[: call.rank])
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def sums(self, text: Tensor, mask: Tensor, of: Sums) -> Tensor:
-        column = self._joined(of(self._all(text), self._all_of(mask), self.place))
-        return column[self.place : self.place + len(text)]
+        block, block_mask = self._all(text, mask)
+        if self.keep:
+            self.kept = block, block_mask
+        return own_rows_of_all(of(block, block_mask, self.place), self.sizes, self.group).logsumexp(0)
 
     def gradients(self, text: Tensor, mask: Tensor, column: Tensor, of: Gradients) -> Tensor:
-        total = of(self._all(text), self._all_of(mask), self.place, self._all(column))
-        return own_rows_of_sum(total, self.sizes, self.group)
+        if self.kept is None:
+            block, block_mask, column = self._all(text, mask, column)
+        else:
+            (block, block_mask), (column,) = self.kept, self._all(column)
+        return own_rows_of_sum(of(block, block_mask, self.place, column), self.sizes, self.group)
 
-    def _all(self, x: Tensor) -> Tensor:
-        return all_rows(x, self.sizes, self.group)
-
-    def _all_of(self, mask: Tensor) -> Tensor:
-        return self._all(mask.to(torch.uint8)).bool()
-
-    def _joined(self, column: Tensor) -> Tensor:
-        """ln Σ e^x over ranks."""
-        most = column.clone()
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-        most = most.clamp(min=torch.finfo(most.dtype).min)  # of nothing: −inf less −inf is no number
-        total = (column - most).exp()
-        dist.all_reduce(total, group=self.group)
-        return total.log() + most
+    def _all(self, *tensors: Tensor) -> list[Tensor]:
+        return all_rows(*tensors, sizes=self.sizes, group=self.group)
 
 
 class _Ring:

@@ -71,8 +71,8 @@ def write_parts(
                     append(some)
     barrier()
     device = next(prompts.parameters()).device
-    hashes = all_rows(torch.tensor(hashes, dtype=torch.int64, device=device), shares(parts)).tolist()
-    names = [_name(path, number, parts, each) for number, each in enumerate(hashes)]
+    (every,) = all_rows(torch.tensor(hashes, dtype=torch.int64, device=device), sizes=shares(parts))
+    names = [_name(path, number, parts, each) for number, each in enumerate(every.tolist())]
     lengths = [len(range(shape[0])[share(shape[0], of=parts, at=number)]) for number in range(parts)]
     from_main(partial(_publish, path, header, list(zip(names, lengths, strict=True))))
 

@@ -223,8 +223,7 @@ def _matching_loss_over_ranks(
     to_prompts = scale * torch.einsum("ned,nfd->nef", visual, text)
     losses = F.cross_entropy(to_prompts.flatten(0, 1), own_prompt.flatten(), ignore_index=IGNORED, reduction="sum")
     if personal:
-        everyone = gathered(visual, sizes, group)  # (N, E, D)
-        present = gathered(mask.to(visual.dtype), sizes, group).bool()
+        everyone, present = gathered(visual, mask, sizes=sizes, group=group)  # (N, E, D), (N, E)
         own = torch.arange(people, device=text.device) + sum(sizes[: rank()])
         own_image = own.expand(emotions, -1).masked_fill(~mask.T, IGNORED)
         to_people = scale * torch.einsum("ned,med->enm", text, everyone)
@@ -234,7 +233,8 @@ def _matching_loss_over_ranks(
             to_people.flatten(0, 1), own_image.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         losses = (losses + prompt_loss) / 2
-    return summed(losses, group) / summed(mask.sum().to(losses.dtype), group)
+    total, count = summed(torch.stack([losses, mask.sum().to(losses.dtype)]), group)
+    return total / count
 
 
 class _FramesOf:
