@@ -148,7 +148,7 @@ def _counted() -> Iterator[list[int]]:
 
 def scaling(options: Options) -> None:
     table = Table("", *(f"{count} rank{'s' * (count > 1)}" for count in options.ranks), "the machine's limit")
-    works = {
+    works: dict[str, Callable[[int, int], float]] = {
         "stage 1, a step": partial(_stage_1, "tiny-face", 32),
         "stage 1, a step, tower of ViT-B-32": partial(_stage_1, "ViT-B-32", 8),
         "stage 2, a step": _stage_2,
