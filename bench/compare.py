@@ -75,9 +75,9 @@ class Comparison:
     """Whether a call's time on a GPU is what it takes as it runs, the host's work included, as for a training step."""
 
 
-CPU_ONLY = ("csrc/cpu", "csrc/tests", "csrc/bindings.cpp", "pcmecl_fast/ops/backends/cpu.py")
+CPU_ONLY = ("csrc/cpu", "csrc/tests", "csrc/bindings.cpp", "pcmecl_fast/ops/backends/cpu")
 GPU_ONLY = (
-    "csrc/cuda", "csrc/tests", "kernels/", "pcmecl_fast/ops/backends/cuda.py",
+    "csrc/cuda", "csrc/tests", "kernels/", "pcmecl_fast/ops/backends/cuda/",
     "pcmecl_fast/ops/backends/triton.py",
 )  # fmt: skip
 

@@ -124,7 +124,7 @@ def _readable(names: list[str]) -> dict[str, str]:
 
 
 def _short(demangled: str) -> str:
-    text = re.sub(r"pcmecl::cuda::|\(anonymous namespace\)::|c10::|^void ", "", demangled)
+    text = re.sub(r"pcmecl::(cuda::)?|\(anonymous namespace\)::|^void ", "", demangled)
     template = re.match(r"\w+(<[^(]*>)?", text)
     of = re.search(r"\((?:const )?(\w+)", text)
     return f"{template[0] if template else text} of {of[1] if of else '?'}"

@@ -1,11 +1,6 @@
-// The Python module pcmecl_fast._C. Its functions are called by pcmecl_fast/ops alone, with checked, contiguous
-// tensors.
+// The Python module pcmecl_fast._C, the CPU's kernels. Its functions are called by pcmecl_fast/ops/backends/cpu alone.
 #include "common/binding.h"
 #include "cpu/kernels.h"
-
-// Read from the file by pcmecl_fast/ops/backends/extension.py before it is loaded: with another torch it may not load.
-extern "C" __attribute__((used, visibility("default"))) const char pcmecl_built_with[] =
-    "pcmecl_fast built with torch " PCMECL_TORCH_VERSION ";";
 
 std::vector<pcmecl::Binding>& pcmecl::bindings() {
   static std::vector<Binding> all;
@@ -13,6 +8,12 @@ std::vector<pcmecl::Binding>& pcmecl::bindings() {
 }
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("interface") = pcmecl::kInterface;
+#ifdef PCMECL_X86
+  m.attr("instruction_sets") = "portable, avx2, avx512";
+#else
+  m.attr("instruction_sets") = "portable";
+#endif
   m.def("cpu_capability", [] { return pcmecl::cpu::kernels().name; });
   for (const pcmecl::Binding binding : pcmecl::bindings()) binding(m);
 }

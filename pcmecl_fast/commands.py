@@ -352,10 +352,12 @@ def _ablate(config: AblateConfig, command: str) -> None:
 
 def _backends(config: BackendsConfig, command: str) -> None:
     from pcmecl_fast.ops import backend_status
+    from pcmecl_fast.ops.backends import cpu, cuda
     from pcmecl_fast.ops.operator import requested_backend
 
     requested_backend(None)  # the variable's word is checked here too
-    rows = [asdict(status) for status in backend_status()]
+    held = {"cpu": cpu.holds(), "cuda": cuda.holds()}
+    rows = [asdict(status) | {"compiled": held.get(status.name) or ""} for status in backend_status()]
     for row in rows:
         if row["name"] == "triton" and row["reason"] == "there is no CUDA device":
             row["reason"] += " (TRITON_INTERPRET=1, set before Python starts, runs the kernels on the CPU: for tests)"
@@ -366,6 +368,9 @@ def _backends(config: BackendsConfig, command: str) -> None:
     for row in rows:
         table.add_row(row["name"], "yes" if row["available"] else "no", row["reason"])
     Console().print(table)
+    for row in rows:
+        if row["compiled"]:
+            print(f"compiled for {row['name']}: {row['compiled']}")
 
 
 _SPREAD = ("prepare", "prompts", "train", "demo", "evaluate", "ablate")

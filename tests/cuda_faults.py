@@ -16,7 +16,7 @@ from device_cases import WIDE_TREE, correlation, unaligned
 from operators import CLIP_MEAN, Call, make
 
 # float alone is compiled of a changed source: the linker finds the half types in the object of the unchanged one.
-HALF_TYPES = re.compile(r"^(PCMECL_FOR\(c10::\w+\)|template void \w+<c10::\w+>\(.*\);)$", re.MULTILINE)
+HALF_TYPES = re.compile(r"^(PCMECL_FOR\((Half|BFloat16)\)|template void \w+<(Half|BFloat16)>\(.*\);)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """csrc/cuda compiled by the C++ compiler with its host harness: the same kernels, run on CPU tensors.
 
-`load()` gives the module that every operator's tests run on. `load(checked=True)` gives the same operators with every
-access to memory watched: races, conflicts between blocks, misalignment, bounds and memory that nothing has written,
-which the outputs must not be (csrc/cuda/host/shadow.cpp). Objects are built once for the sources and the torch at hand,
-into build/ beside them.
+`load()` gives the operators that every operator's tests run on: the drivers of the backend "cuda", on the module that
+is compiled here. `load(checked=True)` gives the same operators with every access to memory watched: races, conflicts
+between blocks, misalignment, bounds and memory that nothing has written, which the outputs must not be
+(csrc/cuda/host/shadow.cpp). Objects are built once for the sources, into build/ beside them; shadow.cpp, which alone
+includes PyTorch to stand in for its allocator, for the torch at hand, too.
 """
 
 import ctypes
@@ -22,10 +23,13 @@ from threading import get_ident
 from types import ModuleType
 from typing import Any
 
+import pybind11
 import torch
 from torch import Tensor
 from torch.utils import deterministic
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from pcmecl_fast.ops.backends.cuda import Operators
 
 NAME = "pcmecl_cuda_on_host"
 ROOT = Path(__file__).parent.parent
@@ -34,9 +38,10 @@ BUILD = ROOT / "build" / NAME
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 OTHERS = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "cuda/host/harness.cpp"]
 SHADOW = CSRC / "cuda/host/shadow.cpp"
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-march=native", "-ffp-contract=fast"]  # products fused into additions, as on a GPU
-FLAGS += ["-DPCMECL_ON_HOST", f"-DTORCH_EXTENSION_NAME={NAME}", '-DPCMECL_TORCH_VERSION="host"']
+FLAGS += ["-DPCMECL_ON_HOST", f"-DPCMECL_MODULE={NAME}"]
+INCLUDES = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
 # Every access calls a function, and one of 16 bytes stays one; lines for reports.
 WATCHED = ["-fsanitize=thread", "-fno-tree-sra", "-g1"]
 
@@ -56,12 +61,12 @@ def checks_accesses() -> bool:
 
 
 def load(*, checked: bool = False) -> Any:
-    """A module with the operators."""
+    """The operators."""
     sources = [(source, checked) for source in KERNELS] + [(source, False) for source in OTHERS]
     sources += [(SHADOW, False)] if checked else []
     with compilers() as pool:
         path = link(list(pool.map(compiled, *zip(*sources, strict=True))))
-    return Checked(path) if checked else import_from(path)
+    return Checked(path) if checked else Operators(import_from(path))
 
 
 def load_with(kernels: Sequence[Path]) -> "Checked":
@@ -71,16 +76,14 @@ def load_with(kernels: Sequence[Path]) -> "Checked":
 
 
 class Checked:
-    """The operators of a watched module, without its autograd, which would run outside. A report is a RuntimeError."""
+    """The operators of a watched module. A report is a RuntimeError."""
 
     def __init__(self, path: Path) -> None:
-        self._module = import_from(path)
+        self._operators = Operators(import_from(path))
         self._checks = ctypes.CDLL(str(path))
 
     def __getattr__(self, operator: str) -> Callable[..., Any]:
-        if operator.endswith("_differentiable"):
-            raise AttributeError(operator)
-        return partial(self._call, getattr(self._module, operator))
+        return partial(self._call, getattr(self._operators, operator))
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         fills = deterministic.fill_uninitialized_memory
@@ -118,19 +121,20 @@ def compilers() -> ThreadPoolExecutor:
 
 def compiled(source: Path, watched: bool = False) -> Path:
     """The object of a source file, which finds its headers from where it lies; `watched` if its accesses are."""
-    flags = [*FLAGS, *(WATCHED if watched else ["-g0"])]
-    content = hashlib.sha256(f"{torch.__version__} {flags}".encode())
+    flags = [*FLAGS, *(WATCHED if watched else ["-g0"]), *INCLUDES]
+    if source.name == SHADOW.name:
+        flags += [*(f"-I{folder}" for folder in include_paths()), "-std=c++20", f'-DTORCH="{torch.__version__}"']
+    content = hashlib.sha256(str(flags).encode())
     for path in [source, *sorted(source.parents[1].rglob("*.h"))]:
         content.update(path.read_bytes())
     target = BUILD / f"{source.name}-{content.hexdigest()[:12]}.o"
-    includes = [f"-I{folder}" for folder in [*include_paths(), sysconfig.get_path("include")]]
-    return _made(target, *flags, *includes, "-x", "c++", "-c", source)
+    return _made(target, *flags, "-x", "c++", "-c", source)
 
 
 def link(objects: Sequence[Path]) -> Path:
     """The shared library of the objects; of a function that several have, the first is taken."""
     target = BUILD / f"{NAME}-{hashlib.sha256(str(objects).encode()).hexdigest()[:12]}.so"
-    libraries = [f"-L{folder}" for folder in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch_python"]
+    libraries = [f"-L{folder}" for folder in library_paths()] + ["-Wl,--as-needed", "-lc10"]  # for shadow.cpp
     return _made(target, "-shared", "-Wl,-z,muldefs", *objects, *libraries)
 
 

@@ -199,7 +199,7 @@ def report_of(call: Call) -> str:
     try:
         check(call)
     except RuntimeError as error:
-        return str(error).removeprefix("host harness: ")
+        return re.sub(r"^(\w+: )?host harness: ", "", str(error))
     except AssertionError as error:
         return f"wrong result: {error}"
     return ""

@@ -1,7 +1,7 @@
 """Nothing inside a step waits for the device, shown without one: on PyTorch's meta device.
 
 Its tensors have shapes and no values, so whatever needs a value (`item`, `nonzero`, an index of bools) raises. Copies
-between the host and the device raise here, too: from ordinary memory they wait as well. The C++ of the backend "cuda"
+between the host and the device raise here, too: from ordinary memory they wait as well. The backend "cuda"
 needs values: it runs on the host harness, where whatever would read one raises. `test_triton_as_launched.py` does the
 same for Triton's.
 """
@@ -67,7 +67,7 @@ def test_the_cuda_backend_reads_nothing_back(operator, deterministic):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(x is not None for x in gradients)
-    assert {"aten::empty.memory_format", "aten::empty_like"} & set(read.names)  # it sees what C++ calls
+    assert {"aten::empty.memory_format", "aten::empty_like"} & set(read.names)  # it sees what drivers call
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,12 @@
-// correlation_loss on tensors, and rectangles of its logits, of which a group of processes makes the whole: tiles,
-// threads and the matrix products; the rest of the arithmetic is in correlation_kernels.h.
+// correlation_loss, and rectangles of its logits, of which a group of processes makes the whole: one object for a call,
+// whose methods Python calls between its matrix products (pcmecl_fast/ops/backends/cpu/correlation.py); the rest of the
+// arithmetic is in correlation_kernels.h.
 //
 // A tile of S, its gradient and the tile's text features are all that exists of anything larger than the features:
 // memory grows with the individuals, time with their square.
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
-
 #include <algorithm>
 #include <cmath>
 
-#include "../common/rectangle.h"
-#include "kernels.h"
 #include "operators.h"
 
 namespace pcmecl::cpu {
@@ -23,9 +18,6 @@ constexpr int64_t kColumns = 512;  // a tile's columns and half its rows: about 
 const CorrelationKernels<float>& kernels_for(float) { return kernels().correlation_float; }
 const CorrelationKernels<double>& kernels_for(double) { return kernels().correlation_double; }
 
-// Float32 holds the sums for |logits| up to 128: see `offset`. Beyond, float64 does.
-bool needs_double(const Tensor& x, double scale) { return x.scalar_type() == at::kDouble || !(scale <= 128); }
-
 // K of the sums of 2^(l - K): the largest term, 2^(scale·log2(e) - K), times 2^27 terms stays finite, and the least
 // that a row can sum to, 2^-K, is 2^40 times the least normal number.
 template <typename C>
@@ -33,67 +25,97 @@ int64_t offset(double scale) {
   return std::max<int64_t>(0, int64_t(std::ceil(scale / kLn2)) - (sizeof(C) == 4 ? 100 : 900));
 }
 
+// Parts of a workspace, one after the other, each where a cache line begins if the first does. Without a workspace it
+// counts alone.
 template <typename C>
-C* pointer(const Tensor& x) {
-  return x.data_ptr<C>();
-}
-
-template <typename C>
-class Run {
+class Space {
  public:
-  Run(const Rectangle& of, double scale)
-      : kernels_(kernels_for(C())), within_(of.negatives == "within"), scale_(scale),
-        options_(of.visual.options().dtype(c10::CppTypeToScalarType<C>::value)), visual_(of.visual.to(options_)),
-        text_(of.text.to(options_)) {
-    const int64_t n = of.visual.size(0), m = of.text.size(0), E = of.visual.size(1), D = of.visual.size(2),
-                  Q = of.pairs();
-    TORCH_INTERNAL_ASSERT(!within_ || (n == m && of.first == 0));
-    args_.rows = n, args_.columns = m, args_.first = of.first, args_.emotions = E, args_.width = D, args_.pairs = Q;
-    args_.visual = pointer<C>(visual_), args_.text = pointer<C>(text_);
-    args_.mask = of.mask ? of.mask->data_ptr<bool>() : nullptr;
-    args_.text_mask = of.text_mask ? of.text_mask->data_ptr<bool>() : nullptr;
-    args_.distinct = of.negatives == "distinct";
-    args_.scale = C(scale / kLn2), args_.offset = offset<C>(scale);
-    const int64_t most = std::max<int64_t>(1, kColumns / E);
-    lanes_ = up(std::min(m, most));
-    rows_ = 2 * up(most);
+  explicit Space(C* begin) : begin_(begin) {}
 
-    args_.centred = take(centred_, {n, E, D});
-    args_.inv_norm_visual = take(inv_norm_visual_, {n, Q});
-    positive_ = at::zeros({n, Q}, options_);
-    args_.positive = pointer<C>(positive_);
-    valid_ = at::empty({n, Q}, options_.dtype(at::kBool));
-    args_.valid = valid_.data_ptr<bool>();
-    tile_.text = take(tile_text_, {E, lanes_, D});
-    tile_.inv_norm_text = take(inv_norm_text_, {Q, lanes_});
-    tile_.text_valid = take(text_valid_, {Q, lanes_});
-    if (!within_) tile_.product = take(product_, {std::min(rows_, n) * E * E * lanes_});
-    parallel(n, [&](int64_t begin, int64_t end) { kernels_.centre(args_, begin, end); });
+  C* take(int64_t count) {
+    C* const part = begin_ ? begin_ + used_ : nullptr;
+    used_ += (count + kLine - 1) / kLine * kLine;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(C);
+  C* const begin_;
+  int64_t used_ = 0;
+};
+
+template <typename C>
+class CorrelationRun {
+ public:
+  CorrelationRun(
+      int threads, int64_t n, int64_t m, int64_t emotions, int64_t width, int64_t first, double scale, bool distinct,
+      bool within, Address visual, Address text, Address mask, Address text_mask)
+      : threads_(threads), within_(within), scale_(scale), kernels_(kernels_for(C())) {
+    const int64_t most = std::max<int64_t>(1, kColumns / emotions);
+    lanes_ = up(std::min(m, most));
+    rows_ = std::min(n, 2 * up(most));
+    args_.rows = n, args_.columns = m, args_.first = first;
+    args_.emotions = emotions, args_.width = width, args_.pairs = emotions * (emotions - 1) / 2;
+    args_.visual = visual.of<const C>(), args_.text = text.of<const C>();
+    args_.mask = mask.of<const bool>(), args_.text_mask = text_mask.of<const bool>();
+    args_.distinct = distinct, args_.scale = C(scale / kLn2), args_.offset = offset<C>(scale);
+    forward_numbers_ = place_forward(nullptr), backward_numbers_ = place_backward(nullptr);
   }
 
-  // Adds sums of 2^(l - K) to those of the rows, (n, Q), and of the columns, (m, Q).
-  void forward(const Tensor& row_sum, const Tensor& column_sum) {
-    args_.row_sum = pointer<C>(row_sum), args_.column_sum = pointer<C>(column_sum);
-    for_tiles([&] {
-      if (within_) {
-        const Tensor blocks = own_blocks();
-        parallel(tile_.columns, [&](int64_t begin, int64_t end) {
-          kernels_.forward_within(args_, tile_, blocks_from(blocks), begin, end);
-        });
-        return;
-      }
-      for_rows([&] {
-        Tensor partial = at::zeros({at::get_num_threads(), args_.pairs, tile_.lanes}, options_);
-        parallel(tile_.rows, [&](int64_t begin, int64_t end) {
-          kernels_.forward(args_, tile_, partial[at::get_thread_num()].template data_ptr<C>(), begin, end);
-        });
-        add_columns(partial.sum(0), args_.column_sum);
-      });
+  // Numbers of workspace, and where in it, as numbers from its beginning, the products' operands lie.
+  int64_t forward_numbers() const { return forward_numbers_; }
+  int64_t backward_numbers() const { return backward_numbers_; }
+  int64_t text_at() const { return text_at_; }                  // (E, lanes, D) of a tile; the visual's (n, E, D) at 0
+  int64_t product_at() const { return product_at_; }            // (rows·E, E·lanes)
+  int64_t grad_product_at() const { return grad_product_at_; }  // the same, in the backward's
+  int64_t grad_text_at() const { return grad_text_at_; }        // (E, lanes, D) of a tile
+  // A full tile's individuals: rows, and columns with their padding.
+  int64_t rows() const { return rows_; }
+  int64_t lanes() const { return lanes_; }
+
+  // Centres the visual features, and begins sums of 2^(l - K): of rows, (n, Q), and columns, (m, Q).
+  void begin(Address workspace, Address row_sum, Address column_sum) {
+    place_forward(workspace.of<C>());
+    std::fill_n(args_.positive, args_.rows * args_.pairs, C(0));
+    args_.row_sum = row_sum.of<C>(), args_.column_sum = column_sum.of<C>();
+    if (row_sum) std::fill_n(args_.row_sum, args_.rows * args_.pairs, C(0));
+    if (column_sum) std::fill_n(args_.column_sum, args_.columns * args_.pairs, C(0));
+    spread(args_.rows, [&](int64_t begin, int64_t end, int) { kernels_.centre(args_, begin, end); });
+  }
+
+  // Begins a tile at a column: its text features. Returns its lanes.
+  int64_t begin_tile(int64_t column) {
+    tile_.column = column;
+    tile_.columns = std::min(lanes_, args_.columns - column);
+    tile_.lanes = up(tile_.columns);
+    spread(tile_.lanes, [&](int64_t begin, int64_t end, int) { kernels_.pack(args_, tile_, begin, end); });
+    if (args_.row_grad_dot) {
+      std::fill_n(column_grad_dot_, args_.pairs * tile_.lanes, C(0));
+      if (!args_.grad_text) std::fill_n(tile_.grad_text, args_.emotions * tile_.lanes * args_.width, C(0));
+    }
+    return tile_.lanes;
+  }
+
+  // Adds the sums of the rows from `row` on, whose product is there.
+  void forward(int64_t row) {
+    begin_rows(row);
+    spread(tile_.rows, [&](int64_t begin, int64_t end, int thread) {
+      kernels_.forward(args_, tile_, partial(thread), begin, end);
+    });
+    add_partials([&](int64_t pair, int64_t lane, C sum) {
+      if (lane < tile_.columns) args_.column_sum[(tile_.column + lane) * args_.pairs + pair] += sum;
     });
   }
 
-  // The mean over everybody's pairs, of the sums of a forward. What is not valid gets a sum of 1, so that its
-  // reciprocal is finite.
+  // The same within individuals, of their blocks (columns of the tile, E, E).
+  void forward_within(Address blocks) {
+    spread(tile_.columns, [&](int64_t begin, int64_t end, int) {
+      kernels_.forward_within(args_, tile_, from_first(blocks), begin, end);
+    });
+  }
+
+  // The mean over everybody's pairs. What is not valid gets a sum of 1, so that its reciprocal is finite.
   double loss() {
     double total = 0;
     for (int64_t at = 0; at < args_.rows * args_.pairs; ++at) {
@@ -112,266 +134,175 @@ class Run {
     return double(std::max<int64_t>(count, 1));
   }
 
-  // Natural logarithms of what sums of 2^(l - K) stand for, and back to their reciprocals.
-  Tensor lse(const Tensor& sums) const { return sums.log().add_(double(args_.offset) * kLn2); }
-  Tensor inverse_sums(const Tensor& lse) const {
-    return at::rsub(lse.to(options_).contiguous(), double(args_.offset) * kLn2).exp_();
+  // Replaces sums of 2^(l - K) by natural logarithms of what they stand for, and writes the positive logits, (n, Q).
+  void logarithms(Address positive) {
+    const double shift = double(args_.offset) * kLn2;
+    const auto replace = [&](C* sums, int64_t count) {
+      for (int64_t k = 0; k < count; ++k) sums[k] = C(std::log(double(sums[k])) + shift);
+    };
+    replace(args_.row_sum, args_.rows * args_.pairs), replace(args_.column_sum, args_.columns * args_.pairs);
+    for (int64_t k = 0; k < args_.rows * args_.pairs; ++k) positive.of<C>()[k] = args_.positive[k] * C(kLn2);
   }
 
-  // The positive logits, (n, Q), once all tiles have been seen.
-  Tensor positive() const { return positive_ * kLn2; }
-
-  // The gradients of visual, text and scale, in C, of `weight` times the loss of each pair; of the reciprocals of the
-  // sums of all logits of the rows, (n, Q), and of the columns, (m, Q), inside this rectangle or not.
-  Gradients backward(double weight, const Tensor& inv_row_sum, const Tensor& inv_column_sum, const Needs& needs) {
-    const int64_t n = args_.rows, m = args_.columns, E = args_.emotions, D = args_.width, Q = args_.pairs;
-    const bool visual = needs[0], text = needs[1];
-    Tensor row_grad_dot = at::zeros({n, Q}, options_);
-    args_.inv_row_sum = pointer<C>(inv_row_sum), args_.inv_column_sum = pointer<C>(inv_column_sum);
-    args_.row_grad_dot = pointer<C>(row_grad_dot);
+  // Begins the gradients, of `weight` times the loss of each pair, in C; gradients that are not asked for have no
+  // address. Of the sums of all logits of the rows, (n, Q), and of the columns, (m, Q), inside this rectangle or not:
+  // as sums of 2^(l - K) or, `logarithmic`, as natural logarithms.
+  void begin_backward(
+      Address workspace, double weight, Address row_sum, Address column_sum, bool logarithmic, Address grad_visual,
+      Address grad_text) {
+    place_backward(workspace.of<C>());
+    inverse(row_sum.of<const C>(), args_.rows * args_.pairs, logarithmic, args_.inv_row_sum);
+    inverse(column_sum.of<const C>(), args_.columns * args_.pairs, logarithmic, args_.inv_column_sum);
+    std::fill_n(args_.row_grad_dot, args_.rows * args_.pairs, C(0));
     args_.grad_per_logit = C(weight * kLn2 / 2);
-    Tensor grad_visual, grad_text, tile_inv_text_sum, tile_grad_text, grad_product;
-    if (visual) grad_visual = at::zeros({n, E, D}, options_), args_.grad_centred = pointer<C>(grad_visual);
-    if (text) args_.grad_text = take(grad_text, {m, E, D});
-    tile_.inv_text_sum = take(tile_inv_text_sum, {Q, lanes_});
-    tile_.grad_text = take(tile_grad_text, {E, lanes_, D});
-    if (!within_) tile_.grad_product = take(grad_product, {product_.numel()});
+    args_.grad_centred = grad_visual.of<C>(), args_.grad_text = grad_text.of<C>();
+  }
 
-    for_tiles([&] {
-      const Tensor grad_text_tile = shaped(tile_grad_text, {E * tile_.lanes, D}).zero_();
-      Tensor grad_dot = at::zeros({Q, tile_.lanes}, options_);
-      if (within_) {
-        const Tensor blocks = own_blocks();
-        const Tensor grad_blocks = at::empty_like(blocks);
-        parallel(tile_.columns, [&](int64_t begin, int64_t end) {
-          kernels_.backward_within(
-              args_, tile_, blocks_from(blocks), blocks_from(grad_blocks), pointer<C>(grad_dot), begin, end);
-        });
-        if (visual) own(grad_visual).copy_(at::bmm(grad_blocks, own_text(tile_text_)));
-        if (text) own_text(tile_grad_text).copy_(at::bmm(grad_blocks.transpose(1, 2), own(centred_)));
-      } else {
-        for_rows([&] {
-          Tensor partial = at::zeros({at::get_num_threads(), Q, tile_.lanes}, options_);
-          parallel(tile_.rows, [&](int64_t begin, int64_t end) {
-            kernels_.backward(args_, tile_, partial[at::get_thread_num()].template data_ptr<C>(), begin, end);
-          });
-          grad_dot += partial.sum(0);
-          const Tensor grad_product_tile = shaped(grad_product, {tile_.rows * E, E * tile_.lanes});
-          if (visual) rows_of(grad_visual).addmm_(grad_product_tile, shaped(tile_text_, {E * tile_.lanes, D}));
-          if (text) grad_text_tile.addmm_(grad_product_tile.t(), rows_of(centred_));
-        });
-      }
-      parallel(tile_.columns, [&](int64_t begin, int64_t end) {
-        kernels_.finish(args_, tile_, pointer<C>(grad_dot), begin, end);
-      });
+  // Turns the product of the rows from `row` on into its gradient.
+  void backward(int64_t row) {
+    begin_rows(row);
+    spread(tile_.rows, [&](int64_t begin, int64_t end, int thread) {
+      kernels_.backward(args_, tile_, partial(thread), begin, end);
     });
-    parallel(n, [&](int64_t begin, int64_t end) { kernels_.finish_visual(args_, begin, end); });
+    add_partials([&](int64_t pair, int64_t lane, C sum) { column_grad_dot_[pair * tile_.lanes + lane] += sum; });
+  }
 
-    Gradients gradients(3);
-    if (visual) gradients[0] = grad_visual;
-    if (text) gradients[1] = grad_text;
-    if (needs[2]) gradients[2] = row_grad_dot.sum(at::kDouble) / scale_;
-    return gradients;
+  void backward_within(Address blocks, Address grad_blocks) {
+    spread(tile_.columns, [&](int64_t begin, int64_t end, int) {
+      kernels_.backward_within(args_, tile_, from_first(blocks), from_first(grad_blocks), column_grad_dot_, begin, end);
+    });
+  }
+
+  // Ends a tile: completes the gradient of its text features, and copies it to that of the text's.
+  void finish_tile() {
+    spread(tile_.columns, [&](int64_t begin, int64_t end, int) {
+      kernels_.finish(args_, tile_, column_grad_dot_, begin, end);
+    });
+  }
+
+  // Ends all: the gradient of the visual features, which hold that of the centred ones. Returns the gradient of scale.
+  double finish() {
+    spread(args_.rows, [&](int64_t begin, int64_t end, int) { kernels_.finish_visual(args_, begin, end); });
+    double total = 0;
+    for (int64_t k = 0; k < args_.rows * args_.pairs; ++k) total += double(args_.row_grad_dot[k]);
+    return total / scale_;
   }
 
  private:
+  int64_t place_forward(C* begin) {
+    const int64_t n = args_.rows, E = args_.emotions, D = args_.width, Q = args_.pairs;
+    Space<C> space(begin);
+    args_.centred = space.take(n * E * D);
+    text_at_ = space.used();
+    tile_.text = space.take(E * lanes_ * D);
+    product_at_ = space.used();
+    tile_.product = space.take(within_ ? 0 : rows_ * E * E * lanes_);
+    args_.inv_norm_visual = space.take(n * Q);
+    args_.positive = space.take(n * Q);
+    tile_.inv_norm_text = space.take(Q * lanes_);
+    tile_.text_valid = space.take(Q * lanes_);
+    partials_ = space.take(within_ ? 0 : threads_ * Q * lanes_);
+    args_.valid = reinterpret_cast<bool*>(space.take((n * Q + int64_t(sizeof(C)) - 1) / int64_t(sizeof(C))));
+    return space.used();
+  }
+
+  int64_t place_backward(C* begin) {
+    const int64_t n = args_.rows, m = args_.columns, E = args_.emotions, Q = args_.pairs;
+    Space<C> space(begin);
+    grad_product_at_ = space.used();
+    tile_.grad_product = space.take(within_ ? 0 : rows_ * E * E * lanes_);
+    grad_text_at_ = space.used();
+    tile_.grad_text = space.take(E * lanes_ * args_.width);
+    tile_.inv_text_sum = space.take(Q * lanes_);
+    column_grad_dot_ = space.take(Q * lanes_);
+    args_.inv_row_sum = space.take(n * Q);
+    args_.inv_column_sum = space.take(m * Q);
+    args_.row_grad_dot = space.take(n * Q);
+    return space.used();
+  }
+
+  void inverse(const C* sums, int64_t count, bool logarithmic, C* to) const {
+    const double shift = double(args_.offset) * kLn2;
+    for (int64_t k = 0; k < count; ++k) to[k] = logarithmic ? C(std::exp(shift - double(sums[k]))) : 1 / sums[k];
+  }
+
+  void begin_rows(int64_t row) {
+    tile_.row = row, tile_.rows = std::min(rows_, args_.rows - row);
+    std::fill_n(partials_, threads_ * args_.pairs * tile_.lanes, C(0));
+  }
+
+  C* partial(int thread) const { return partials_ + thread * args_.pairs * tile_.lanes; }
+
+  // add(pair, lane, the threads' sum)
   template <typename F>
-  void for_tiles(F&& f) {
-    for (tile_.column = 0; tile_.column < args_.columns; tile_.column += lanes_) {
-      tile_.columns = std::min(lanes_, args_.columns - tile_.column);
-      tile_.lanes = up(tile_.columns);
-      parallel(tile_.lanes, [&](int64_t begin, int64_t end) { kernels_.pack(args_, tile_, begin, end); });
-      f();
-    }
+  void add_partials(const F& add) const {
+    for (int64_t pair = 0; pair < args_.pairs; ++pair)
+      for (int64_t lane = 0; lane < tile_.lanes; ++lane) {
+        C sum = 0;
+        for (int thread = 0; thread < threads_; ++thread) sum += partial(thread)[pair * tile_.lanes + lane];
+        add(pair, lane, sum);
+      }
   }
 
   template <typename F>
-  void for_rows(F&& f) {
-    const int64_t E = args_.emotions;
-    for (tile_.row = 0; tile_.row < args_.rows; tile_.row += rows_) {
-      tile_.rows = std::min(rows_, args_.rows - tile_.row);
-      Tensor product = shaped(product_, {tile_.rows * E, E * tile_.lanes});
-      at::mm_out(product, rows_of(centred_), shaped(tile_text_, {E * tile_.lanes, args_.width}).t());
-      f();
-    }
-  }
-
-  template <typename F>
-  static void parallel(int64_t count, F&& f) {
-    at::parallel_for(0, count, 1, f);
+  void spread(int64_t count, const F& f) const {
+    parallel(threads_, count, 1, f);
   }
 
   int64_t up(int64_t columns) const { return (columns + kernels_.width - 1) / kernels_.width * kernels_.width; }
 
-  C* take(Tensor& tensor, at::IntArrayRef shape) {
-    tensor = at::empty(shape, options_);
-    return pointer<C>(tensor);
-  }
-
-  // The buffer's beginning, as this tile sees it.
-  static Tensor shaped(const Tensor& buffer, at::IntArrayRef shape) {
-    int64_t count = 1;
-    for (const int64_t size : shape) count *= size;
-    return buffer.view({-1}).narrow(0, 0, count).view(shape);
-  }
-
-  // (n, E, D) -> the tile's rows, (rows·E, D).
-  Tensor rows_of(const Tensor& x) const {
-    return x.narrow(0, tile_.row, tile_.rows).view({tile_.rows * args_.emotions, args_.width});
-  }
-
-  // The tile's individuals against themselves.
-  Tensor own(const Tensor& x) const { return x.narrow(0, tile_.column, tile_.columns); }
-  Tensor own_text(const Tensor& x) const {
-    return shaped(x, {args_.emotions, tile_.lanes, args_.width}).narrow(1, 0, tile_.columns).transpose(0, 1);
-  }
-  Tensor own_blocks() const { return at::bmm(own(centred_), own_text(tile_text_).transpose(1, 2)); }
   // Kernels index blocks by individual, the tile's tensor begins at its first.
-  C* blocks_from(const Tensor& blocks) const {
-    return pointer<C>(blocks) - tile_.column * args_.emotions * args_.emotions;
-  }
+  C* from_first(Address blocks) const { return blocks.of<C>() - tile_.column * args_.emotions * args_.emotions; }
 
-  void add_columns(const Tensor& sums, C* to) const {  // (Q, lanes) into (m, Q)
-    const C* from = pointer<C>(sums);
-    for (int64_t lane = 0; lane < tile_.columns; ++lane)
-      for (int64_t pair = 0; pair < args_.pairs; ++pair)
-        to[(tile_.column + lane) * args_.pairs + pair] += from[pair * tile_.lanes + lane];
-  }
-
-  const CorrelationKernels<C>& kernels_;
+  const int threads_;
   const bool within_;
   const double scale_;
-  const at::TensorOptions options_;
-  const Tensor visual_, text_;
+  const CorrelationKernels<C>& kernels_;
+  int64_t lanes_, rows_;
   Correlation<C> args_ = {};
   CorrelationTile<C> tile_ = {};
-  int64_t lanes_, rows_;
-  Tensor centred_, inv_norm_visual_, positive_, valid_, tile_text_, inv_norm_text_, text_valid_, product_;
+  C* partials_ = nullptr;         // (threads, Q, lanes)
+  C* column_grad_dot_ = nullptr;  // (Q, lanes)
+  int64_t text_at_ = 0, product_at_ = 0, grad_product_at_ = 0, grad_text_at_ = 0;
+  int64_t forward_numbers_ = 0, backward_numbers_ = 0;
 };
 
-double checked(double scale) {
-  TORCH_CHECK_VALUE(scale <= 1000, "scale: got ", scale, "; the cpu backend supports at most 1000");
-  return scale;
+template <typename C>
+void bind_run(pybind11::module_& m, const char* name) {
+  namespace py = pybind11;
+  using Run = CorrelationRun<C>;
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  py::class_<Run>(m, name)
+      .def(
+          py::init<
+              int, int64_t, int64_t, int64_t, int64_t, int64_t, double, bool, bool, Address, Address, Address,
+              Address>())
+      .def_property_readonly("forward_numbers", &Run::forward_numbers)
+      .def_property_readonly("backward_numbers", &Run::backward_numbers)
+      .def_property_readonly("text_at", &Run::text_at)
+      .def_property_readonly("product_at", &Run::product_at)
+      .def_property_readonly("grad_product_at", &Run::grad_product_at)
+      .def_property_readonly("grad_text_at", &Run::grad_text_at)
+      .def_property_readonly("rows", &Run::rows)
+      .def_property_readonly("lanes", &Run::lanes)
+      .def("begin", &Run::begin, unlocked)
+      .def("begin_tile", &Run::begin_tile, unlocked)
+      .def("forward", &Run::forward, unlocked)
+      .def("forward_within", &Run::forward_within, unlocked)
+      .def("loss", &Run::loss, unlocked)
+      .def("valid_pairs", &Run::valid_pairs)
+      .def("logarithms", &Run::logarithms, unlocked)
+      .def("begin_backward", &Run::begin_backward, unlocked)
+      .def("backward", &Run::backward, unlocked)
+      .def("backward_within", &Run::backward_within, unlocked)
+      .def("finish_tile", &Run::finish_tile, unlocked)
+      .def("finish", &Run::finish, unlocked);
 }
 
-at::TensorOptions wide_options(const Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
-// The sums as the backward receives them: where float64 stands in for float32 they may overflow float32, and their
-// logarithms do not.
-Tensor stored(const Tensor& sums, const at::TensorOptions& wide) {
-  return sums.dtype() == wide.dtype() ? sums : sums.log().to(wide.dtype());
-}
-Tensor restored(const Tensor& sums, at::ScalarType dtype) {
-  return sums.scalar_type() == dtype ? sums : sums.to(dtype).exp();
-}
-
-template <typename F>
-auto for_computing(bool twice, F&& f) {
-  return twice ? f(double()) : f(float());
-}
+[[maybe_unused]] const bool bound = bind([](pybind11::module_& m) {
+  bind_run<float>(m, "CorrelationFloat32");
+  bind_run<double>(m, "CorrelationFloat64");
+});
 
 }  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> correlation_loss(  // the loss, (), and the sums of rows and of columns, (N, Q)
-    const Tensor& visual,                             // (N, E, D)
-    const Tensor& text,                               // (N, E, D)
-    const std::optional<Tensor>& scale, double scale_number,
-    const std::optional<Tensor>& mask,  // (N, E) bool
-    const std::string& negatives) {
-  const double value = checked(number(scale, scale_number));
-  const Rectangle all = Rectangle::square(visual, text, mask, negatives);
-  const int64_t pairs = all.pairs();
-  const at::TensorOptions wide = wide_options(visual);
-  Tensor loss = at::zeros({}, wide), row_sum, column_sum;
-  if (all.is_empty()) return {loss, at::zeros({visual.size(0), pairs}, wide), at::zeros({visual.size(0), pairs}, wide)};
-  for_computing(needs_double(visual, value), [&](auto zero) {
-    using C = decltype(zero);
-    Tensor rows = at::zeros({visual.size(0), pairs}, wide.dtype(c10::CppTypeToScalarType<C>::value));
-    Tensor columns = at::zeros_like(rows);
-    Run<C> run(all, value);
-    run.forward(rows, columns);
-    loss.fill_(run.loss());
-    row_sum = stored(rows, wide), column_sum = stored(columns, wide);
-  });
-  return {loss, row_sum, column_sum};
-}
-
-Gradients correlation_loss_backward(
-    const Tensor& grad,  // ()
-    const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale, double scale_number,
-    const std::optional<Tensor>& mask, const std::string& negatives, const Tensor& row_sum, const Tensor& column_sum,
-    const Needs& needs) {
-  const double value = checked(number(scale, scale_number));
-  const Rectangle all = Rectangle::square(visual, text, mask, negatives);
-  Gradients gradients(3);
-  if (all.is_empty()) {
-    if (needs[0]) gradients[0] = at::zeros_like(visual);
-    if (needs[1]) gradients[1] = at::zeros_like(text);
-    if (needs[2]) gradients[2] = at::zeros_like(*scale);
-    return gradients;
-  }
-  for_computing(needs_double(visual, value), [&](auto zero) {
-    using C = decltype(zero);
-    const at::ScalarType dtype = c10::CppTypeToScalarType<C>::value;
-    Run<C> run(all, value);
-    gradients = run.backward(
-        grad.item<double>() / run.valid_pairs(), restored(row_sum, dtype).reciprocal(),
-        restored(column_sum, dtype).reciprocal(), needs);
-  });
-  if (needs[0]) gradients[0] = gradients[0]->to(visual.scalar_type());
-  if (needs[1]) gradients[1] = gradients[1]->to(text.scalar_type());
-  if (needs[2]) gradients[2] = gradients[2]->to(scale->scalar_type());
-  return gradients;
-}
-
-// A rectangle's part of the sums over a row or a column: natural logarithms, (n, Q) and (m, Q), -inf where nothing is
-// kept, and the positive logits in it, (n, Q).
-std::tuple<Tensor, Tensor, Tensor> correlation_rectangle_sums(
-    const Tensor& visual,  // (n, E, D)
-    const Tensor& text,    // (m, E, D)
-    const std::optional<Tensor>& scale, double scale_number,
-    const std::optional<Tensor>& mask,       // (n, E) bool
-    const std::optional<Tensor>& text_mask,  // (m, E) bool
-    const std::string& negatives, int64_t first) {
-  const double value = checked(number(scale, scale_number));
-  const Rectangle rectangle = {visual, text, mask, text_mask, negatives, first};
-  const at::TensorOptions wide = wide_options(visual);
-  if (rectangle.is_empty()) return rectangle.no_sums(wide);
-  return for_computing(needs_double(visual, value), [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor> {
-    using C = decltype(zero);
-    Run<C> run(rectangle, value);
-    const at::TensorOptions computing = wide.dtype(c10::CppTypeToScalarType<C>::value);
-    const Tensor rows = at::zeros({visual.size(0), rectangle.pairs()}, computing),
-                 columns = at::zeros({text.size(0), rectangle.pairs()}, computing);
-    run.forward(rows, columns);
-    return {run.lse(rows).to(wide), run.lse(columns).to(wide), run.positive().to(wide)};
-  });
-}
-
-// Its part of the gradients of visual, text and scale, in the type of the sums, which are here those of all rectangles.
-Gradients correlation_rectangle_gradients(
-    const Tensor& weight,  // (): of each valid pair's loss
-    const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale, double scale_number,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& text_mask, const std::string& negatives,
-    int64_t first, const Tensor& row_lse, const Tensor& column_lse, const Needs& needs) {
-  const double value = checked(number(scale, scale_number));
-  const Rectangle rectangle = {visual, text, mask, text_mask, negatives, first};
-  const at::TensorOptions wide = wide_options(visual);
-  if (rectangle.is_empty()) return rectangle.no_gradients(wide, needs);
-  Gradients gradients;
-  for_computing(needs_double(visual, value), [&](auto zero) {
-    Run<decltype(zero)> run(rectangle, value);
-    gradients = run.backward(weight.item<double>(), run.inverse_sums(row_lse), run.inverse_sums(column_lse), needs);
-  });
-  for (auto& gradient : gradients)
-    if (gradient) gradient = gradient->to(wide);
-  return gradients;
-}
-
-PCMECL_BIND(correlation_loss, 0, 1, 2)
-PCMECL_BIND_FUNCTION(correlation_rectangle_sums)
-PCMECL_BIND_FUNCTION(correlation_rectangle_gradients)
-
 }  // namespace pcmecl::cpu

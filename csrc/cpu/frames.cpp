@@ -1,9 +1,5 @@
-// clip_frames on tensors: allocation and threads; the arithmetic is in frames_kernels.h.
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-
+// clip_frames; the arithmetic is in frames_kernels.h.
 #include "../common/bands.h"
-#include "kernels.h"
 #include "operators.h"
 
 namespace pcmecl::cpu {
@@ -18,65 +14,35 @@ Band band_of(const BandTable<C>& table) {
   return {table.before, table.after, table.taps, table.first.data(), table.weights.data()};
 }
 
-template <typename T>
-void resize(
-    const Tensor& in, const Tensor& out, const BandWeights& rows, const BandWeights& columns,
-    const std::vector<double>& gain, const std::vector<double>& bias) {
-  using C = typename Computing<T>::type;
-  const BandTable<C> row_table(rows), column_table(columns);
-  Frames<T> args = {};
-  args.planes = in.size(0) * in.size(1), args.channels = in.size(1);
-  args.in = static_cast<const T*>(in.data_ptr()), args.out = static_cast<T*>(out.data_ptr());
-  args.rows = band_of(row_table), args.columns = band_of(column_table);
-  for (int64_t channel = 0; channel < 3; ++channel)
-    args.gain[channel] = gain[channel], args.bias[channel] = bias[channel];
-  const int64_t pixels = args.columns.before * args.rows.taps + args.columns.after * args.columns.taps;
-  at::parallel_for(
-      0, args.planes * args.rows.after, std::max<int64_t>(1, 65536 / pixels),
-      [&](int64_t begin, int64_t end) { kernels_for(T()).resize(args, begin, end); });
-}
-
-void resize_any(
-    const Tensor& in, const Tensor& out, const BandWeights& rows, const BandWeights& columns,
-    const std::vector<double>& gain, const std::vector<double>& bias) {
-  switch (in.scalar_type()) {
-    case at::kFloat: return resize<float>(in, out, rows, columns, gain, bias);
-    case at::kDouble: return resize<double>(in, out, rows, columns, gain, bias);
-    case at::kBFloat16: return resize<BFloat16>(in, out, rows, columns, gain, bias);
-    default: TORCH_CHECK_TYPE(false, "frames: got ", in.scalar_type(), "; takes float32, float64 or bfloat16");
-  }
-}
-
-std::vector<double> gains(const std::vector<double>& std) { return {0.5 / std[0], 0.5 / std[1], 0.5 / std[2]}; }
-
 }  // namespace
 
-// Weights sum to 1, so ((x + 1) / 2 − mean) / std after the resize is a gain and a bias.
-Tensor clip_frames(  // (B, 3, size, size)
-    const Tensor& frames,  // (B, 3, H, W)
-    int64_t size, const std::vector<double>& mean, const std::vector<double>& std, const std::string& interpolation) {
+// out = gain[channel] · resized + bias[channel], of frames of height × width to size × size; or the transpose of the
+// resize, from size × size to height × width.
+void resize_frames(
+    int threads, int dtype, Address in, Address out, int64_t images, int64_t height, int64_t width, int64_t size,
+    const std::string& interpolation, bool transpose, double gain_0, double gain_1, double gain_2, double bias_0,
+    double bias_1, double bias_2) {
   const Filter filter = filter_named(interpolation);
-  Tensor out = at::empty({frames.size(0), 3, size, size}, frames.options());
-  std::vector<double> bias;
-  for (int64_t channel = 0; channel < 3; ++channel) bias.push_back((0.5 - mean[channel]) / std[channel]);
-  const BandWeights rows = resize_weights(filter, frames.size(2), size);
-  const BandWeights columns = resize_weights(filter, frames.size(3), size);
-  resize_any(frames, out, rows, columns, gains(std), bias);
-  return out;
+  BandWeights rows = resize_weights(filter, height, size), columns = resize_weights(filter, width, size);
+  if (transpose) rows = transposed(rows), columns = transposed(columns);
+  for_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename Computing<T>::type;
+    const BandTable<C> row_table(rows), column_table(columns);
+    Frames<T> args = {};
+    args.planes = images * 3, args.channels = 3;
+    args.in = in.of<const T>(), args.out = out.of<T>();
+    args.rows = band_of(row_table), args.columns = band_of(column_table);
+    args.gain[0] = C(gain_0), args.gain[1] = C(gain_1), args.gain[2] = C(gain_2);
+    args.bias[0] = C(bias_0), args.bias[1] = C(bias_1), args.bias[2] = C(bias_2);
+    const int64_t pixels = args.columns.before * args.rows.taps + args.columns.after * args.columns.taps;
+    const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, pixels));
+    parallel(threads, args.planes * args.rows.after, grain, [&](int64_t begin, int64_t end, int) {
+      kernels_for(zero).resize(args, begin, end);
+    });
+  });
 }
 
-Gradients clip_frames_backward(
-    const Tensor& grad,  // (B, 3, size, size)
-    const Tensor& frames, int64_t size, const std::vector<double>&, const std::vector<double>& std,
-    const std::string& interpolation, const Needs&) {
-  const Filter filter = filter_named(interpolation);
-  Tensor of_frames = at::empty(frames.sizes(), frames.options());
-  const BandWeights rows = transposed(resize_weights(filter, frames.size(2), size));
-  const BandWeights columns = transposed(resize_weights(filter, frames.size(3), size));
-  resize_any(grad, of_frames, rows, columns, gains(std), {0, 0, 0});
-  return {of_frames};
-}
-
-PCMECL_BIND(clip_frames, 0)
+PCMECL_BIND(resize_frames)
 
 }  // namespace pcmecl::cpu

@@ -1,24 +1,23 @@
-// What the CPU operators share. Their tensors arrive contiguous and checked by ops/*.py; a gradient that `needs` does
-// not ask for is nullopt.
+// What the CPU operators' functions share. They take the addresses of contiguous, checked tensors
+// (pcmecl_fast/ops/backends/cpu), spread ranges over threads and add up; the arithmetic is in *_kernels.h.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
 #include "../common/binding.h"
+#include "../common/dtype.h"
+#include "kernels.h"
+#include "threads.h"
 
 namespace pcmecl::cpu {
 
-using at::Tensor;
-using Gradients = std::vector<std::optional<Tensor>>;
-using Needs = std::vector<bool>;
-
-inline double number(const std::optional<Tensor>& scale, double scale_number) {
-  return scale ? scale->item<double>() : scale_number;
+// f(value of the type)
+template <typename F>
+auto for_dtype(int dtype, F&& f) {
+  switch (dtype) {
+    case kFloat32: return f(float());
+    case kFloat64: return f(double());
+    case kBFloat16: return f(BFloat16());
+    default: throw std::invalid_argument("takes float32, float64 or bfloat16");
+  }
 }
 
 }  // namespace pcmecl::cpu

@@ -172,8 +172,8 @@ void correlation_finish(const CorrelationFinish<T>& args) {
   template void correlation_changes<T>(const Changes<T>&); \
   template void correlation_finish<T>(const CorrelationFinish<T>&);
 PCMECL_FOR(float)
-PCMECL_FOR(c10::Half)
-PCMECL_FOR(c10::BFloat16)
+PCMECL_FOR(Half)
+PCMECL_FOR(BFloat16)
 #undef PCMECL_FOR
 
 }  // namespace pcmecl::cuda

@@ -1,306 +1,149 @@
-// correlation_loss on tensors, and rectangles of its logits, of which a group of processes makes the whole: the
-// products with S in chunks of individuals, and what is kept between them.
+// The steps of correlation_loss for Python, which has the products between them made and walks over the chunks.
 //
-// A chunk of S, in the backward its gradient too, is all that exists of anything larger than the features: memory grows
-// with the individuals, time with their square. Products are in float32 for every input type and never in TF32, whose
-// ten bits a logit scale of 100 would turn into wrong logits.
-#include <ATen/Context.h>
-#include <ATen/TensorOperators.h>
+// n individuals are S's rows and m its columns; row i is of the same individual as column first + i, if there is one.
+#include <utility>
 
-#include <algorithm>
-#include <mutex>
-
-#include "../common/rectangle.h"
+#include "../common/directions.h"
 #include "operators.h"
 
 namespace pcmecl::cuda {
+
+// Centred features, inverse lengths of changes and cosines of positives.
+void correlation_prepare(
+    int device, Address stream, int dtype, int64_t n, int64_t m, int64_t first, int64_t width, int emotions,
+    Address visual, Address text, Address mask, Address text_mask, Address centred_visual, Address centred_text,
+    Address inv_norm_visual, Address inv_norm_text, Address cosine) {
+  const On on(device, stream.value);
+  for_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Changes<T> args = {{n, m, first}, width, emotions, visual.of<T>(), text.of<T>()};
+    args.mask = mask.of<bool>(), args.text_mask = text_mask.of<bool>();
+    args.centred_visual = centred_visual.of<float>(), args.centred_text = centred_text.of<float>();
+    args.inv_norm_visual = inv_norm_visual.of<float>(), args.inv_norm_text = inv_norm_text.of<float>();
+    args.cosine = cosine.of<float>();
+    correlation_changes(args);
+  });
+}
+
+// How many parts the columns' blocks and the rows' make of a chunk's sums.
+std::pair<int64_t, int64_t> correlation_part_counts(int64_t m, int emotions, int64_t rows) {
+  const CorrelationParts parts = correlation_parts(m, emotions, rows);
+  return {parts.column_blocks, parts.row_blocks};
+}
+
 namespace {
 
-#ifdef PCMECL_ON_HOST
-constexpr int64_t kChunk = 1 << 12;  // so that a test has several chunks
-#else
-constexpr int64_t kChunk = 3 << 20;  // numbers of S at once: 12 MB
-#endif
-
-// While it lives, products are in float32 whatever the user allows. NoTF32Guard does it for cuBLAS; cuBLASLt does not
-// ask it, so where that is preferred cuBLAS takes its place, for all threads: exact is never wrong for another.
-class InFloat32 {
-#ifndef PCMECL_ON_HOST
- public:
-  InFloat32() : one_at_a_time_(changing()), preferred_(at::globalContext().blasPreferredBackend()) {
-    if (preferred_ == at::BlasBackend::Cublaslt) at::globalContext().setBlasPreferredBackend(at::BlasBackend::Cublas);
-  }
-  ~InFloat32() {
-    if (preferred_ == at::BlasBackend::Cublaslt) at::globalContext().setBlasPreferredBackend(preferred_);
-  }
-
- private:
-  static std::recursive_mutex& changing() {
-    static std::recursive_mutex mutex;
-    return mutex;
-  }
-
-  const std::lock_guard<std::recursive_mutex> one_at_a_time_;
-  const at::BlasBackend preferred_;
-#endif
-  const at::NoTF32Guard exact_;
-};
-
-class Run {
- public:
-  Run(const Rectangle& of, const ScaleArgument& scale)
-      : within_(of.negatives == "within"), extent_{of.visual.size(0), of.text.size(0), of.first}, n(extent_.rows),
-        m(extent_.columns), E(of.visual.size(1)), D(of.visual.size(2)), Q(of.pairs()), options_(in_float(of.visual)),
-        scale_(scale.in_float), centred_(at::empty({n, E, D}, options_)), text_(at::empty({E, m, D}, options_)),
-        inv_norm_visual_(at::empty({n, Q}, options_)), inv_norm_text_(at::empty({Q, m}, options_)),
-        cosine_(at::empty({n, Q}, options_)) {
-    TORCH_INTERNAL_ASSERT(!within_ || (n == m && of.first == 0));
-    for_dtype(of.visual, [&](auto zero) {
-      using T = decltype(zero);
-      Changes<T> args = {extent_, D, int(E), pointer<T>(of.visual), pointer<T>(of.text)};
-      args.mask = pointer_or_null<bool>(of.mask), args.text_mask = pointer_or_null<bool>(of.text_mask);
-      args.centred_visual = pointer<float>(centred_), args.centred_text = pointer<float>(text_);
-      args.inv_norm_visual = pointer<float>(inv_norm_visual_), args.inv_norm_text = pointer<float>(inv_norm_text_);
-      args.cosine = pointer<float>(cosine_);
-      correlation_changes(args);
-    });
-    args_ = {m, of.first, int(E), of.negatives == "distinct", scale.value()};
-    args_.inv_norm_visual = pointer<float>(inv_norm_visual_), args_.inv_norm_text = pointer<float>(inv_norm_text_);
-  }
-
-  // Of everybody: the loss, () and the sums of rows and columns, both (n, Q).
-  std::tuple<Tensor, Tensor, Tensor> forward() {
-    const auto [row_sum, column_sum] = sums();
-    const Tensor loss = at::empty({}, options_);
-    CorrelationResult args = {n, int(E), args_.scale, args_.inv_norm_visual, pointer<float>(cosine_)};
-    args.row_sum = pointer<float>(row_sum), args.column_sum = pointer<float>(column_sum);
-    args.loss = pointer<float>(loss);
-    correlation_result(args);
-    return {loss, row_sum, column_sum};
-  }
-
-  // Of a rectangle: logarithms of the sums of rows and columns, (n, Q) and (m, Q), and the positive logits, (n, Q).
-  std::tuple<Tensor, Tensor, Tensor> logarithms() {
-    const auto [row_sum, column_sum] = sums();
-    const Tensor row_lse = at::empty_like(row_sum), column_lse = at::empty_like(column_sum),
-                 positive = at::empty_like(row_sum);
-    CorrelationLogarithms args = logarithms_of(row_sum, column_sum, row_lse, column_lse);
-    args.cosine = pointer<float>(cosine_), args.positive = pointer<float>(positive);
-    correlation_logarithms(args);
-    return {row_lse, column_lse, positive};
-  }
-
-  // The sums of rows and columns, from their logarithms.
-  std::tuple<Tensor, Tensor> exponentials(const Tensor& row_lse, const Tensor& column_lse) const {
-    const Tensor row_sum = at::empty({n, Q}, options_), column_sum = at::empty({m, Q}, options_);
-    correlation_exponentials(logarithms_of(row_sum, column_sum, row_lse, column_lse));
-    return {row_sum, column_sum};
-  }
-
-  // The gradients of visual and text, in `dtype`, and of scale; of a `grad` of the mean over everybody's pairs, or of
-  // each pair. Sums are of all logits of the rows, (n, Q), and of the columns, (m, Q), inside this rectangle or not.
-  Gradients backward(
-      const Tensor& grad, bool of_mean, at::ScalarType dtype, const Tensor& row_sum, const Tensor& column_sum,
-      const Needs& needs) {
-    args_.row_sum = pointer<float>(row_sum), args_.column_sum = pointer<float>(column_sum);
-    Tensor row_grad_dot = at::empty({n, Q}, options_), column_grad_dot = at::zeros({Q, m}, options_), through_visual,
-           through_text;
-    if (within_)
-      through_own(row_grad_dot, column_grad_dot, through_visual, through_text, needs);
-    else
-      through_chunks(row_grad_dot, column_grad_dot, through_visual, through_text, needs);
-    if (of_mean) {
-      pairs_ = at::empty({}, options_);
-      correlation_count(args_.inv_norm_visual, n * Q, pointer<float>(*pairs_));
-    }
-    return finish(grad, dtype, row_grad_dot, column_grad_dot, through_visual, through_text, needs);
-  }
-
- private:
-  // Of 2^(l − K), (n, Q) and (m, Q).
-  std::tuple<Tensor, Tensor> sums() {
-    Tensor row_sum = at::empty({n, Q}, options_), column_sum = at::empty({m, Q}, options_);
-    if (within_) {
-      const Tensor product = own_product();
-      args_.product = pointer<float>(product);
-      correlation_sums_within(args_, pointer<float>(row_sum), pointer<float>(column_sum));
-    } else {
-      Tensor columns = at::zeros({Q, m}, options_);
-      for_chunks([&] { correlation_sums(args_); }, row_sum, columns);
-      column_sum.copy_(columns.t());
-    }
-    return {row_sum, column_sum};
-  }
-
-  CorrelationLogarithms logarithms_of(
-      const Tensor& row_sum, const Tensor& column_sum, const Tensor& row_lse, const Tensor& column_lse) const {
-    CorrelationLogarithms args = {n * Q, m * Q, args_.scale};
-    args.row_sum = pointer<float>(row_sum), args.column_sum = pointer<float>(column_sum);
-    args.row_lse = pointer<float>(row_lse), args.column_lse = pointer<float>(column_lse);
-    return args;
-  }
-
-  // S of every chunk, f(), then its parts added up: rows into `row_sums` (n, Q), columns onto `column_sums` (Q, m).
-  template <typename F>
-  void for_chunks(F&& f, const Tensor& row_sums, const Tensor& column_sums) {
-    const InFloat32 exact;
-    const int64_t rows = rows_at_once();
-    const CorrelationParts parts = correlation_parts(m, int(E), rows);
-    product_ = at::empty({rows * E, E * m}, options_);
-    const Tensor row_parts = at::empty({parts.column_blocks * rows * Q}, options_);
-    const Tensor column_parts = at::empty({parts.row_blocks * Q * m}, options_);
-    args_.row_parts = pointer<float>(row_parts), args_.column_parts = pointer<float>(column_parts);
-    for (args_.row = 0; args_.row < n; args_.row += rows) {
-      args_.rows = std::min(rows, n - args_.row);
-      Tensor product = chunk(product_);
-      at::mm_out(product, rows_of(centred_), flat(text_).t());
-      args_.product = pointer<float>(product);
-      f();
-      const CorrelationParts now = correlation_parts(m, int(E), args_.rows);
-      Tensor rows_out = row_sums.narrow(0, args_.row, args_.rows);
-      at::sum_out(rows_out, beginning(row_parts, {now.column_blocks, args_.rows, Q}), 0);
-      column_sums.add_(beginning(column_parts, {now.row_blocks, Q, m}).sum(0));
-    }
-  }
-
-  void through_chunks(
-      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text,
-      const Needs& needs) {
-    if (needs[0]) through_visual = at::empty({n, E, D}, options_);
-    if (needs[1]) through_text = at::zeros({E, m, D}, options_);
-    const Tensor grad_product = at::empty({rows_at_once() * E, E * m}, options_);
-    args_.grad_product = pointer<float>(grad_product);
-    for_chunks(
-        [&] {
-          correlation_gradients(args_);
-          const Tensor grad = chunk(grad_product);
-          if (needs[0]) {
-            Tensor out = rows_of(through_visual);
-            at::mm_out(out, grad, flat(text_));
-          }
-          if (needs[1]) flat(through_text).addmm_(grad.t(), rows_of(centred_));
-        },
-        row_grad_dot, column_grad_dot);
-  }
-
-  void through_own(
-      const Tensor& row_grad_dot, const Tensor& column_grad_dot, Tensor& through_visual, Tensor& through_text,
-      const Needs& needs) {
-    const InFloat32 exact;
-    const Tensor product = own_product(), grad = at::empty_like(product);
-    args_.product = pointer<float>(product), args_.grad_product = pointer<float>(grad);
-    correlation_gradients_within(args_, pointer<float>(row_grad_dot), pointer<float>(column_grad_dot));
-    if (needs[0]) through_visual = at::bmm(grad, text_.transpose(0, 1));
-    if (needs[1]) through_text = at::bmm(grad.transpose(1, 2), centred_).transpose(0, 1).contiguous();
-  }
-
-  Gradients finish(
-      const Tensor& grad, at::ScalarType dtype, const Tensor& row_grad_dot, const Tensor& column_grad_dot,
-      const Tensor& through_visual, const Tensor& through_text, const Needs& needs) {
-    Gradients gradients(3);
-    if (needs[0]) gradients[0] = at::empty({n, E, D}, options_.dtype(dtype));
-    if (needs[1]) gradients[1] = at::empty({m, E, D}, options_.dtype(dtype));
-    for_dtype(dtype, [&](auto zero) {
-      using T = decltype(zero);
-      CorrelationFinish<T> args = {extent_, D, int(E), args_.scale, pointer<float>(grad)};
-      args.pairs = pointer_or_null<float>(pairs_);
-      args.centred_visual = pointer<float>(centred_), args.centred_text = pointer<float>(text_);
-      args.inv_norm_visual = pointer<float>(inv_norm_visual_), args.inv_norm_text = pointer<float>(inv_norm_text_);
-      args.cosine = pointer<float>(cosine_);
-      args.row_grad_dot = pointer<float>(row_grad_dot), args.column_grad_dot = pointer<float>(column_grad_dot);
-      args.through_visual = needs[0] ? pointer<float>(through_visual) : nullptr;
-      args.through_text = needs[1] ? pointer<float>(through_text) : nullptr;
-      args.grad_visual = pointer_or_null<T>(gradients[0]), args.grad_text = pointer_or_null<T>(gradients[1]);
-      correlation_finish(args);
-    });
-    if (needs[2]) gradients[2] = row_grad_dot.sum() / *scale_;
-    return gradients;
-  }
-
-  Tensor own_product() const {
-    const InFloat32 exact;
-    return at::bmm(centred_, text_.permute({1, 2, 0}));
-  }
-
-  int64_t rows_at_once() const { return std::clamp<int64_t>(kChunk / (m * E * E), 1, n); }
-  Tensor rows_of(const Tensor& x) const { return x.narrow(0, args_.row, args_.rows).view({args_.rows * E, D}); }
-  Tensor flat(const Tensor& x) const { return x.view({E * m, D}); }
-  Tensor chunk(const Tensor& x) const { return x.narrow(0, 0, args_.rows * E); }
-  static Tensor beginning(const Tensor& buffer, at::IntArrayRef shape) {
-    return buffer.narrow(0, 0, shape[0] * shape[1] * shape[2]).view(shape);
-  }
-
-  const bool within_;
-  const Extent extent_;
-  const int64_t n, m, E, D, Q;
-  const at::TensorOptions options_;
-  const std::optional<Tensor> scale_;
-  const Tensor centred_, text_, inv_norm_visual_, inv_norm_text_, cosine_;
-  Tensor product_;
-  std::optional<Tensor> pairs_;
-  Correlation args_ = {};
-};
+Correlation chunk_of(
+    int64_t m, int64_t first, int emotions, bool distinct, Scale scale, Address inv_norm_visual, Address inv_norm_text,
+    Address product, int64_t row, int64_t rows) {
+  Correlation args = {m, first, emotions, distinct, scale};
+  args.inv_norm_visual = inv_norm_visual.of<float>(), args.inv_norm_text = inv_norm_text.of<float>();
+  args.product = product.of<float>(), args.row = row, args.rows = rows;
+  return args;
+}
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> correlation_loss(
-    const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale, double scale_number,
-    const std::optional<Tensor>& mask, const std::string& negatives) {
-  const c10::DeviceGuard guard(visual.device());
-  const Rectangle all = Rectangle::square(visual, text, mask, negatives);
-  if (all.is_empty()) {
-    const Tensor sums = at::zeros({visual.size(0), all.pairs()}, in_float(visual));
-    return {at::zeros({}, in_float(visual)), sums, sums.clone()};
-  }
-  const ScaleArgument scale_argument(scale, scale_number);
-  return Run(all, scale_argument).forward();
+// Sums over the logits of a chunk of rows, from `row` on, in parts.
+void correlation_chunk(
+    int device, Address stream, int64_t m, int64_t first, int emotions, bool distinct, Address scale,
+    double scale_number, Address inv_norm_visual, Address inv_norm_text, Address product, int64_t row, int64_t rows,
+    Address row_parts, Address column_parts) {
+  const On on(device, stream.value);
+  Correlation args = chunk_of(
+      m, first, emotions, distinct, scale_of(scale, scale_number), inv_norm_visual, inv_norm_text, product, row, rows);
+  args.row_parts = row_parts.of<float>(), args.column_parts = column_parts.of<float>();
+  correlation_sums(args);
 }
 
-Gradients correlation_loss_backward(
-    const Tensor& grad, const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale,
-    double scale_number, const std::optional<Tensor>& mask, const std::string& negatives, const Tensor& row_sum,
-    const Tensor& column_sum, const Needs& needs) {
-  const c10::DeviceGuard guard(visual.device());
-  const Rectangle all = Rectangle::square(visual, text, mask, negatives);
-  Gradients gradients(3);
-  if (all.is_empty()) {
-    if (needs[0]) gradients[0] = at::zeros_like(visual);
-    if (needs[1]) gradients[1] = at::zeros_like(text);
-    if (needs[2]) gradients[2] = at::zeros_like(*scale);
-    return gradients;
-  }
-  const ScaleArgument scale_argument(scale, scale_number);
-  gradients = Run(all, scale_argument).backward(grad, true, visual.scalar_type(), row_sum, column_sum, needs);
-  if (needs[2]) gradients[2] = gradients[2]->to(scale->scalar_type());
-  return gradients;
+// The gradient of a chunk's product, and sums of gradient times logit in parts.
+void correlation_chunk_backward(
+    int device, Address stream, int64_t m, int64_t first, int emotions, bool distinct, Address scale,
+    double scale_number, Address inv_norm_visual, Address inv_norm_text, Address product, int64_t row, int64_t rows,
+    Address row_parts, Address column_parts, Address row_sum, Address column_sum, Address grad_product) {
+  const On on(device, stream.value);
+  Correlation args = chunk_of(
+      m, first, emotions, distinct, scale_of(scale, scale_number), inv_norm_visual, inv_norm_text, product, row, rows);
+  args.row_parts = row_parts.of<float>(), args.column_parts = column_parts.of<float>();
+  args.row_sum = row_sum.of<float>(), args.column_sum = column_sum.of<float>();
+  args.grad_product = grad_product.of<float>();
+  correlation_gradients(args);
 }
 
-std::tuple<Tensor, Tensor, Tensor> correlation_rectangle_sums(
-    const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale, double scale_number,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& text_mask, const std::string& negatives,
-    int64_t first) {
-  const c10::DeviceGuard guard(visual.device());
-  const Rectangle rectangle = {visual, text, mask, text_mask, negatives, first};
-  if (rectangle.is_empty()) return rectangle.no_sums(in_float(visual));
-  const ScaleArgument scale_argument(scale, scale_number);
-  return Run(rectangle, scale_argument).logarithms();
+void correlation_within(
+    int device, Address stream, int64_t n, int emotions, Address scale, double scale_number, Address inv_norm_visual,
+    Address inv_norm_text, Address product, Address row_sum, Address column_sum) {
+  const On on(device, stream.value);
+  const Correlation args =
+      chunk_of(n, 0, emotions, false, scale_of(scale, scale_number), inv_norm_visual, inv_norm_text, product, 0, n);
+  correlation_sums_within(args, row_sum.of<float>(), column_sum.of<float>());
 }
 
-Gradients correlation_rectangle_gradients(
-    const Tensor& weight, const Tensor& visual, const Tensor& text, const std::optional<Tensor>& scale,
-    double scale_number, const std::optional<Tensor>& mask, const std::optional<Tensor>& text_mask,
-    const std::string& negatives, int64_t first, const Tensor& row_lse, const Tensor& column_lse, const Needs& needs) {
-  const c10::DeviceGuard guard(visual.device());
-  const Rectangle rectangle = {visual, text, mask, text_mask, negatives, first};
-  if (rectangle.is_empty()) return rectangle.no_gradients(in_float(visual), needs);
-  const ScaleArgument scale_argument(scale, scale_number);
-  Run run(rectangle, scale_argument);
-  const auto [row_sum, column_sum] = run.exponentials(row_lse.contiguous(), column_lse.contiguous());
-  return run.backward(weight, false, at::kFloat, row_sum, column_sum, needs);
+void correlation_within_backward(
+    int device, Address stream, int64_t n, int emotions, Address scale, double scale_number, Address inv_norm_visual,
+    Address inv_norm_text, Address product, Address row_sum, Address column_sum, Address grad_product,
+    Address row_grad_dot, Address column_grad_dot) {
+  const On on(device, stream.value);
+  Correlation args =
+      chunk_of(n, 0, emotions, false, scale_of(scale, scale_number), inv_norm_visual, inv_norm_text, product, 0, n);
+  args.row_sum = row_sum.of<float>(), args.column_sum = column_sum.of<float>();
+  args.grad_product = grad_product.of<float>();
+  correlation_gradients_within(args, row_grad_dot.of<float>(), column_grad_dot.of<float>());
 }
 
-PCMECL_BIND(correlation_loss, 0, 1, 2)
-PCMECL_BIND_FUNCTION(correlation_rectangle_sums)
-PCMECL_BIND_FUNCTION(correlation_rectangle_gradients)
+// The loss from everybody's sums.
+void correlation_end(
+    int device, Address stream, int64_t individuals, int emotions, Address scale, double scale_number,
+    Address inv_norm_visual, Address cosine, Address row_sum, Address column_sum, Address loss) {
+  const On on(device, stream.value);
+  CorrelationResult args = {individuals, emotions, scale_of(scale, scale_number)};
+  args.inv_norm_visual = inv_norm_visual.of<float>(), args.cosine = cosine.of<float>();
+  args.row_sum = row_sum.of<float>(), args.column_sum = column_sum.of<float>(), args.loss = loss.of<float>();
+  correlation_result(args);
+}
+
+// A rectangle's logarithms from its sums, and its positive logits; or without `positive` back to the sums.
+void correlation_convert(
+    int device, Address stream, int64_t rows, int64_t columns, Address scale, double scale_number, Address cosine,
+    Address row_sum, Address column_sum, Address row_lse, Address column_lse, Address positive) {
+  const On on(device, stream.value);
+  CorrelationLogarithms args = {rows, columns, scale_of(scale, scale_number)};
+  args.cosine = cosine.of<float>(), args.positive = positive.of<float>();
+  args.row_sum = row_sum.of<float>(), args.column_sum = column_sum.of<float>();
+  args.row_lse = row_lse.of<float>(), args.column_lse = column_lse.of<float>();
+  positive ? correlation_logarithms(args) : correlation_exponentials(args);
+}
+
+// The gradients, of type `dtype`; `pairs` is a number's place where `grad` is of the mean over everybody's pairs.
+void correlation_end_backward(
+    int device, Address stream, int dtype, int64_t n, int64_t m, int64_t first, int64_t width, int emotions,
+    Address scale, double scale_number, Address grad, Address pairs, Address centred_visual, Address centred_text,
+    Address inv_norm_visual, Address inv_norm_text, Address cosine, Address row_grad_dot, Address column_grad_dot,
+    Address through_visual, Address through_text, Address grad_visual, Address grad_text) {
+  const On on(device, stream.value);
+  if (pairs) correlation_count(inv_norm_visual.of<float>(), n * pair_count(emotions), pairs.of<float>());
+  for_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    CorrelationFinish<T> args = {{n, m, first}, width, emotions, scale_of(scale, scale_number), grad.of<float>()};
+    args.pairs = pairs.of<float>();
+    args.centred_visual = centred_visual.of<float>(), args.centred_text = centred_text.of<float>();
+    args.inv_norm_visual = inv_norm_visual.of<float>(), args.inv_norm_text = inv_norm_text.of<float>();
+    args.cosine = cosine.of<float>();
+    args.row_grad_dot = row_grad_dot.of<float>(), args.column_grad_dot = column_grad_dot.of<float>();
+    args.through_visual = through_visual.of<float>(), args.through_text = through_text.of<float>();
+    args.grad_visual = grad_visual.of<T>(), args.grad_text = grad_text.of<T>();
+    correlation_finish(args);
+  });
+}
+
+PCMECL_BIND(correlation_prepare)
+PCMECL_BIND(correlation_part_counts)
+PCMECL_BIND(correlation_chunk)
+PCMECL_BIND(correlation_chunk_backward)
+PCMECL_BIND(correlation_within)
+PCMECL_BIND(correlation_within_backward)
+PCMECL_BIND(correlation_end)
+PCMECL_BIND(correlation_convert)
+PCMECL_BIND(correlation_end_backward)
 
 }  // namespace pcmecl::cuda

@@ -4,7 +4,8 @@
 // to emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and
 // writes the result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by
 // memory.
-#include <c10/macros/Macros.h>
+#undef NDEBUG  // kernels check indices in every build
+#include <cassert>
 
 #include "kernels.h"
 #include "scale.h"
@@ -229,12 +230,10 @@ __device__ __forceinline__ bool in_range(int64_t index, int64_t size) { return u
 // Fails at the next synchronisation; the backward reads the same indices.
 template <typename T>
 __device__ __forceinline__ void check_indices(const Direction<T>& args, int64_t sample) {
-  CUDA_KERNEL_ASSERT(in_range(args.individual[sample], args.individuals) && "individual: an index is out of range");
-  CUDA_KERNEL_ASSERT(
-      in_range(args.source_emotion[sample], args.emotions) && "source_emotion: an index is out of range");
+  assert(in_range(args.individual[sample], args.individuals) && "individual: an index is out of range");
+  assert(in_range(args.source_emotion[sample], args.emotions) && "source_emotion: an index is out of range");
   if (args.target_emotion)
-    CUDA_KERNEL_ASSERT(
-        in_range(args.target_emotion[sample], args.emotions) && "target_emotion: an index is out of range");
+    assert(in_range(args.target_emotion[sample], args.emotions) && "target_emotion: an index is out of range");
 }
 
 template <typename T, int V, int G>
@@ -373,8 +372,8 @@ void direction_reduce(
   template void direction_backward<T>(const Direction<T>&); \
   template void direction_bank<T>(const Direction<T>&, const int64_t*, const int64_t*, int64_t, T*);
 PCMECL_FOR(float)
-PCMECL_FOR(c10::Half)
-PCMECL_FOR(c10::BFloat16)
+PCMECL_FOR(Half)
+PCMECL_FOR(BFloat16)
 #undef PCMECL_FOR
 
 }  // namespace pcmecl::cuda

@@ -1,135 +1,121 @@
-// direction_loss and direction_logits on tensors: allocation, and how the bank's gradient is added up.
-#include <ATen/Context.h>
-
+// direction_loss and direction_logits for Python.
 #include "operators.h"
 
 namespace pcmecl::cuda {
 namespace {
 
-template <typename T>
-Direction<T> make_arguments(
-    const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize, double min_change) {
-  Direction<T> args = {};
-  args.samples = source.size(0), args.width = source.size(1);
-  args.individuals = bank.size(0), args.emotions = int(bank.size(1));
-  args.source = pointer<T>(source), args.edited = pointer<T>(edited), args.bank = pointer<T>(bank);
-  args.individual = pointer<int64_t>(individual), args.source_emotion = pointer<int64_t>(source_emotion);
-  args.normalize = normalize, args.min_change = float(min_change);
-  return args;
-}
+struct Inputs {
+  int64_t samples, width, individuals;
+  int emotions;
+  Address source, edited, bank, individual, source_emotion;
+  bool normalize;
+  double min_change;
 
-// Bitwise the same in every run.
-template <typename T>
-Tensor ordered_bank(const Direction<T>& args, const Tensor& bank, const Tensor& individual) {
-  const auto [sorted, order] = at::sort(individual, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  const Tensor first = at::searchsorted(sorted, at::arange(bank.size(0) + 1, individual.options()));
-  Tensor grad = at::empty_like(bank);
-  direction_bank(args, pointer<int64_t>(first), pointer<int64_t>(order), bank.size(0), pointer<T>(grad));
-  return grad;
-}
-
-template <typename T>
-Gradients differentiate(
-    Direction<T>& args, const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Needs& needs) {
-  Gradients gradients(needs.size());
-  if (needs[0]) gradients[0] = at::empty_like(source);
-  if (needs[1]) gradients[1] = at::empty_like(edited);
-  args.grad_source = pointer_or_null<T>(gradients[0]);
-  args.grad_edited = pointer_or_null<T>(gradients[1]);
-  const bool ordered = at::globalContext().deterministicAlgorithms();
-  Tensor coefficients, bank_sum;
-  if (needs[2] && ordered) {
-    coefficients = at::empty({args.samples, 2 * args.emotions + 2}, in_float(source));
-    args.coefficients = pointer<float>(coefficients);
-  } else if (needs[2]) {
-    bank_sum = at::zeros(bank.sizes(), in_float(bank));
-    args.grad_bank = pointer<float>(bank_sum);
+  template <typename T>
+  Direction<T> arguments() const {
+    Direction<T> args = {};
+    args.samples = samples, args.width = width, args.individuals = individuals, args.emotions = emotions;
+    args.source = source.of<T>(), args.edited = edited.of<T>(), args.bank = bank.of<T>();
+    args.individual = individual.of<int64_t>(), args.source_emotion = source_emotion.of<int64_t>();
+    args.normalize = normalize, args.min_change = float(min_change);
+    return args;
   }
+};
+
+// Where gradients go; what nobody needs is missing. The bank's is added up in `bank`, in float, or in the samples'
+// order from `coefficients`, after the first kernel (kernels.h).
+struct Outputs {
+  Address source, edited, bank, coefficients, first, order, ordered_bank;
+};
+
+template <typename T>
+void differentiate(Direction<T>& args, const Outputs& to) {
+  args.grad_source = to.source.of<T>(), args.grad_edited = to.edited.of<T>();
+  args.grad_bank = to.bank.of<float>(), args.coefficients = to.coefficients.of<float>();
   direction_backward(args);
-  if (needs[2]) gradients[2] = ordered ? ordered_bank(args, bank, individual) : bank_sum.to(bank.scalar_type());
-  return gradients;
+  if (to.ordered_bank)
+    direction_bank(args, to.first.of<int64_t>(), to.order.of<int64_t>(), args.individuals, to.ordered_bank.of<T>());
 }
 
 }  // namespace
 
-Tensor direction_logits(
-    const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize, double min_change) {
-  const c10::DeviceGuard guard(source.device());
-  Tensor logits = at::empty({source.size(0), bank.size(1)}, source.options());
-  for_dtype(source, [&](auto zero) {
+void direction_logits(
+    int device, Address stream, int dtype, int64_t samples, int64_t width, int64_t individuals, int emotions,
+    Address source, Address edited, Address bank, Address individual, Address source_emotion, bool normalize,
+    double min_change, Address logits) {
+  const On on(device, stream.value);
+  const Inputs inputs = {samples, width,      individuals,    emotions,  source,    edited,
+                         bank,    individual, source_emotion, normalize, min_change};
+  for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
-    args.logits = pointer<T>(logits);
+    Direction<T> args = inputs.arguments<T>();
+    args.logits = logits.of<T>();
     direction_forward(args);
   });
-  return logits;
 }
 
-Gradients direction_logits_backward(
-    const Tensor& grad, const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, bool normalize, double min_change, const Needs& needs) {
-  const c10::DeviceGuard guard(source.device());
-  Gradients gradients;
-  for_dtype(source, [&](auto zero) {
+void direction_logits_backward(
+    int device, Address stream, int dtype, int64_t samples, int64_t width, int64_t individuals, int emotions,
+    Address source, Address edited, Address bank, Address individual, Address source_emotion, bool normalize,
+    double min_change, Address grad, Address grad_source, Address grad_edited, Address grad_bank, Address coefficients,
+    Address first, Address order, Address ordered_bank) {
+  const On on(device, stream.value);
+  const Inputs inputs = {samples, width,      individuals,    emotions,  source,    edited,
+                         bank,    individual, source_emotion, normalize, min_change};
+  for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
-    args.grad_logits = pointer<T>(grad);
-    gradients = differentiate(args, source, edited, bank, individual, needs);
+    Direction<T> args = inputs.arguments<T>();
+    args.grad_logits = grad.of<T>();
+    differentiate(args, {grad_source, grad_edited, grad_bank, coefficients, first, order, ordered_bank});
   });
-  return gradients;
 }
 
-std::tuple<Tensor, Tensor> direction_loss(
-    const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
-    double contrast, bool normalize, double min_change, const std::string& reduction) {
-  const c10::DeviceGuard guard(source.device());
-  const ScaleArgument scale_argument(scale, scale_number);
-  Tensor losses = at::empty({source.size(0)}, in_float(source));
-  for_dtype(source, [&](auto zero) {
+// The losses, and where `loss` is wanted their sum over `divisor` (kernels.h).
+void direction_loss(
+    int device, Address stream, int dtype, int64_t samples, int64_t width, int64_t individuals, int emotions,
+    Address source, Address edited, Address bank, Address individual, Address source_emotion, bool normalize,
+    double min_change, Address target_emotion, Address scale, double scale_number, double contrast, Address losses,
+    bool mean, Address loss, Address divisor) {
+  const On on(device, stream.value);
+  const Inputs inputs = {samples, width,      individuals,    emotions,  source,    edited,
+                         bank,    individual, source_emotion, normalize, min_change};
+  for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
-    args.target_emotion = pointer<int64_t>(target_emotion);
-    args.scale = scale_argument.value(), args.contrast = float(contrast);
-    args.losses = pointer<float>(losses);
+    Direction<T> args = inputs.arguments<T>();
+    args.target_emotion = target_emotion.of<int64_t>();
+    args.scale = scale_of(scale, scale_number), args.contrast = float(contrast);
+    args.losses = losses.of<float>();
     direction_forward(args);
   });
-  if (reduction == "none") return {losses, at::ones({}, losses.options())};
-  Tensor loss = at::empty({}, losses.options()), divisor = at::empty({}, losses.options());
-  direction_reduce(
-      pointer<float>(losses), pointer<int64_t>(source_emotion), pointer<int64_t>(target_emotion), source.size(0),
-      reduction == "mean", pointer<float>(loss), pointer<float>(divisor));
-  return {loss, divisor};
+  if (loss)
+    direction_reduce(
+        losses.of<float>(), source_emotion.of<int64_t>(), target_emotion.of<int64_t>(), samples, mean, loss.of<float>(),
+        divisor.of<float>());
 }
 
-Gradients direction_loss_backward(
-    const Tensor& grad, const Tensor& source, const Tensor& edited, const Tensor& bank, const Tensor& individual,
-    const Tensor& source_emotion, const Tensor& target_emotion, const std::optional<Tensor>& scale, double scale_number,
-    double contrast, bool normalize, double min_change, const std::string& reduction, const Tensor& divisor,
-    const Needs& needs) {
-  const c10::DeviceGuard guard(source.device());
-  const ScaleArgument scale_argument(scale, scale_number);
-  Tensor scale_gradient;
-  if (needs[3]) scale_gradient = at::empty({source.size(0)}, in_float(source));
-  Gradients gradients;
-  for_dtype(source, [&](auto zero) {
+void direction_loss_backward(
+    int device, Address stream, int dtype, int64_t samples, int64_t width, int64_t individuals, int emotions,
+    Address source, Address edited, Address bank, Address individual, Address source_emotion, bool normalize,
+    double min_change, Address target_emotion, Address scale, double scale_number, double contrast, Address grad,
+    int64_t grad_stride, Address divisor, Address grad_source, Address grad_edited, Address grad_scale,
+    Address grad_bank, Address coefficients, Address first, Address order, Address ordered_bank) {
+  const On on(device, stream.value);
+  const Inputs inputs = {samples, width,      individuals,    emotions,  source,    edited,
+                         bank,    individual, source_emotion, normalize, min_change};
+  for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Direction<T> args = make_arguments<T>(source, edited, bank, individual, source_emotion, normalize, min_change);
-    args.target_emotion = pointer<int64_t>(target_emotion);
-    args.scale = scale_argument.value(), args.contrast = float(contrast);
-    args.grad_losses = pointer<float>(grad), args.grad_stride = reduction == "none" ? 1 : 0;
-    args.divisor = pointer<float>(divisor);
-    args.grad_scale = needs[3] ? pointer<float>(scale_gradient) : nullptr;
-    gradients = differentiate(args, source, edited, bank, individual, needs);
+    Direction<T> args = inputs.arguments<T>();
+    args.target_emotion = target_emotion.of<int64_t>();
+    args.scale = scale_of(scale, scale_number), args.contrast = float(contrast);
+    args.grad_losses = grad.of<float>(), args.grad_stride = grad_stride, args.divisor = divisor.of<float>();
+    args.grad_scale = grad_scale.of<float>();
+    differentiate(args, {grad_source, grad_edited, grad_bank, coefficients, first, order, ordered_bank});
   });
-  if (needs[3]) gradients[3] = scale_gradient.sum().to(scale->scalar_type());
-  return gradients;
 }
 
-PCMECL_BIND(direction_logits, 0, 1, 2)
-PCMECL_BIND(direction_loss, 0, 1, 2, 6)
+PCMECL_BIND(direction_logits)
+PCMECL_BIND(direction_logits_backward)
+PCMECL_BIND(direction_loss)
+PCMECL_BIND(direction_loss_backward)
 
 }  // namespace pcmecl::cuda

@@ -4,7 +4,7 @@
 // A block owns 16 × 64 new pixels of a plane. It mixes the old rows it needs, 16 bytes of neighbouring columns a load,
 // into shared memory, at most 128 columns at a time, and then the columns from there; a thread owns four rows of one
 // column. It reads each old pixel about once per tile from memory (again from the cache for every tap) and writes each
-// new one once. Bound by memory at CLIP's sizes. The bands are small tables that the driver keeps on the device.
+// new one once. Bound by memory at CLIP's sizes. The bands are small tables that stay on the device.
 #include "kernels.h"
 #include "warp.h"
 
@@ -89,7 +89,7 @@ void resize_frames(const Frames<T>& args) {
 }
 
 template void resize_frames<float>(const Frames<float>&);
-template void resize_frames<c10::Half>(const Frames<c10::Half>&);
-template void resize_frames<c10::BFloat16>(const Frames<c10::BFloat16>&);
+template void resize_frames<Half>(const Frames<Half>&);
+template void resize_frames<BFloat16>(const Frames<BFloat16>&);
 
 }  // namespace pcmecl::cuda

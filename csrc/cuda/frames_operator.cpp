@@ -1,6 +1,7 @@
-// clip_frames on tensors.
+// clip_frames for Python.
 #include <map>
 #include <mutex>
+#include <tuple>
 
 #include "../common/bands.h"
 #include "kept.h"
@@ -15,9 +16,9 @@ struct Side {
   int64_t before, after;
   bool transposed;
 
-  Band band(c10::DeviceIndex device) const {
+  Band band(int device) const {
     static std::mutex making;
-    static std::map<std::tuple<Filter, int64_t, int64_t, bool, c10::DeviceIndex>, Band> made;
+    static std::map<std::tuple<Filter, int64_t, int64_t, bool, int>, Band> made;
     const std::lock_guard<std::mutex> one_at_a_time(making);
     const auto key = std::tuple(filter, before, after, transposed, device);
     if (const auto found = made.find(key); found != made.end()) return found->second;
@@ -35,47 +36,31 @@ struct Side {
   }
 };
 
-void resize(
-    const Tensor& in, const Tensor& out, const Tensor& frames, int64_t size, Filter filter, bool transposed,
-    const std::vector<double>& gain, const std::vector<double>& bias) {
-  if (frames.numel() == 0) return;
-  const c10::DeviceIndex device = frames.device().index();
-  const Band rows = Side{filter, frames.size(2), size, transposed}.band(device);
-  const Band columns = Side{filter, frames.size(3), size, transposed}.band(device);
-  for_dtype(frames, [&](auto zero) {
+}  // namespace
+
+// Frames (B, 3, height, width) to (B, 3, size, size), `transposed` the other way; then each colour's gain and bias.
+void clip_frames(
+    int device, Address stream, int dtype, int64_t frames, int64_t height, int64_t width, int64_t size,
+    const std::string& interpolation, bool transposed, Address in, Address out, double red_gain, double green_gain,
+    double blue_gain, double red_bias, double green_bias, double blue_bias) {
+  const On on(device, stream.value);
+  const Filter filter = filter_named(interpolation);
+  const Band rows = Side{filter, height, size, transposed}.band(device);
+  const Band columns = Side{filter, width, size, transposed}.band(device);
+  for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    Frames<T> args = {in.size(0) * 3, pointer<T>(in), pointer<T>(out), rows, columns};
-    for (int channel = 0; channel < 3; ++channel)
-      args.gain[channel] = float(gain[channel]), args.bias[channel] = float(bias[channel]);
-    resize_frames(args);
+    resize_frames(
+        Frames<T>{
+            frames * 3,
+            in.of<T>(),
+            out.of<T>(),
+            rows,
+            columns,
+            {float(red_gain), float(green_gain), float(blue_gain)},
+            {float(red_bias), float(green_bias), float(blue_bias)}});
   });
 }
 
-std::vector<double> gains(const std::vector<double>& std) { return {0.5 / std[0], 0.5 / std[1], 0.5 / std[2]}; }
-
-}  // namespace
-
-// Weights sum to 1, so ((x + 1) / 2 − mean) / std after the resize is a gain and a bias.
-Tensor clip_frames(
-    const Tensor& frames, int64_t size, const std::vector<double>& mean, const std::vector<double>& std,
-    const std::string& interpolation) {
-  const c10::DeviceGuard guard(frames.device());
-  Tensor out = at::empty({frames.size(0), 3, size, size}, frames.options());
-  std::vector<double> bias;
-  for (int channel = 0; channel < 3; ++channel) bias.push_back((0.5 - mean[channel]) / std[channel]);
-  resize(frames, out, frames, size, filter_named(interpolation), false, gains(std), bias);
-  return out;
-}
-
-Gradients clip_frames_backward(
-    const Tensor& grad, const Tensor& frames, int64_t size, const std::vector<double>&, const std::vector<double>& std,
-    const std::string& interpolation, const Needs&) {
-  const c10::DeviceGuard guard(frames.device());
-  Tensor of_frames = at::empty(frames.sizes(), frames.options());
-  resize(grad, of_frames, frames, size, filter_named(interpolation), true, gains(std), {0, 0, 0});
-  return {of_frames};
-}
-
-PCMECL_BIND(clip_frames, 0)
+PCMECL_BIND(clip_frames)
 
 }  // namespace pcmecl::cuda

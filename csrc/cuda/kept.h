@@ -5,24 +5,19 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
+
+#include "on.h"
 
 #ifdef PCMECL_ON_HOST
-#include <c10/core/Allocator.h>
-
-#include <cstring>
-#else
-#include <c10/cuda/CUDAException.h>
-#include <cuda_runtime.h>
+#include "host/harness.h"
 #endif
 
 namespace pcmecl::cuda {
 
 #ifdef PCMECL_ON_HOST
 
-// Where the harness knows its bounds.
-inline void* keep_on_device(const void* from, size_t bytes) {
-  return std::memcpy(c10::GetAllocator(c10::DeviceType::CPU)->raw_allocate(bytes), from, bytes);
-}
+inline void* keep_on_device(const void* from, size_t bytes) { return std::memcpy(host::allocate(bytes), from, bytes); }
 
 #else
 
@@ -31,7 +26,7 @@ inline void* keep_on_device(const void* from, size_t bytes) {
 // allocator does.
 inline void* keep_on_device(const void* from, size_t bytes) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  check(cudaThreadExchangeStreamCaptureMode(&mode));
   void* to = nullptr;
   cudaStream_t stream = nullptr;
   const auto copy = [&] {
@@ -43,7 +38,7 @@ inline void* keep_on_device(const void* from, size_t bytes) {
   const cudaError_t error = copy();
   if (stream != nullptr) cudaStreamDestroy(stream);
   cudaThreadExchangeStreamCaptureMode(&mode);
-  C10_CUDA_CHECK(error);
+  check(error);
   return to;
 }
 

@@ -1,12 +1,13 @@
-// The CUDA kernels' interface: what a launch takes, on pointers, without tensors. The drivers beside this file
-// allocate.
+// The CUDA kernels' interface: what a launch takes, on pointers, without tensors. The drivers in
+// pcmecl_fast/ops/backends/cuda allocate.
 //
-// T is float, c10::Half or c10::BFloat16; everything is computed in float. Nothing here waits for the device or reads
-// from it. A scale is a float on the device, or where that is null a number.
+// T is float, Half or BFloat16; everything is computed in float. Nothing here waits for the device or reads from it. A
+// scale is a float on the device, or where that is null a number.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/dtype.h"
 #include "../common/host_device.h"
 
 namespace pcmecl::cuda {

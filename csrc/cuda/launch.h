@@ -4,12 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "on.h"
+
 #ifdef PCMECL_ON_HOST
 #include "host/harness.h"
-#else
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
-#include <cuda_runtime.h>
 #endif
 
 namespace pcmecl::cuda {
@@ -30,15 +28,15 @@ __device__ inline float exp2_fast(float x) { return host::exp2_approximate(x); }
 
 #else
 
-// On the current stream, without waiting; the caller has set the device.
+// On the stream of the `On` that lives, without waiting.
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared > (48 << 10))  // more has to be requested
-    C10_CUDA_CHECK(cudaFuncSetAttribute(
+    check(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  kernel<<<grid, threads, shared, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  kernel<<<grid, threads, shared, On::stream()>>>(arguments...);
+  check(cudaGetLastError());
 }
 
 __device__ __forceinline__ char* shared_memory() {

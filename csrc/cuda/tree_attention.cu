@@ -263,8 +263,8 @@ void tree_backward(const Tree<T>& args, const TreeLayout& layout) {
   template void tree_forward<T>(const Tree<T>&, const TreeLayout&); \
   template void tree_backward<T>(const Tree<T>&, const TreeLayout&);
 PCMECL_FOR(float)
-PCMECL_FOR(c10::Half)
-PCMECL_FOR(c10::BFloat16)
+PCMECL_FOR(Half)
+PCMECL_FOR(BFloat16)
 #undef PCMECL_FOR
 
 }  // namespace pcmecl::cuda

@@ -1,13 +1,11 @@
 // What all kernels are made of: 16-byte loads and stores, and sums over the lanes of a warp.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <cmath>
 #include <limits>
 
 #include "../common/directions.h"
+#include "../common/dtype.h"
 #include "launch.h"
 
 namespace pcmecl::cuda {

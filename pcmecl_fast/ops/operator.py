@@ -10,8 +10,8 @@ kernels, autocast, contiguity and the error of a second derivative live here, on
 
 Autograd is two `torch.autograd.Function`s registered under the Autograd key: `torch.library.register_autograd` would
 cost 25 µs more per call, as long as some of these operators take in total. A call that nobody observes (`_unobserved`)
-goes past the dispatcher altogether: the four Python functions that it calls take 50 µs more. Through a third
-`autograd.Function`, or through one in C++ where a backend has it (csrc/common/differentiable.h).
+goes past the dispatcher altogether, through a third `autograd.Function`: the four Python functions that it calls take
+50 µs more.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ class Implementation(NamedTuple):
     backward: Callable[..., Any] | None
     limits: Limits | None
     checks_values_on: tuple[str, ...]
-    differentiable: Callable[..., Tensor] | None
 
 
 class Rectangle(NamedTuple):
@@ -109,7 +108,7 @@ class Rectangle(NamedTuple):
     """
 
     sums: Callable[..., tuple[Tensor, ...]]
-    gradients: Callable[..., tuple[Tensor | None, ...]]
+    gradients: Callable[..., Sequence[Tensor | None]]
 
 
 class Backend:
@@ -133,7 +132,6 @@ class Backend:
         backward: Callable[..., Any] | None = None,
         limits: Limits | None = None,
         checks_values_on: tuple[str, ...] = (),
-        differentiable: Callable[..., Tensor] | None = None,
     ) -> None:
         """Add an operator.
 
@@ -146,18 +144,14 @@ class Backend:
                 the operator's arguments as they are and is differentiated by PyTorch.
             limits: what the two support; None for everything the operator accepts.
             checks_values_on: types of device where `forward` itself refuses what the operator's `check_values` refuses.
-            differentiable: takes what `forward` takes, under autograd, and returns the result: the two where autograd
-                needs no Python. For contiguous tensors; it sees to autocast itself.
         """
-        self.implementations[operator.name] = Implementation(
-            forward, backward, limits, checks_values_on, differentiable
-        )
+        self.implementations[operator.name] = Implementation(forward, backward, limits, checks_values_on)
 
     def add_rectangle(
         self,
         operator: Operator,
         sums: Callable[..., tuple[Tensor, ...]],
-        gradients: Callable[..., tuple[Tensor | None, ...]],
+        gradients: Callable[..., Sequence[Tensor | None]],
     ) -> None:
         """Add an operator's parts, which ranks compute together; `ops/correlation_ranks.py` says what they take."""
         self.rectangles[operator.name] = Rectangle(sums, gradients)
@@ -402,9 +396,6 @@ class Operator:
             return implementation.forward(*arguments)
         flat = self._flat(arguments)
         if not compiling and self._unobserved(flat):
-            if implementation.differentiable is not None:
-                self._make_contiguous(flat)
-                return implementation.differentiable(*flat)
             if torch.is_grad_enabled() and self._differentiated(flat):
                 return self._direct_function.apply(name, flat, *[flat[i] for i in self._tensors])
             return self._results(implementation, flat)[0]

@@ -306,6 +306,7 @@ void run(const Launch& launch, const Kernel& kernel) { grid().run(launch, kernel
 void* shared_memory() { return grid().shared(); }
 int lane() { return grid().lane(); }
 float exp2_approximate(float x) { return grid().exp2(x); }
+void* allocate(size_t bytes) { return observer ? observer->allocate(bytes) : std::malloc(bytes); }
 void wait_for_block() { grid().wait_for_block(); }
 void wait_for_warp(unsigned mask) { grid().wait_for_warp(mask); }
 uint64_t shuffle(unsigned mask, uint64_t value, int from) {

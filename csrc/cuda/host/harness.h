@@ -54,6 +54,7 @@ void run(const Launch& launch, const Kernel& kernel);
 void* shared_memory();
 int lane();
 float exp2_approximate(float x);
+void* allocate(size_t bytes);  // a table that is kept, whose bounds whoever watches knows
 
 void wait_for_block();
 void wait_for_warp(unsigned mask);
@@ -72,6 +73,7 @@ class Observer {
   virtual void warp_met() = 0;   // the running thread's warp, at __syncwarp
   virtual void atomic(void* address, size_t bytes, const void* site) = 0;
   virtual std::string lines_of(const void* site) = 0;  // of the source
+  virtual void* allocate(size_t bytes) = 0;
 
  protected:
   ~Observer() = default;

@@ -112,7 +112,7 @@ class Shadow final : public Observer {
       note(*cell, now, place);
   }
 
-  void* allocate(size_t bytes) {
+  void* allocate(size_t bytes) override {
     if (bytes == 0) return nullptr;
     const std::lock_guard<std::mutex> lock(buffers_lock_);
     char* const block = static_cast<char*>(std::aligned_alloc(64, (bytes + 2 * kMargin + 127) / 64 * 64));

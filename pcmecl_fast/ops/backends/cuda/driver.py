@@ -1,0 +1,17 @@
+"""Where the functions of csrc/cuda run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def place(x: Tensor) -> tuple[int, int]:
+    """A tensor's device and its current stream; of the host harness, where they mean nothing, zeros."""
+    device = x.get_device()
+    return (0, 0) if device < 0 else (device, torch._C._cuda_getCurrentRawStream(device))
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself if it has the dtype, which `to` takes longer to find out."""
+    return x if x.dtype is dtype else x.to(dtype)
