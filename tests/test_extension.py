@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from pcmecl_fast.ops import backend_status
-from pcmecl_fast.ops.backends import extension
+from pcmecl_fast.ops.backends import cuda, extension
 from pcmecl_fast.ops.operator import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +82,42 @@ print(os.waitpid(child, 0)[1])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["0"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "fits"),
+    [
+        ("8.0 9.0", (8, 0), True),
+        ("8.0 9.0", (8, 9), True),
+        ("8.0 9.0", (7, 5), False),
+        ("8.0 9.0", (12, 0), False),
+        ("8.6", (8, 0), False),
+        ("8.0 9.0 9.0+PTX", (12, 0), True),
+        ("8.0 9.0 9.0+PTX", (7, 5), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0 12.0", (12, 1), True),
+    ],
+)
+def test_which_gpus_the_code_runs_on(architectures, capability, fits):
+    assert cuda.runs_on(architectures, capability) == fits
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "says"),
+    [
+        (13000, (9, 0), None),
+        (13020, (9, 0), None),
+        (12040, (9, 0), "the driver is of CUDA 12.4, and the extension was built by CUDA 13.0: update the driver, or"),
+        (13000, (7, 5), "the GPU has compute capability 7.5, and the extension code for 8.0 9.0 9.0+PTX: rebuild it"),
+    ],
+)
+def test_a_driver_or_gpu_that_the_code_does_not_fit_is_named(monkeypatch, driver, capability, says):
+    held = SimpleNamespace(toolkit=13000, architectures="8.0 9.0 9.0+PTX", driver=lambda: driver)
+    monkeypatch.setattr(cuda, "_module", held)
+    monkeypatch.setattr(cuda.torch.cuda, "get_device_capability", lambda: capability)
+    reason = cuda._unfit.__wrapped__()
+    assert reason is None if says is None else reason.startswith(says)
 
 
 def test_an_installed_package_says_why_it_was_not_built(tmp_path, monkeypatch):

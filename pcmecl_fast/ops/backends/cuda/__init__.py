@@ -73,11 +73,15 @@ def _unfit() -> str | None:
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for "8.0 9.0 9.0+PTX" runs on a GPU: of its generation and no newer, or compiled by the driver."""
     for word in architectures.split():
-        number = word.removesuffix("+PTX").rstrip("a")
-        major, minor = map(int, number.split("."))
-        if word.endswith("+PTX") and (major, minor) <= capability:
-            return True
-        if major == capability[0] and minor <= capability[1]:
+        number = word.removesuffix("+PTX")
+        major, minor = map(int, number.rstrip("a").split("."))
+        if number.endswith("a"):  # has what no other GPU has
+            fits = (major, minor) == capability
+        elif word.endswith("+PTX"):
+            fits = (major, minor) <= capability
+        else:
+            fits = major == capability[0] and minor <= capability[1]
+        if fits:
             return True
     return False
 
