@@ -130,6 +130,7 @@ def faulty(checked, tmp_path_factory):
     def load(plant, fault):
         return cuda_on_host.load_with(plant(fault, tmp_path_factory.mktemp("fault") / "csrc"))
 
+    tmp_path_factory.getbasetemp()  # made here, not by several threads at once
     with cuda_on_host.compilers() as pool:
         yield {
             **{fault.name: pool.submit(load, planted, fault) for fault in FAULTS},

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcmecl_fast.ops.checks import outside_autocast
+
 
 def watched() -> bool:
     """Whether a mode, a transform, a trace or the profiler wants to see what passes the dispatcher."""
@@ -25,36 +27,43 @@ def watched() -> bool:
 
 
 def differentiable_directly(operator: Any) -> Any:
+    places: list[int] = operator._tensors
+    count = len(places)
+    first = 0 if operator._keep_from == 0 else 1
+    differentiated = [2 + at for at in operator._gradients_among_tensors]
+
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, backend: str, flat: list[Any], *tensors: Tensor | None) -> Tensor:
-            result, *saved = operator._results(operator._implementation(backend), flat)
-            ctx.save_for_backward(*tensors, *saved if operator._keep_from else (result, *saved))
-            ctx.backend, ctx.rest = backend, flat
-            for i in operator._tensors:  # they are kept by autograd, which sees to it that nobody changes them
+        def forward(ctx: Any, implementation: Any, flat: list[Any], *tensors: Tensor | None) -> Tensor:
+            results = outside_autocast(implementation.forward, flat)
+            if isinstance(results, Tensor):
+                results = (results,)
+            ctx.save_for_backward(*tensors, *results[first:])
+            for i in places:  # they are kept by autograd, which sees to it that nobody changes them
                 flat[i] = None
+            ctx.implementation, ctx.rest = implementation, flat
             ctx.set_materialize_grads(False)
-            return result
+            return results[0]
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None) -> Any:
-            own = len(operator._tensors)
-            gradients: list[Tensor | None] = [None] * (2 + own)
+            gradients: list[Tensor | None] = [None] * (2 + count)
             if grad is None:
                 return tuple(gradients)
-            saved = ctx.saved_tensors
-            needs = [ctx.needs_input_grad[2 + at] for at in operator._gradients_among_tensors]
-            flat = [grad, *ctx.rest, *saved[own:], needs]
-            for i, x in zip(operator._tensors, saved):  # noqa: B905 - what the forward made comes after them
+            saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+            needs = [needed[at] for at in differentiated]
+            flat = [grad, *ctx.rest, *saved[count:], needs]
+            for i, x in zip(places, saved):  # noqa: B905 - what the forward made comes after them
                 flat[1 + i] = x
             if torch.is_grad_enabled() or type(grad) is not Tensor or watched():
-                computed = operator._backward(*flat, ctx.backend)
+                computed = operator._backward(*flat, ctx.implementation.backend)
                 computed = computed if isinstance(computed, tuple) else (computed,)
             else:
-                computed = operator._gradients_of(operator._implementation(ctx.backend), flat)
-            for at, need, gradient in zip(operator._gradients_among_tensors, needs, computed, strict=True):
+                flat[0] = grad.contiguous()
+                computed = outside_autocast(ctx.implementation.backward, flat)
+            for at, need, gradient in zip(differentiated, needs, computed):  # noqa: B905 - as many
                 if need:
-                    gradients[2 + at] = gradient
+                    gradients[at] = gradient
             return tuple(gradients)
 
     return Direct

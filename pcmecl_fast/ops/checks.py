@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
@@ -107,6 +107,15 @@ def autocast_off(x: Tensor) -> AbstractContextManager[object]:
     """Outside autocast, for devices like x's."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if autocast_is_on(kind) else nullcontext()
+
+
+def outside_autocast(function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """What the function returns, outside autocast for devices like that of the first argument, a tensor."""
+    kind = arguments[0].device.type
+    if not autocast_is_on(kind):
+        return function(*arguments)
+    with torch.autocast(kind, enabled=False):
+        return function(*arguments)
 
 
 def check_one_device(**tensors: Tensor | None) -> None:

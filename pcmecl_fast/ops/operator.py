@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.library import Library
 
 from pcmecl_fast.ops import autograd
-from pcmecl_fast.ops.checks import autocast_is_on
+from pcmecl_fast.ops.checks import outside_autocast
 from pcmecl_fast.ops.choice import FASTEST_FIRST, chosen
 
 NAMESPACE = "pcmecl_fast"
@@ -93,6 +93,7 @@ _DEVICE_WORDS = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}
 class Implementation(NamedTuple):
     """An operator on one backend; without a `backward`, PyTorch differentiates `forward`."""
 
+    backend: str
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None
     limits: Limits | None
@@ -145,7 +146,7 @@ class Backend:
             limits: what the two support; None for everything the operator accepts.
             checks_values_on: types of device where `forward` itself refuses what the operator's `check_values` refuses.
         """
-        self.implementations[operator.name] = Implementation(forward, backward, limits, checks_values_on)
+        self.implementations[operator.name] = Implementation(self.name, forward, backward, limits, checks_values_on)
 
     def add_rectangle(
         self,
@@ -396,9 +397,11 @@ class Operator:
             return implementation.forward(*arguments)
         flat = self._flat(arguments)
         if not compiling and self._unobserved(flat):
+            self._make_contiguous(flat)
             if torch.is_grad_enabled() and self._differentiated(flat):
-                return self._direct_function.apply(name, flat, *[flat[i] for i in self._tensors])
-            return self._results(implementation, flat)[0]
+                return self._direct_function.apply(implementation, flat, *[flat[i] for i in self._tensors])
+            results = outside_autocast(implementation.forward, flat)
+            return results if isinstance(results, Tensor) else results[0]
         results = self._forward(*flat, name)
         return results[0] if isinstance(results, tuple) else results
 
@@ -470,7 +473,7 @@ class Operator:
     def _results(self, implementation: Implementation, flat: list[Any]) -> tuple[Tensor, ...]:
         """What the kernels' forward returns; `flat`'s tensors become contiguous."""
         self._make_contiguous(flat)
-        results = _outside_autocast(implementation.forward, flat)
+        results = outside_autocast(implementation.forward, flat)
         return (results,) if isinstance(results, Tensor) else results
 
     def _gradients_of(self, implementation: Implementation, flat: list[Any]) -> Sequence[Tensor | None]:
@@ -478,7 +481,7 @@ class Operator:
         assert implementation.backward is not None
         flat[0] = flat[0].contiguous()
         self._make_contiguous(flat, first=1)
-        return _outside_autocast(implementation.backward, flat)
+        return outside_autocast(implementation.backward, flat)
 
     def _make_contiguous(self, flat: list[Any], first: int = 0) -> None:
         """The arguments' tensors; they begin at `first`."""
@@ -567,14 +570,6 @@ def _tensors(count: int) -> str:
 
 def _returned(tensors: Sequence[Tensor]) -> Any:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
-
-
-def _outside_autocast(function: Callable[..., Any], flat: Sequence[Any]) -> Any:
-    kind = flat[0].device.type
-    if not autocast_is_on(kind):
-        return function(*flat)
-    with torch.autocast(kind, enabled=False):
-        return function(*flat)
 
 
 def _word(dtype: torch.dtype) -> str:
