@@ -173,6 +173,9 @@ def _store_of_torchrun() -> dist.Store:
 
 def _everybody_is_here() -> None:
     dist.all_reduce(torch.zeros(1))
+    # The group's end waits for gloo's threads and holds the interpreter, which they may need to let go of the last
+    # message: a deadlock, seen with PyTorch 2.13. Here they can.
+    time.sleep(0.1)
 
 
 # ---- Agreement -------------------------------------------------------------------------------------------------------

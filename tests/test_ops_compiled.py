@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -223,6 +224,8 @@ def _train_in_parallel(rank: int, backend: str, store: str) -> None:
     loss(parallel, slice(rank * 4, rank * 4 + 4)).backward()
     loss(whole, slice(0, 8)).backward()
     assert_close_for(torch.float32)(model.weight.grad, whole.weight.grad)
+    time.sleep(0.2)  # as in `distributed._everybody_is_here`
+    del parallel
     dist.destroy_process_group()
 
 
