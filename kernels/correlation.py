@@ -51,6 +51,7 @@ from pcmecl_fast.kernels.correlation_kernels import (
     sums_kernel,
 )
 from pcmecl_fast.kernels.products import multiply
+from pcmecl_fast.ops.no_pairs import gradients_of_nothing, has_pairs, sums_of_nothing
 
 CHUNK = 16 << 20  # bytes of S at a time: a third of an H100's L2
 STRIPS = 24  # programs along rows and along columns, each with its own partial sums: 576 for 132 processors
@@ -195,8 +196,8 @@ def correlation_loss_forward(
     mask: Tensor | None,  # (N, E)
     negatives: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_pairs(visual, text):
-        row_lse, column_lse, _ = _sums_of_nothing(visual, text, 0.0)
+    if not has_pairs(visual, text):
+        row_lse, column_lse, _ = sums_of_nothing(visual, text, 0.0)
         return visual.new_zeros((), dtype=torch.float32), row_lse, column_lse
     plan = Plan.of(visual, text, negatives)
     prepared = _prepare(plan, visual, text, scale, scale_number, mask, mask, counts=True)
@@ -215,8 +216,8 @@ def correlation_loss_backward(
     column_lse: Tensor,  # (N, Q)
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    if not _has_pairs(visual, text):
-        return _gradients_of_nothing(visual, text, scale, needs)
+    if not has_pairs(visual, text):
+        return tuple(gradients_of_nothing(visual, text, scale, needs))
     plan = Plan.of(visual, text, negatives)
     prepared = _prepare(plan, visual, text, scale, scale_number, mask, mask, counts=True)
     grad_scale = torch.empty_like(scale) if needs[2] and scale is not None else None
@@ -235,8 +236,8 @@ def correlation_rectangle_sums(
     first: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of a rectangle's rows (n, Q) and of its columns (m, Q), and its positives (n, Q)."""
-    if not _has_pairs(visual, text):
-        return _sums_of_nothing(visual, text, -torch.inf)
+    if not has_pairs(visual, text):
+        return sums_of_nothing(visual, text, -torch.inf)
     plan = Plan.of(visual, text, negatives, first)
     prepared = _prepare(plan, visual, text, scale, scale_number, mask, text_mask, counts=False)
     return _log_sums(plan, prepared, _exponentials(plan, prepared))
@@ -257,34 +258,13 @@ def correlation_rectangle_gradients(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """A rectangle's part, in float32, of the gradients of weight · Σ over pairs of ½ (row_lse + column_lse) − l."""
-    if not _has_pairs(visual, text):
-        return _gradients_of_nothing(visual, text, scale, needs, torch.float32)
+    if not has_pairs(visual, text):
+        return tuple(gradients_of_nothing(visual, text, scale, needs, torch.float32))
     plan = Plan.of(visual, text, negatives, first)
     prepared = _prepare(plan, visual, text, scale, scale_number, mask, text_mask, counts=False)
     grad_scale = weight.new_empty((), dtype=torch.float32) if needs[2] and scale is not None else None
     lse = row_lse, column_lse
     return _all_gradients(plan, prepared, weight, lse, needs, torch.float32, grad_scale)
-
-
-def _has_pairs(visual: Tensor, text: Tensor) -> bool:
-    return visual.numel() > 0 and len(text) > 0 and visual.shape[1] > 1
-
-
-def _sums_of_nothing(visual: Tensor, text: Tensor, lse: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What rows, columns and positives are where no row meets a column."""
-    emotions = visual.shape[1]
-    pairs = emotions * max(emotions - 1, 0) // 2
-    row_lse, column_lse = (x.new_full((len(x), pairs), lse, dtype=torch.float32) for x in (visual, text))
-    return row_lse, column_lse, torch.zeros_like(row_lse)
-
-
-def _gradients_of_nothing(
-    visual: Tensor, text: Tensor, scale: Tensor | None, needs: Sequence[bool], dtype: torch.dtype | None = None
-) -> tuple[Tensor | None, ...]:
-    return tuple(
-        torch.zeros_like(x, dtype=dtype) if need and x is not None else None
-        for x, need in zip((visual, text, scale), needs, strict=True)
-    )
 
 
 def _exponentials(plan: Plan, prepared: _Prepared) -> tuple[Tensor, Tensor, Tensor]:

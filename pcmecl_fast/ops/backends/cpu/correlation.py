@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pcmecl_fast.ops.backends.native import Driver, address
+from pcmecl_fast.ops.no_pairs import gradients_of_nothing, has_pairs, sums_of_nothing
+from pcmecl_fast.ops.reference import computing_dtype
 
 FLOAT32_SCALE = 128
 """Up to it float32 holds the sums of exponentials of logits; beyond, float64 does."""
@@ -26,10 +28,10 @@ class Correlation(Driver):
         negatives: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The loss, (), and the sums of rows and of columns, (N, Q)."""
-        wide = _wide(visual)
-        if _is_empty(visual, text):
-            sums = visual.new_zeros((visual.shape[0], _pairs(visual)), dtype=wide)
-            return visual.new_zeros((), dtype=wide), sums, sums.clone()
+        wide = computing_dtype(visual)
+        if not has_pairs(visual, text):
+            rows, columns, _ = sums_of_nothing(visual, text, 0.0)
+            return rows.new_zeros(()), rows, columns
         run = _Run(self._module, visual, text, _number(scale, scale_number), mask, mask, negatives, 0)
         rows, columns = run.sums()
         loss = rows.new_full((), run.native.loss(), dtype=wide)
@@ -40,11 +42,8 @@ class Correlation(Driver):
         self, grad: Tensor, visual: Tensor, text: Tensor, scale: Tensor | None, scale_number: float,
         mask: Tensor | None, negatives: str, rows: Tensor, columns: Tensor, needs: Sequence[bool],
     ) -> list[Tensor | None]:  # fmt: skip
-        if _is_empty(visual, text):
-            return [
-                torch.zeros_like(x) if x is not None and need else None
-                for x, need in zip((visual, text, scale), needs, strict=True)
-            ]
+        if not has_pairs(visual, text):
+            return gradients_of_nothing(visual, text, scale, needs)
         run = _Run(self._module, visual, text, _number(scale, scale_number), mask, mask, negatives, 0)
         if rows.dtype is not run.dtype:
             rows, columns = rows.to(run.dtype).exp(), columns.to(run.dtype).exp()
@@ -60,11 +59,9 @@ class Correlation(Driver):
         text_mask: Tensor | None, negatives: str, first: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """ln Σ e^l of rows and of columns, (n, Q) and (m, Q), −∞ of nothing, and the rows' positive logits, (n, Q)."""
-        wide = _wide(visual)
-        if _is_empty(visual, text):
-            pairs = _pairs(visual)
-            nothing = [x.new_full((x.shape[0], pairs), -math.inf, dtype=wide) for x in (visual, text)]
-            return *nothing, visual.new_zeros((visual.shape[0], pairs), dtype=wide)  # type: ignore[return-value]
+        wide = computing_dtype(visual)
+        if not has_pairs(visual, text):
+            return sums_of_nothing(visual, text, -math.inf)
         run = _Run(self._module, visual, text, _number(scale, scale_number), mask, text_mask, negatives, first)
         rows, columns = run.sums()
         positive = torch.empty_like(rows)
@@ -77,12 +74,9 @@ class Correlation(Driver):
         column_lse: Tensor, needs: Sequence[bool],
     ) -> list[Tensor | None]:  # fmt: skip
         """Of visual, text and scale, in the sums' dtype, which are those of all rectangles."""
-        wide = _wide(visual)
-        if _is_empty(visual, text):
-            shapes = (visual.shape, text.shape, ())
-            return [
-                visual.new_zeros(shape, dtype=wide) if need else None for shape, need in zip(shapes, needs, strict=True)
-            ]
+        wide = computing_dtype(visual)
+        if not has_pairs(visual, text):
+            return gradients_of_nothing(visual, text, scale, needs, wide)
         run = _Run(self._module, visual, text, _number(scale, scale_number), mask, text_mask, negatives, first)
         rows, columns = (x.to(run.dtype).contiguous() for x in (row_lse, column_lse))
         of_visual, of_text, of_scale = run.gradients(weight.item(), rows, columns, needs, of_mean=False)
@@ -98,19 +92,6 @@ def _number(scale: Tensor | None, number: float) -> float:
     if value > MAX_SCALE:
         raise ValueError(f"scale: got {value:g}; the cpu backend supports at most {MAX_SCALE}")
     return value
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
-def _pairs(x: Tensor) -> int:
-    emotions = x.shape[1]
-    return emotions * (emotions - 1) // 2
-
-
-def _is_empty(visual: Tensor, text: Tensor) -> bool:
-    return visual.shape[0] == 0 or text.shape[0] == 0 or visual.shape[1] < 2
 
 
 class _Run:

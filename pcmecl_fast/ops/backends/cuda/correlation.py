@@ -16,6 +16,7 @@ from torch import Tensor
 from pcmecl_fast.ops.backends.cuda.driver import in_dtype, place
 from pcmecl_fast.ops.backends.cuda.products import exact_products
 from pcmecl_fast.ops.backends.native import DTYPE, Driver, address
+from pcmecl_fast.ops.no_pairs import gradients_of_nothing, has_pairs, sums_of_nothing
 
 CHUNK = {"cuda": 3 << 20, "cpu": 1 << 12}
 """Numbers of S at once: 12 MB; on the host harness few, so that a test has several chunks."""
@@ -31,8 +32,8 @@ class Correlation(Driver):
         mask: Tensor | None,  # (N, E) bool
         negatives: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (), and the sums of rows and columns, both (N, Q)
-        if not _has_pairs(visual, text):
-            row_sum, column_sum, _ = _sums_of_nothing(visual, text, 0.0)
+        if not has_pairs(visual, text):
+            row_sum, column_sum, _ = sums_of_nothing(visual, text, 0.0)
             return torch.zeros((), dtype=torch.float32, device=visual.device), row_sum, column_sum
         run = _Run(self._module, visual, text, scale, scale_number, mask, mask, negatives, 0)
         row_sum, column_sum = run.sums()
@@ -51,8 +52,8 @@ class Correlation(Driver):
         column_sum: Tensor,  # (N, Q)
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
-        if not _has_pairs(visual, text):
-            return _gradients_of_nothing(visual, text, scale, needs)
+        if not has_pairs(visual, text):
+            return gradients_of_nothing(visual, text, scale, needs)
         run = _Run(self._module, visual, text, scale, scale_number, mask, mask, negatives, 0)
         gradients = run.backward(grad, True, visual.dtype, row_sum, column_sum, needs)
         if scale is not None and gradients[2] is not None:
@@ -70,8 +71,8 @@ class Correlation(Driver):
         negatives: str,
         first: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # logarithms (n, Q) and (m, Q), positives (n, Q)
-        if not _has_pairs(visual, text):
-            return _sums_of_nothing(visual, text, -math.inf)
+        if not has_pairs(visual, text):
+            return sums_of_nothing(visual, text, -math.inf)
         run = _Run(self._module, visual, text, scale, scale_number, mask, text_mask, negatives, first)
         row_sum, column_sum = run.sums()
         row_lse, column_lse = torch.empty_like(row_sum), torch.empty_like(column_sum)
@@ -94,34 +95,13 @@ class Correlation(Driver):
         column_lse: Tensor,  # (m, Q)
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
-        if not _has_pairs(visual, text):
-            return tuple(_gradients_of_nothing(visual, text, scale, needs, torch.float32))
+        if not has_pairs(visual, text):
+            return tuple(gradients_of_nothing(visual, text, scale, needs, torch.float32))
         run = _Run(self._module, visual, text, scale, scale_number, mask, text_mask, negatives, first)
         row_lse, column_lse = row_lse.contiguous(), column_lse.contiguous()
         row_sum, column_sum = torch.empty_like(row_lse), torch.empty_like(column_lse)
         run.convert(row_sum, column_sum, row_lse, column_lse, None)
         return tuple(run.backward(weight, False, torch.float32, row_sum, column_sum, needs))
-
-
-def _has_pairs(visual: Tensor, text: Tensor) -> bool:
-    return visual.shape[0] > 0 and text.shape[0] > 0 and visual.shape[1] > 1
-
-
-def _sums_of_nothing(visual: Tensor, text: Tensor, value: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows and columns where no row meets a column, and positives."""
-    emotions = visual.shape[1]
-    pairs = emotions * (emotions - 1) // 2
-    row, column = (torch.full((len(x), pairs), value, dtype=torch.float32, device=x.device) for x in (visual, text))
-    return row, column, torch.zeros_like(row)
-
-
-def _gradients_of_nothing(
-    visual: Tensor, text: Tensor, scale: Tensor | None, needs: Sequence[bool], dtype: torch.dtype | None = None
-) -> list[Tensor | None]:
-    return [
-        torch.zeros_like(x, dtype=dtype) if need and x is not None else None
-        for x, need in zip((visual, text, scale), needs, strict=True)
-    ]
 
 
 class _Run:
