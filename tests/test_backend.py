@@ -261,7 +261,7 @@ def test_explain_accepts_the_public_functions_and_runs_their_checks():
     ],
 )
 def test_limits_give_both_the_check_and_its_message(limits, reason):
-    assert limits.unsupported_reason(DOUBLE, [torch.ones(3)]) == reason
+    assert limits.unsupported_reason(DOUBLE.sizes, [torch.ones(3)]) == reason
 
 
 def test_the_table_has_a_reason_for_each_backend_that_is_missing():

@@ -155,9 +155,8 @@ struct Sample {
     return matched + args.contrast * (std::log(total) + args.scale * (largest - cosine[b]));
   }
 
-  // `weight` becomes the gradient of the cosines; returns the scale's.
+  // After `loss`: `weight` becomes the gradient of the cosines; returns the scale's.
   C differentiate_loss(C grad) {
-    loss();
     C scale_gradient = 0;
     for (int64_t e = 0; e < emotions; ++e) {
       const C is_target = e == b ? C(1) : C(0);
@@ -276,19 +275,23 @@ void direction_backward(const Direction<T>& args, int64_t begin, int64_t end) {
     const int64_t k = args.order ? args.order[at] : at;
     sample.open(k);
     if (args.order && at + 1 < end) sample.prefetch(args.order[at + 1]);
-    C scale_gradient = 0;
+    C loss = 0, scale_gradient = 0;
     if (sample.valid()) {
       sample.measure_directions();
-      if (args.grad_logits)
+      if (args.grad_logits) {
         for (int64_t e = 0; e < args.emotions; ++e)
           sample.weight[e] = e == sample.a ? C(0) : widen(args.grad_logits[k * args.emotions + e]);
-      else
-        scale_gradient = sample.differentiate_loss(args.grad_losses[k * args.grad_stride] * args.grad_factor);
+      } else {
+        const C grad = args.grad_losses ? args.grad_losses[k * args.grad_stride] : C(1);
+        loss = sample.loss();
+        scale_gradient = sample.differentiate_loss(grad * args.grad_factor);
+      }
       if (args.grad_source || args.grad_edited || args.grad_rows) sample.differentiate(k);
     } else {
       if (args.grad_source) std::memset(args.grad_source + k * args.width, 0, args.width * sizeof(T));
       if (args.grad_edited) std::memset(args.grad_edited + k * args.width, 0, args.width * sizeof(T));
     }
+    if (args.losses) args.losses[k] = loss;
     if (args.grad_scale) args.grad_scale[k] = scale_gradient;
   }
 }

@@ -36,11 +36,11 @@ struct Direction {
   bool normalize;
   C scale, contrast, min_change;
 
-  // Forward: one of the two.
+  // Forward: one of the two. The backward writes the losses, too, unless they are null.
   T* logits;  // (B, E)
   C* losses;  // (B,)
 
-  // Backward. `grad` is (B, E) for the logits; for the loss (B,), or one number with stride 0.
+  // Backward. `grad` is (B, E) for the logits; for the loss (B,), or one number with stride 0, or null: 1.
   const T* grad_logits;
   const C* grad_losses;
   int64_t grad_stride;

@@ -33,34 +33,56 @@ def differentiable_directly(operator: Any) -> Any:
     differentiated = [2 + at for at in operator._gradients_among_tensors]
 
     class Direct(torch.autograd.Function):
+        """Of an operator's implementation and arguments; its tensors come again, for autograd to see them.
+
+        Where the implementation makes the gradients with the result, they are kept for the backward, which is then a
+        product with the result's gradient.
+        """
+
         @staticmethod
         def forward(ctx: Any, implementation: Any, flat: list[Any], *tensors: Tensor | None) -> Tensor:
-            results = outside_autocast(implementation.forward, flat)
-            if isinstance(results, Tensor):
-                results = (results,)
-            ctx.save_for_backward(*tensors, *results[first:])
+            both, result = None, None
+            if implementation.with_gradients is not None:
+                needed = ctx.needs_input_grad
+                both = outside_autocast(implementation.with_gradients, [*flat, [needed[at] for at in differentiated]])
+            if both is None:
+                made = outside_autocast(implementation.forward, flat)
+                result, kept = (made, (made,)[first:]) if isinstance(made, Tensor) else (made[0], made[first:])
+            else:
+                result, kept = both
+            ctx.save_for_backward(*tensors, *kept)
             for i in places:  # they are kept by autograd, which sees to it that nobody changes them
                 flat[i] = None
-            ctx.implementation, ctx.rest = implementation, flat
+            ctx.implementation, ctx.rest, ctx.has_gradients = implementation, flat, both is not None
             ctx.set_materialize_grads(False)
-            return results[0]
+            return result
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None) -> Any:
             gradients: list[Tensor | None] = [None] * (2 + count)
             if grad is None:
                 return tuple(gradients)
-            saved, needed = ctx.saved_tensors, ctx.needs_input_grad
+            saved = ctx.saved_tensors
+            observed = torch.is_grad_enabled() or type(grad) is not Tensor or watched()
+            if ctx.has_gradients and not observed:
+                for at, gradient in zip(differentiated, saved[count:]):  # noqa: B905 - as many
+                    if gradient is not None:
+                        gradients[at] = gradient * grad
+                return tuple(gradients)
+
+            needed = ctx.needs_input_grad
             needs = [needed[at] for at in differentiated]
-            flat = [grad, *ctx.rest, *saved[count:], needs]
+            flat, kept = list(ctx.rest), saved[count:]
             for i, x in zip(places, saved):  # noqa: B905 - what the forward made comes after them
-                flat[1 + i] = x
-            if torch.is_grad_enabled() or type(grad) is not Tensor or watched():
-                computed = operator._backward(*flat, ctx.implementation.backend)
+                flat[i] = x
+            if ctx.has_gradients:  # which somebody who observes would not see being made
+                made = outside_autocast(ctx.implementation.forward, flat)
+                kept = () if isinstance(made, Tensor) else made[first:]
+            if observed:
+                computed = operator._backward(grad, *flat, *kept, needs, ctx.implementation.backend)
                 computed = computed if isinstance(computed, tuple) else (computed,)
             else:
-                flat[0] = grad.contiguous()
-                computed = outside_autocast(ctx.implementation.backward, flat)
+                computed = outside_autocast(ctx.implementation.backward, [grad.contiguous(), *flat, *kept, needs])
             for at, need, gradient in zip(differentiated, needs, computed):  # noqa: B905 - as many
                 if need:
                     gradients[at] = gradient

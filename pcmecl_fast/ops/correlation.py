@@ -84,6 +84,14 @@ def correlation_loss(
 
     Source: the paper's feature differencing; the symmetric cross entropy of CLIP over all pairs is ours.
     """
+    if group is not None and not is_explaining():
+        return _over_ranks(*_check(visual, text, scale, mask, negatives), backend, group, group_sizes, overlap)
+    return CORRELATION_LOSS(visual, text, scale, mask, negatives, backend=backend)
+
+
+def _check(
+    visual: Tensor, text: Tensor, scale: float | Tensor, mask: Tensor | None, negatives: str
+) -> tuple[Tensor, Tensor, float | Tensor, Tensor | None, str]:
     sizes = checks.Sizes(needed="D")
     checks.check_float("visual", visual)
     sizes.check("visual", visual, "NED")
@@ -96,9 +104,7 @@ def correlation_loss(
     checks.check_scale(scale)
     checks.check_one_device(visual=visual, text=text, mask=mask, scale=scale if isinstance(scale, Tensor) else None)
     checks.check_choice("negatives", negatives, NEGATIVES)
-    if group is not None and not is_explaining():
-        return _over_ranks(visual, text, scale, mask, negatives, backend, group, group_sizes, overlap)
-    return CORRELATION_LOSS(visual, text, scale, mask, negatives, backend=backend)
+    return visual, text, scale, mask, negatives
 
 
 def _over_ranks(
@@ -141,6 +147,7 @@ CORRELATION_LOSS = Operator(
     gradients=("visual", "text", "scale"),
     outputs=_outputs,
     saved=("rows", "columns"),
+    check=_check,
     sizes={
         "emotions": lambda visual, *rest: visual.shape[1],
         "scale": lambda visual, text, scale, *rest: checks.known_number(scale) or 0.0,

@@ -14,6 +14,8 @@ A direction has no length, so its gradient is about 1/|δ|: 1e4 for an edit that
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,13 +64,7 @@ def direction_logits(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA.
     """
-    sizes = checks.Sizes(needed="D")
-    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize, min_change)
-    individual = _checked_index(sizes, "individual", individual, source)
-    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source)
-    return DIRECTION_LOGITS(
-        source, edited, bank, individual, source_emotion, normalize, float(min_change), backend=backend
-    )
+    return DIRECTION_LOGITS(source, edited, bank, individual, source_emotion, normalize, min_change, backend=backend)
 
 
 def direction_loss(
@@ -121,16 +117,6 @@ def direction_loss(
 
     Source: the paper's feature differencing; the directional loss of StyleGAN-NADA; the contrast is ours.
     """
-    sizes = checks.Sizes(needed="D")
-    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize, min_change)
-    checks.check_scale(scale)
-    if isinstance(scale, Tensor):
-        checks.check_one_device(source=source, scale=scale)
-    checks.check_at_least_0("contrast", contrast)
-    checks.check_choice("reduction", reduction, REDUCTIONS)
-    individual = _checked_index(sizes, "individual", individual, source)
-    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source)
-    target_emotion = _checked_index(sizes, "target_emotion", target_emotion, source)
     return DIRECTION_LOSS(
         source,
         edited,
@@ -139,12 +125,39 @@ def direction_loss(
         source_emotion,
         target_emotion,
         scale,
-        float(contrast),
+        contrast,
         normalize,
-        float(min_change),
+        min_change,
         reduction,
         backend=backend,
     )
+
+
+def _check_logits(
+    source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor, normalize: bool,
+    min_change: float,
+) -> tuple[Any, ...]:  # fmt: skip
+    sizes = checks.Sizes(needed="D")
+    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize, min_change)
+    individual = _checked_index(sizes, "individual", individual, source)
+    source_emotion = _checked_index(sizes, "source_emotion", source_emotion, source)
+    return source, edited, bank, individual, source_emotion, normalize, float(min_change)
+
+
+def _check_loss(
+    source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor, target_emotion: Tensor,
+    scale: float | Tensor, contrast: float, normalize: bool, min_change: float, reduction: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    sizes = checks.Sizes(needed="D")
+    source, edited, bank = _checked_features(sizes, source, edited, bank, normalize, min_change)
+    checks.check_scale(scale)
+    if isinstance(scale, Tensor):
+        checks.check_one_device(source=source, scale=scale)
+    checks.check_at_least_0("contrast", contrast)
+    checks.check_choice("reduction", reduction, REDUCTIONS)
+    named = (("individual", individual), ("source_emotion", source_emotion), ("target_emotion", target_emotion))
+    indices = [_checked_index(sizes, name, index, source) for name, index in named]
+    return source, edited, bank, *indices, scale, float(contrast), normalize, float(min_change), reduction
 
 
 def _checked_features(
@@ -202,6 +215,7 @@ DIRECTION_LOGITS = Operator(
     f"{_FEATURES}, bool normalize, float min_change",
     gradients=("source", "edited", "bank"),
     outputs=_logits_outputs,
+    check=_check_logits,
     sizes=_SIZES,
     check_values=_check_ranges,
 )
@@ -212,6 +226,7 @@ DIRECTION_LOSS = Operator(
     gradients=("source", "edited", "bank", "scale"),
     outputs=_loss_outputs,
     saved=("divisor",),
+    check=_check_loss,
     sizes=_SIZES,
     check_values=_check_ranges,
 )

@@ -50,6 +50,12 @@ def clip_frames(
 
     Source: CLIP's preprocessing, on tensors.
     """
+    return CLIP_FRAMES(frames, size, mean, std, interpolation, backend=backend)
+
+
+def _check(
+    frames: Tensor, size: int, mean: Sequence[float], std: Sequence[float], interpolation: str
+) -> tuple[Tensor, int, Sequence[float], Sequence[float], str]:
     checks.check_float("frames", frames)
     checks.Sizes().check("frames", frames, ("B", 3, "H", "W"))
     if frames.shape[2] < 1 or frames.shape[3] < 1:
@@ -63,7 +69,7 @@ def clip_frames(
         raise ValueError(f"std: got {colour_std}; takes three numbers above 0")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation: got {interpolation!r}; takes one of {', '.join(INTERPOLATIONS)}")
-    return CLIP_FRAMES(frames, size, colour_mean, colour_std, interpolation, backend=backend)
+    return frames, size, colour_mean, colour_std, interpolation
 
 
 def _three_numbers(name: str, values: Sequence[float]) -> tuple[float, float, float]:
@@ -88,4 +94,5 @@ CLIP_FRAMES = Operator(
     "Tensor frames, SymInt size, float[] mean, float[] std, str interpolation",
     gradients=("frames",),
     outputs=_outputs,
+    check=_check,
 )

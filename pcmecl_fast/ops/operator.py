@@ -9,9 +9,9 @@ else "auto", the fastest that supports the arguments. Kernels run inside a pair 
 kernels, autocast, contiguity and the error of a second derivative live here, once for every operator and backend.
 
 Autograd is two `torch.autograd.Function`s registered under the Autograd key: `torch.library.register_autograd` would
-cost 25 µs more per call, as long as some of these operators take in total. A call that nobody observes (`_unobserved`)
-goes past the dispatcher altogether, through a third `autograd.Function`: the four Python functions that it calls take
-50 µs more.
+cost 25 µs more per call, as long as some of these operators take in total. A call that nobody observes goes past the
+dispatcher altogether, through a third `autograd.Function`: the four Python functions that it calls take 50 µs more.
+And if a call like it has been checked before (`ops/signature.py`), neither that nor the choice is repeated: 25 µs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ from torch.library import Library
 from pcmecl_fast.ops import autograd
 from pcmecl_fast.ops.checks import outside_autocast
 from pcmecl_fast.ops.choice import FASTEST_FIRST, chosen
+from pcmecl_fast.ops.limits import Limits, dtype_word
+from pcmecl_fast.ops.signature import Remembered, signature, unchanged
 
 NAMESPACE = "pcmecl_fast"
 NAMES = (*reversed(FASTEST_FIRST), "xformers", "auto")
@@ -51,45 +53,6 @@ _logged: set[tuple[str, str]] = set()
 # ---- Backends --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a backend's kernels of one operator support: the check and the sentence that explains it come from here.
-
-    Attributes:
-        devices: types of device.
-        dtypes: supported dtypes of the operator's first tensor.
-        most: the largest supported value of each of the operator's `sizes`, for all dtypes or by dtype.
-        least: the smallest.
-    """
-
-    devices: tuple[str, ...]
-    dtypes: tuple[torch.dtype, ...]
-    most: Mapping[str, float | Mapping[torch.dtype, float]] = field(default_factory=dict)
-    least: Mapping[str, int] = field(default_factory=dict)
-
-    def unsupported_reason(self, operator: Operator, arguments: Sequence[Any]) -> str | None:
-        """Why these arguments are not supported, or None if they are. Nothing here waits for a device."""
-        first: Tensor = arguments[0]
-        if first.device.type not in self.devices:
-            return f"got a tensor on {first.device}; supports {_listed(map(_DEVICE_WORDS.__getitem__, self.devices))}"
-        if first.dtype not in self.dtypes:
-            return f"got {_word(first.dtype)}; supports {_listed(map(_word, self.dtypes))}"
-        for size, most in self.most.items():
-            value = operator.sizes[size](*arguments)
-            limit = most[first.dtype] if isinstance(most, Mapping) else most
-            if value > limit:
-                of_dtype = f" in {_word(first.dtype)}" if isinstance(most, Mapping) else ""
-                return f"{size}: got {value}; supports at most {limit}{of_dtype}"
-        for size, least in self.least.items():
-            value = operator.sizes[size](*arguments)
-            if value < least:
-                return f"{size}: got {value}; supports at least {least}"
-        return None
-
-
-_DEVICE_WORDS = {"cpu": "CPU tensors", "cuda": "CUDA tensors"}
-
-
 class Implementation(NamedTuple):
     """An operator on one backend; without a `backward`, PyTorch differentiates `forward`."""
 
@@ -98,6 +61,20 @@ class Implementation(NamedTuple):
     backward: Callable[..., Any] | None
     limits: Limits | None
     checks_values_on: tuple[str, ...]
+    with_gradients: Callable[..., Any] | None
+
+
+class _Choice(NamedTuple):
+    """The backends that a call tried, the one that runs it last."""
+
+    implementation: Implementation
+    tried: tuple[Backend, ...]
+
+    def stands(self) -> bool:
+        for backend in self.tried:
+            if BACKENDS.get(backend.name) is not backend:
+                return False
+        return self.tried[-1].missing() is None
 
 
 class Rectangle(NamedTuple):
@@ -133,6 +110,7 @@ class Backend:
         backward: Callable[..., Any] | None = None,
         limits: Limits | None = None,
         checks_values_on: tuple[str, ...] = (),
+        with_gradients: Callable[..., tuple[Tensor, Sequence[Tensor | None]] | None] | None = None,
     ) -> None:
         """Add an operator.
 
@@ -145,8 +123,12 @@ class Backend:
                 the operator's arguments as they are and is differentiated by PyTorch.
             limits: what the two support; None for everything the operator accepts.
             checks_values_on: types of device where `forward` itself refuses what the operator's `check_values` refuses.
+            with_gradients: for a result that is one number, all in one pass: takes (*the schema's arguments, needs) and
+                returns the result and what `backward` does for a gradient of 1; or None for the call to take the two.
         """
-        self.implementations[operator.name] = Implementation(self.name, forward, backward, limits, checks_values_on)
+        self.implementations[operator.name] = Implementation(
+            self.name, forward, backward, limits, checks_values_on, with_gradients
+        )
 
     def add_rectangle(
         self,
@@ -171,7 +153,7 @@ class Backend:
         if implementation is None:
             return f"it has no implementation of {operator.name}; use backend='auto' or 'reference'"
         limits = implementation.limits
-        return None if limits is None else limits.unsupported_reason(operator, arguments)
+        return None if limits is None else limits.unsupported_reason(operator.sizes, arguments)
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -318,7 +300,7 @@ _COMPOSITE: dict[str, tuple[str, Callable[[Any], tuple[Any, ...]]]] = {
 class Operator:
     """An operator: its specification, its schema, and what is needed to differentiate and trace it.
 
-    Called with the reference's arguments, already checked, and `backend=`; returns the result.
+    Called with the reference's arguments and `backend=`; returns the result.
 
     Args:
         reference: the specification in plain PyTorch; its name is the operator's.
@@ -330,6 +312,8 @@ class Operator:
             (result, *saved).
         saved: names of the tensors that the forward saves for the backward in addition to its arguments.
         keeps_result: whether the backward also gets the result, before the saved ones.
+        check: takes the arguments, raises unless they are right, and returns them as the kernels take them; reads no
+            values of tensors, but of those of no dimensions.
         sizes: the quantities `Limits` may bound: functions of the operator's arguments, by name.
         check_values: raises if a tensor among the operator's arguments holds a value that it does not take, such as an
             index out of range; called unless the backend's kernels check that themselves.
@@ -344,12 +328,14 @@ class Operator:
         outputs: Callable[..., tuple[Tensor, ...]],
         saved: Sequence[str] = (),
         keeps_result: bool = False,
+        check: Callable[..., Sequence[Any]] = lambda *arguments: arguments,
         sizes: Mapping[str, Callable[..., float]] | None = None,
         check_values: Callable[..., None] = lambda *arguments: None,
     ) -> None:
         self.name = reference.__name__
         self.reference = reference
-        self._check_values = check_values
+        self._check, self._check_values = check, check_values
+        self._choices = Remembered[_Choice]()
         self.sizes = dict(sizes or {})
         self._outputs = outputs
         REFERENCE.add(self, reference)
@@ -382,27 +368,39 @@ class Operator:
             _library.impl(name, differentiate, "Autograd")
             torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
-    def __call__(self, *arguments: Any, backend: str | None) -> Any:
+    def __call__(self, *given: Any, backend: str | None) -> Any:
         """Run on the chosen backend; a named one that cannot run raises RuntimeError, "auto" tries the next."""
-        requested = requested_backend(backend)
-        compiling = torch.compiler.is_compiling()
-        if is_explaining():
-            self._check_values(*arguments)
-            return self._explanation(requested, arguments)
-        name = self._fastest(arguments) if requested == "auto" else self._checked(requested, arguments)
-        implementation = self._implementation(name)
+        requested, explaining = requested_backend(backend), is_explaining()
+        direct = not (torch.compiler.is_compiling() or explaining or autograd.watched())
+        alike = signature(requested, given) if direct else None
+        choice = None if alike is None else self._choices.get(alike)
+        arguments: Sequence[Any] = given
+        if choice is not None and choice.stands():
+            implementation = choice.implementation
+        else:
+            arguments = self._check(*given)
+            if explaining:
+                self._check_values(*arguments)
+                return self._explanation(requested, arguments)
+            name = self._fastest(arguments) if requested == "auto" else self._checked(requested, arguments)
+            implementation = self._implementation(name)
+            if alike is not None and unchanged(given, arguments):
+                tried = self._order(arguments[0]) if requested == "auto" else (name,)
+                tried = tried[: tried.index(name) + 1]
+                self._choices.keep(alike, _Choice(implementation, tuple(BACKENDS[one] for one in tried)))
         if not _checked_by_kernels(implementation, arguments[0]):
             self._check_values(*arguments)
         if implementation.backward is None:
             return implementation.forward(*arguments)
         flat = self._flat(arguments)
-        if not compiling and self._unobserved(flat):
-            self._make_contiguous(flat)
+        if direct and (alike is not None or self._are_plain(flat)):
+            if alike is None:
+                self._make_contiguous(flat)
             if torch.is_grad_enabled() and self._differentiated(flat):
                 return self._direct_function.apply(implementation, flat, *[flat[i] for i in self._tensors])
             results = outside_autocast(implementation.forward, flat)
             return results if isinstance(results, Tensor) else results[0]
-        results = self._forward(*flat, name)
+        results = self._forward(*flat, implementation.backend)
         return results[0] if isinstance(results, tuple) else results
 
     def backend_for(self, arguments: Sequence[Any], backend: str | None) -> Backend:
@@ -429,7 +427,7 @@ class Operator:
         """The backends that "auto" tries, the fastest first."""
         if not first.is_cuda:
             return FASTEST_FIRST
-        return chosen(self.name, _gpu_name(first.device), _word(first.dtype)).fastest_first
+        return chosen(self.name, _gpu_name(first.device), dtype_word(first.dtype)).fastest_first
 
     def _checked(self, name: str, arguments: Sequence[Any]) -> str:
         reason = BACKENDS[name].unsupported_reason(self, arguments)
@@ -462,13 +460,13 @@ class Operator:
     def _implementation(self, backend: str) -> Implementation:
         return BACKENDS[backend].implementations[self.name]
 
-    def _unobserved(self, flat: Sequence[Any]) -> bool:
-        """Whether nothing but the kernels would see the arguments pass the dispatcher."""
+    def _are_plain(self, flat: Sequence[Any]) -> bool:
+        """Whether no tensor would see the call pass the dispatcher."""
         for i in self._tensors:
             kind = type(flat[i])
             if kind is not Tensor and kind is not torch.nn.Parameter and flat[i] is not None:
                 return False
-        return not autograd.watched()
+        return True
 
     def _results(self, implementation: Implementation, flat: list[Any]) -> tuple[Tensor, ...]:
         """What the kernels' forward returns; `flat`'s tensors become contiguous."""
@@ -570,12 +568,3 @@ def _tensors(count: int) -> str:
 
 def _returned(tensors: Sequence[Tensor]) -> Any:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listed(words: Iterator[str]) -> str:
-    *most, last = words
-    return f"{', '.join(most)} or {last}" if most else last

@@ -40,6 +40,10 @@ def tree_attention(
 
     Source: ours; prefix sharing as in tree attention for speculative decoding.
     """
+    return TREE_ATTENTION(qkv, layout, backend=backend)
+
+
+def _check(qkv: Tensor, layout: PromptTree) -> tuple[Tensor, PromptTree]:
     if not isinstance(layout, PromptTree):
         raise TypeError(f"layout: got {type(layout).__name__}; takes a PromptTree")
     checks.check_float("qkv", qkv)
@@ -48,7 +52,7 @@ def tree_attention(
         raise ValueError(
             f"qkv: got shape {tuple(qkv.shape)}; takes (N, S, 3, H, d) with S = {layout.length}, as in layout"
         )
-    return TREE_ATTENTION(qkv, layout, backend=backend)
+    return qkv, layout
 
 
 def _outputs(qkv: Tensor, prefix: int, segment_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -65,6 +69,7 @@ TREE_ATTENTION = Operator(
     outputs=_outputs,
     saved=("log_sum_exp",),
     keeps_result=True,
+    check=_check,
     sizes={
         "tokens": lambda qkv, layout: layout.length,
         "segments": lambda qkv, layout: len(layout.segment_lengths),

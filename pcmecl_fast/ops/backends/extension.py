@@ -19,7 +19,7 @@ from pcmecl_fast.ops.backends.native import Driver
 from pcmecl_fast.ops.operator import Backend, Limits, Operator
 
 NAME, CUDA_NAME = "pcmecl_fast._C", "pcmecl_fast._C_cuda"
-INTERFACE = 1  # as csrc/common/binding.h has it
+INTERFACE = 2  # as csrc/common/binding.h has it
 PACKAGE = Path(__file__).parents[2]
 REBUILD = "`make build` in the clone, or pip install --no-deps --force-reinstall ."
 
@@ -58,7 +58,8 @@ def add(
 ) -> None:
     """Add an operator's functions, which `operators` has under its name."""
     forward, backward = (getattr(operators, operator.name + way) for way in ("", "_backward"))
-    backend.add(operator, forward, backward, limits, checks_values_on)
+    at_once = getattr(operators, f"{operator.name}_and_gradients", None)
+    backend.add(operator, forward, backward, limits, checks_values_on, at_once)
 
 
 def add_rectangle(backend: Backend, operators: Driver, operator: Operator) -> None:

@@ -7,12 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pcmecl_fast.ops.backends.native import DTYPE, Driver
-
-
-def _computing(x: Tensor) -> torch.dtype:
-    """In which dtype a tensor is computed with."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+from pcmecl_fast.ops.backends.native import DTYPE, Driver, address
+from pcmecl_fast.ops.reference import computing_dtype
 
 
 class Direction(Driver):
@@ -21,10 +17,9 @@ class Direction(Driver):
         normalize: bool, min_change: float,
     ) -> Tensor:  # fmt: skip
         logits = source.new_empty((source.shape[0], bank.shape[1]))
-        self._module.direction_forward(
-            *_call(source, edited, bank, individual, source_emotion), 0, 1.0, 0.0, normalize, min_change,
-            logits.data_ptr(), 0, 0, 0, False,
-        )  # fmt: skip
+        self._module.direction_logits(
+            *_features(source, edited, bank, individual, source_emotion), normalize, min_change, logits.data_ptr()
+        )
         return logits
 
     def direction_logits_backward(
@@ -32,11 +27,9 @@ class Direction(Driver):
         normalize: bool, min_change: float, needs: Sequence[bool],
     ) -> list[Tensor | None]:  # fmt: skip
         gradients = _of_features(source, edited, bank, needs)
-        sums, longest = _runs(source, bank) if needs[2] else (None, 0)
-        self._module.direction_backward(
-            *_call(source, edited, bank, individual, source_emotion), 0, 1.0, 0.0, normalize, min_change,
-            grad.data_ptr(), 0, 0, *[0 if x is None else x.data_ptr() for x in gradients], 0,
-            0 if sums is None else sums.data_ptr(), longest,
+        self._module.direction_logits_backward(
+            *_features(source, edited, bank, individual, source_emotion), normalize, min_change,
+            grad.data_ptr(), *map(address, gradients),
         )  # fmt: skip
         return gradients
 
@@ -46,14 +39,14 @@ class Direction(Driver):
         min_change: float, reduction: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The loss, () or (B,), and the number that it is divided by, ()."""
-        losses = _losses_like(source)
-        loss, divisor = losses.new_empty(()), losses.new_empty(())
-        self._module.direction_forward(
-            *_call(source, edited, bank, individual, source_emotion), target_emotion.data_ptr(),
+        loss, divisor = _numbers(source), _numbers(source)
+        losses = _numbers(source, len(source)) if reduction == "none" else None
+        self._module.direction_loss(
+            *_features(source, edited, bank, individual, source_emotion), target_emotion.data_ptr(),
             scale_number if scale is None else scale.item(), contrast, normalize, min_change,
-            0, losses.data_ptr(), loss.data_ptr(), divisor.data_ptr(), reduction == "mean",
+            address(losses), loss.data_ptr(), divisor.data_ptr(), reduction == "mean",
         )  # fmt: skip
-        return (losses if reduction == "none" else loss), divisor
+        return (loss if losses is None else losses), divisor
 
     def direction_loss_backward(
         self, grad: Tensor, source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor,
@@ -61,29 +54,38 @@ class Direction(Driver):
         min_change: float, reduction: str, divisor: Tensor, needs: Sequence[bool],
     ) -> list[Tensor | None]:  # fmt: skip
         gradients = _of_features(source, edited, bank, needs)
-        sums, longest = _runs(source, bank) if needs[2] else (None, 0)
-        of_samples = _losses_like(source) if needs[3] else None
-        of_scale = self._module.direction_backward(
-            *_call(source, edited, bank, individual, source_emotion), target_emotion.data_ptr(),
+        of_scale = self._module.direction_loss_backward(
+            *_features(source, edited, bank, individual, source_emotion), target_emotion.data_ptr(),
             scale_number if scale is None else scale.item(), contrast, normalize, min_change,
-            grad.data_ptr(), int(reduction == "none"), divisor.data_ptr(),
-            *[0 if x is None else x.data_ptr() for x in gradients], 0 if of_samples is None else of_samples.data_ptr(),
-            0 if sums is None else sums.data_ptr(), longest,
+            grad.data_ptr(), int(reduction == "none"), divisor.data_ptr(), *map(address, gradients), needs[3],
         )  # fmt: skip
         gradients.append(scale.new_full((), of_scale) if scale is not None and needs[3] else None)
         return gradients
 
+    def direction_loss_and_gradients(
+        self, source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor,
+        target_emotion: Tensor, scale: Tensor | None, scale_number: float, contrast: float, normalize: bool,
+        min_change: float, reduction: str, needs: Sequence[bool],
+    ) -> tuple[Tensor, list[Tensor | None]] | None:  # fmt: skip
+        """None where gradients of features in bfloat16 would be rounded twice, or there is more than one loss."""
+        if reduction == "none" or source.dtype is torch.bfloat16:
+            return None
+        loss, gradients = _numbers(source), _of_features(source, edited, bank, needs)
+        of_scale = self._module.direction_loss_and_gradients(
+            *_features(source, edited, bank, individual, source_emotion), target_emotion.data_ptr(),
+            scale_number if scale is None else scale.item(), contrast, normalize, min_change,
+            loss.data_ptr(), reduction == "mean", *map(address, gradients), needs[3],
+        )  # fmt: skip
+        gradients.append(scale.new_full((), of_scale) if scale is not None and needs[3] else None)
+        return loss, gradients
 
-def _losses_like(source: Tensor) -> Tensor:
-    return source.new_empty((source.shape[0],), dtype=_computing(source))
 
-
-def _call(source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor) -> tuple[int, ...]:
+def _features(source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, source_emotion: Tensor) -> list[int]:
     """What every call begins with: threads, dtype, B, N, E, D, and where the tensors are."""
-    return (
+    return [
         torch.get_num_threads(), DTYPE[source.dtype], source.shape[0], *bank.shape,
         source.data_ptr(), edited.data_ptr(), bank.data_ptr(), individual.data_ptr(), source_emotion.data_ptr(),
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 def _of_features(source: Tensor, edited: Tensor, bank: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -91,12 +93,5 @@ def _of_features(source: Tensor, edited: Tensor, bank: Tensor, needs: Sequence[b
     return [torch.empty_like(x) if need else None for x, need in zip((source, edited, bank), needs)]  # noqa: B905
 
 
-def _runs(source: Tensor, bank: Tensor) -> tuple[Tensor, int]:
-    """Room for the gradients of runs, ranges of samples of one individual, and the longest of them."""
-    individuals, emotions, width = bank.shape
-    # So long that the runs' gradients need at most an eighth of the features' gradient, beside one for each individual:
-    # n samples are at most 1 + n / longest runs.
-    longest = max(64, 8 * emotions)
-    samples = source.shape[0]
-    runs = min(samples, individuals + samples // longest)
-    return bank.new_empty((runs * emotions * width,), dtype=_computing(bank)), longest
+def _numbers(source: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=computing_dtype(source))
