@@ -1,6 +1,8 @@
-"""Comparisons of the towers' work: padded prompts against prompt trees, frames re-encoded against the feature store.
+"""Comparisons of the towers' work: batches of prompts against prompt trees, frames re-encoded against the store.
 
-The plain sides are written as a good user would: batched, without gradients where none are needed, no needless copies.
+"padded batch" and "published trainer" do what published trainers do: every prompt at the tower's full length, every
+frame encoded in every step; otherwise they are written well: batched, without gradients where none are needed. The
+careful sides, of bench/careful.py, cut the prompts and keep what does not change.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import rehearsal
-from bench.compare import Comparison, Side, backend_sides, comparison, count_operations, those_that_run
+from bench.careful import trimmed_prompts
+from bench.compare import Candidates, Comparison, Side, backend_sides, comparison, count_operations, those_that_run
 from bench.timing import Run
 from pcmecl_fast import PCMECLCriterion, PersonalizedPrompts, PromptBank, load_clip, ops
 from pcmecl_fast.clip import Clip
@@ -27,6 +30,8 @@ from pcmecl_fast.train.prompts import matching_loss
 
 EMOTIONS = ["neutral", "angry", "disgusted", "fear", "happy", "sad", "surprised"]
 TOWER = "ViT-B-32"
+PADDED, TRIMMED, COMPILED = "padded batch", "trimmed batch", "trimmed batch, torch.compile"
+PUBLISHED, CAREFUL = "published trainer", "careful trainer"
 PROMPTS = ("pcmecl_fast/prompts/*.py", "pcmecl_fast/towers/*.py", "pcmecl_fast/ops/*tree*.py")
 CRITERION = (*PROMPTS, "pcmecl_fast/criterion.py", "pcmecl_fast/ops/**/*.py", "pcmecl_fast/clip.py")
 
@@ -35,7 +40,7 @@ CRITERION = (*PROMPTS, "pcmecl_fast/criterion.py", "pcmecl_fast/ops/**/*.py", "p
     "text_tower",
     "text features of 16 individuals × 7 emotions, shared context, with backward",
     sources=PROMPTS,
-    targets={"cpu": {"padded batch": 25}, "cuda": {"padded batch": 15}},
+    targets={"cpu": {PADDED: 25, TRIMMED: 4}, "cuda": {PADDED: 15}},
 )
 def text_tower(device: torch.device, dtype: torch.dtype) -> Comparison:
     individuals = rehearsal.size(16 if device.type == "cpu" else 64)
@@ -46,7 +51,7 @@ def text_tower(device: torch.device, dtype: torch.dtype) -> Comparison:
     "text_tower_per_emotion",
     "text features of 4 individuals × 7 emotions, a context for each emotion, with backward",
     sources=PROMPTS,
-    targets={"cpu": {"padded batch": 6.5}, "cuda": {"padded batch": 5}},
+    targets={"cpu": {PADDED: 6.5, TRIMMED: 1.3}, "cuda": {PADDED: 5}},
 )
 def text_tower_per_emotion(device: torch.device, dtype: torch.dtype) -> Comparison:
     return _padded_and_tree(EMOTIONS, 4, "per-emotion", 8, device, dtype)
@@ -56,7 +61,7 @@ def text_tower_per_emotion(device: torch.device, dtype: torch.dtype) -> Comparis
     "text_tower_classes",
     "text features of ImageNet's classes (200 on a CPU, 1000 on a GPU) for one image, as CoCoOp, with backward",
     sources=PROMPTS,
-    targets={"cpu": {"padded batch": 20}, "cuda": {"padded batch": 12}},
+    targets={"cpu": {PADDED: 20, TRIMMED: 3.8}, "cuda": {PADDED: 12}},
 )
 def text_tower_classes(device: torch.device, dtype: torch.dtype) -> Comparison:
     names = list(dict.fromkeys(open_clip.IMAGENET_CLASSNAMES))
@@ -68,7 +73,7 @@ def text_tower_classes(device: torch.device, dtype: torch.dtype) -> Comparison:
     "stage1_step",
     "a step of stage 1 on 16 individuals × 7 frames, images encoded by the plain side",
     sources=CRITERION,
-    targets={"cpu": {"plain trainer": 30}, "cuda": {"plain trainer": 15}},
+    targets={"cpu": {PUBLISHED: 30, CAREFUL: 4}, "cuda": {PUBLISHED: 15}},
 )
 def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
     clip = _tower(device, dtype)
@@ -85,7 +90,7 @@ def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
     "stage1_step_features",
     "a step of stage 1 on 16 individuals × 7 frames, both sides given the image features",
     sources=CRITERION,
-    targets={"cpu": {"plain trainer": 20}, "cuda": {"plain trainer": 12}},
+    targets={"cpu": {PUBLISHED: 20, CAREFUL: 4}, "cuda": {PUBLISHED: 12}},
 )
 def stage1_step_features(device: torch.device, dtype: torch.dtype) -> Comparison:
     clip = _tower(device, dtype)
@@ -97,7 +102,7 @@ def stage1_step_features(device: torch.device, dtype: torch.dtype) -> Comparison
     "stage2_criterion",
     "PCMECL on 16 edited frames with prompts conditioned on the frame, with backward to the frames",
     sources=CRITERION,
-    targets={"cpu": {"plain trainer": 3}, "cuda": {"plain trainer": 3}},
+    targets={"cpu": {PUBLISHED: 3}, "cuda": {PUBLISHED: 3}},
 )
 def stage2_criterion(device: torch.device, dtype: torch.dtype) -> Comparison:
     return _stage2(device, dtype, prompts_known=False)
@@ -107,7 +112,7 @@ def stage2_criterion(device: torch.device, dtype: torch.dtype) -> Comparison:
     "stage2_criterion_bank",
     "PCMECL on 16 edited frames, both sides given the prompts' features, with backward to the frames",
     sources=CRITERION,
-    targets={"cpu": {"plain trainer": 1.25}, "cuda": {"plain trainer": 1.25}},
+    targets={"cpu": {PUBLISHED: 1.25}, "cuda": {PUBLISHED: 1.25}},
 )
 def stage2_criterion_bank(device: torch.device, dtype: torch.dtype) -> Comparison:
     return _stage2(device, dtype, prompts_known=True)
@@ -121,18 +126,27 @@ def _padded_and_tree(
     condition = F.normalize(_normal(individuals, clip.embed_dim, device=device), dim=-1)
     weight = _normal(individuals, len(descriptions), clip.embed_dim, device=device)
 
-    def side(backend: str) -> Callable[[], list[Tensor]]:
+    def differentiated(encode: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
             prompts.zero_grad()
-            features = prompts(condition, backend=backend)
+            features = encode(condition)
             (features * weight).sum().backward()
             return [features, *_gradients(prompts)]
 
         return run
 
-    backends, skipped = those_that_run(backend_sides(lambda name: side(name)(), device, "tree_attention"))
+    def side(backend: str) -> Callable[[], list[Tensor]]:
+        return differentiated(partial(prompts, backend=backend))
+
+    trimmed = trimmed_prompts(prompts)
+    others = {
+        TRIMMED: lambda: differentiated(trimmed),
+        COMPILED: lambda: differentiated(torch.compile(trimmed)),
+        **backend_sides(lambda name: side(name)(), device, "tree_attention"),
+    }
+    sides, skipped = those_that_run(others)
     return Comparison(
-        [Side("padded batch", side("reference")), *backends, Side("prompt tree", side("auto"))],
+        [Side(PADDED, side("reference")), *sides, Side("prompt tree", side("auto"))],
         operations=count_operations(side("auto")),
         skipped=skipped,
         as_it_runs=True,
@@ -143,13 +157,15 @@ def _stage1(clip: Clip, features: Tensor, encode: Callable[[], Tensor], device: 
     """A step: forward, backward and AdamW (with a learning rate of 0, so that every step is the same)."""
     prompts = _prompts(clip, EMOTIONS, "shared", 8)
     step = partial(_stage1_step, prompts, torch.optim.AdamW(prompts.parameters(), lr=0.0))
-    candidates = backend_sides(lambda name: step(features, name), device, "tree_attention", "correlation_loss")
+    careful = partial(step, features, "reference", encode_prompts=trimmed_prompts(prompts))
+    candidates: Candidates = {CAREFUL: lambda: careful}
+    candidates |= backend_sides(lambda name: step(features, name), device, "tree_attention", "correlation_loss")
     if rehearsal.as_on_gpu(device):
         candidates["captured step"] = lambda: _captured(clip, features, device)
-    on_gpu, skipped = those_that_run(candidates)
+    others, skipped = those_that_run(candidates)
     ours = partial(step, features, "auto")
     return Comparison(
-        [Side("plain trainer", lambda: step(encode(), "reference")), *on_gpu, Side("store and trees", ours)],
+        [Side(PUBLISHED, lambda: step(encode(), "reference")), *others, Side("store and trees", ours)],
         operations=count_operations(ours),
         skipped=skipped,
         as_it_runs=True,
@@ -157,11 +173,15 @@ def _stage1(clip: Clip, features: Tensor, encode: Callable[[], Tensor], device: 
 
 
 def _stage1_step(
-    prompts: PersonalizedPrompts, optimizer: torch.optim.Optimizer, visual: Tensor, backend: str
+    prompts: PersonalizedPrompts,
+    optimizer: torch.optim.Optimizer,
+    visual: Tensor,
+    backend: str,
+    encode_prompts: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
     visual = visual.view(-1, len(EMOTIONS), visual.shape[-1])
     mask = torch.ones(visual.shape[:2], dtype=torch.bool, device=visual.device)
-    text = prompts(visual.mean(1), backend=backend)
+    text = (encode_prompts or partial(prompts, backend=backend))(visual.mean(1))
     match = matching_loss(visual, text, mask, 20.0)
     loss = match + ops.correlation_loss(visual, text, scale=20.0, mask=mask, backend=backend)
     optimizer.zero_grad(set_to_none=True)
@@ -206,14 +226,22 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
         )
         return [loss, _backward_to(edited, loss)]
 
+    def careful() -> list[Tensor]:
+        changed = clip.encode_image(edited, backend="reference").float()
+        loss = ops.direction_loss(
+            known, changed, bank.features, individual, shown, asked, min_change=MIN_CHANGE, backend="reference"
+        )
+        return [loss, _backward_to(edited, loss)]
+
     def ours(backend: str) -> list[Tensor]:
         with ops.use_backend(backend):
             loss = criterion(source, edited, individual, shown, asked, source_features=known)
         return [loss, _backward_to(edited, loss)]
 
-    backends, skipped = those_that_run(backend_sides(ours, device, "direction_loss", "clip_frames"))
+    candidates: Candidates = {CAREFUL: lambda: careful}
+    others, skipped = those_that_run(candidates | backend_sides(ours, device, "direction_loss", "clip_frames"))
     return Comparison(
-        [Side("plain trainer", plain), *backends, Side("store and bank", partial(ours, "auto"))],
+        [Side(PUBLISHED, plain), *others, Side("store and bank", partial(ours, "auto"))],
         operations=count_operations(partial(ours, "auto")),
         skipped=skipped,
         as_it_runs=True,
