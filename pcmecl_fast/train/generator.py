@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ from pcmecl_fast.train.views import FOLDER, KeptViews, seen_alike
 from pcmecl_fast.wording import name_some
 
 log = logging.getLogger("pcmecl_fast")
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _TERMS = (
     "pcmecl",
@@ -78,7 +81,8 @@ def train_generator(
     check_batch(config)
     torch.manual_seed(config.seed)
     generator = make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
-    players = _Players(generator.to(clip.device), PatchDiscriminator().to(clip.device), config, clip.device)
+    critic = _laid_out(PatchDiscriminator().to(clip.device))
+    players = _Players(generator.to(clip.device), critic, config, clip.device)
     draw = Plans(dataset, bank, with_reference=generator.driven_by == "reference", views=config.views)
     terms_of = _Terms(players, criterion or criterion_for(clip, bank, dataset, config), clip, dataset, config)
     loop = Loop(
@@ -164,8 +168,10 @@ class _Players:
         self.generator, self.critic = generator, critic
         self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
         self.judging = _over_ranks(_Judging(critic))
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
-        self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99), fused=True)
+        self.critic_optimizer = torch.optim.Adam(
+            critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99), fused=True
+        )
         self.rates = (config.lr, config.critic_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
@@ -356,9 +362,15 @@ def _check(edit: Edit, frames: Tensor) -> None:
 
 def _reader_for(dataset: FrameDataset, config: TrainConfig, device: torch.device) -> FaceReader | None:
     if isinstance(dataset, SyntheticFaces):
-        return load_reader(device) if config.w_speech or config.w_person else None
+        return _laid_out(load_reader(device)) if config.w_speech or config.w_person else None
     log.info("stage 2: the reader knows drawn faces only; here pixel terms alone keep speech and identity")
     return None
+
+
+def _laid_out(network: Network) -> Network:
+    """Channels last on a CPU, where convolutions would else copy every tensor."""
+    on_cpu = all(x.device.type == "cpu" for x in network.parameters())
+    return network.to(memory_format=torch.channels_last) if on_cpu else network
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
