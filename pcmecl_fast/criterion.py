@@ -338,7 +338,7 @@ class PCMECLCriterion(nn.Module):
         self._watch.look("edited_frames", edited_frames)
         if source_features is None:
             self._watch.look("source_frames", source_frames)
-            with torch.no_grad(), _attention_of_training():
+            with torch.no_grad(), attention_of_training():
                 seen = self._as_seen(source_frames, mask)
                 known = seen.shape[:-3]
                 source_features = self.clip.encode_image(_in_a_row(seen), backend=self.backend)
@@ -482,7 +482,7 @@ class _Switch:
 
 
 @contextmanager
-def _attention_of_training() -> Iterator[None]:
+def attention_of_training() -> Iterator[None]:
     """Disables PyTorch's fused inference attention, whose rounding differs from that of the differentiable one.
 
     Otherwise an edit that changes nothing would change features by 1e-7, in a direction made of noise, and get the

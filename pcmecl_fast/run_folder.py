@@ -45,7 +45,7 @@ _FILES = (
     *("ablation.svg", "generator.safetensors", "prompts.safetensors", "bank.safetensors", "lengths.safetensors"),
     *("stage-1.ckpt", "stage-2.ckpt"),
 )
-_FOLDERS = ("tensorboard", "trainings")
+_FOLDERS = ("tensorboard", "trainings", "views")
 _INNER = ("prompts", "evaluation")
 
 

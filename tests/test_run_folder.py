@@ -120,7 +120,9 @@ def test_overwriting_replaces_the_run_and_leaves_other_files_and_the_features(ru
     shutil.copytree(runs / "prompts", out / "kept" / "prompts")
     assert run("evaluate", "--run", out, "--device", "cpu") == 0
     stored = [path.name for path in (out / "features").glob("*/*.safetensors")]
-    assert run(*TRAIN, "--out", out, "--overwrite", "--seed", "5") == 0
+    (out / "views").mkdir()  # of a run that was killed
+    assert run(*TRAIN, "--out", out, "--overwrite", "--seed", "5", "--jitter", "0") == 0
+    assert not (out / "views").exists()
     assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 5
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "kept" / "prompts" / "bank.safetensors").is_file()

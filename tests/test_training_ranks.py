@@ -42,6 +42,16 @@ def test_stage_2_ends_with_the_same_generator_on_any_number_of_ranks_and_in_part
                 assert_same(others, curves, rtol=3e-6, atol=1e-7)  # some of the terms are float32
 
 
+def test_kept_views_are_the_same_on_any_number_of_ranks_and_in_parts(crew, tmp_path):
+    kept = {"backend": "auto", "views": 2}
+    expected, _ = crew(1, partial(train, **kept), tmp_path / "1", 1, 0.0)[0]
+    plain, _ = crew(1, partial(train, views=2), tmp_path / "plain", 1, 0.0)[0]
+    assert_same(plain, expected)
+    for count, accumulate in ((2, 1), (1, 2), (2, 2)):
+        for weights, _ in crew(count, partial(train, **kept), tmp_path / f"{count}-{accumulate}", accumulate, 0.0):
+            assert_same(weights, expected)
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(crew, tmp_path):
     for message in crew(2, with_batch, tmp_path, 6, 2):
         assert message == "batch: 6 frames cannot be divided among 2 ranks of 2 parts; takes a multiple of 4"
@@ -109,7 +119,10 @@ class InFloat64(SyntheticFaces):
         return super().frames(index).double()
 
 
-def train(out: Path, accumulate: int, adversarial: float = 0.5, *, batch: int = 8, generator: str = "warp-fields"):
+def train(
+    out: Path, accumulate: int, adversarial: float = 0.5, *, batch: int = 8, generator: str = "warp-fields",
+    views: int = 0, backend: str = "reference",
+):  # fmt: skip
     torch.set_default_dtype(torch.float64)
     try:
         clip, data = load_clip().double(), InFloat64(5, emotions=EMOTIONS, clips=1, frames_per_clip=2, size=32)
@@ -120,9 +133,9 @@ def train(out: Path, accumulate: int, adversarial: float = 0.5, *, batch: int = 
         out.mkdir(exist_ok=True)
         config = TrainConfig(
             out=out, steps=6, batch=batch, accumulate=accumulate, size=32, strength=0.0, w_cycle=1.0, w_person=0.0,
-            w_speech=0.0, w_adversarial=adversarial, checkpoint_every=100, generator=generator, backend="reference",
+            w_speech=0.0, w_adversarial=adversarial, checkpoint_every=4, generator=generator, views=views,
         )  # fmt: skip
-        with ops.use_backend("reference"):
+        with ops.use_backend(backend):
             trained, loop = stage2.train_generator(clip, bank, data, config)
         return dict(trained.state_dict()), curves_of(loop)
     finally:

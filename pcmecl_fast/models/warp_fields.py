@@ -197,8 +197,18 @@ def _lay(
     grid: Tensor,  # (B, H, W, 2)
     smoothly: str,
 ) -> Tensor:  # (B, C, H, W)
-    fine = F.interpolate(fields, grid.shape[1:3], mode=smoothly, align_corners=False)
-    return _sample(fine, grid)
+    height, width = (
+        _interpolation(coarse, fine, smoothly, fields)
+        for coarse, fine in zip(fields.shape[-2:], grid.shape[1:3], strict=True)
+    )
+    return _sample(height @ fields @ width.T, grid)
+
+
+def _interpolation(coarse: int, fine: int, smoothly: str, like: Tensor) -> Tensor:  # (fine, coarse)
+    """F.interpolate in one dimension as a matrix: products take a fraction of its time, forth and back."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    each = torch.eye(coarse, dtype=dtype, device=like.device)[None, :, :, None]
+    return F.interpolate(each, (fine, 1), mode=smoothly, align_corners=False)[0, :, :, 0].T.to(like.dtype)
 
 
 def _sample(

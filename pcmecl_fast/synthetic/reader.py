@@ -102,10 +102,21 @@ def load_reader(device: torch.device | str | None = None, *, path: Path = ASSETS
     return reader.eval().requires_grad_(False).to(device)
 
 
+def reading(
+    reader: FaceReader,
+    frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+) -> Tensor:  # (B, 2 (2 + K))
+    """What the reader sees in frames, a row for each, without gradients."""
+    with torch.no_grad():
+        return torch.cat([part for seen in reader(frames) for part in seen], 1)
+
+
 def reading_losses(
     reader: FaceReader,
     source: Tensor,  # (B, 3, H, W) in [-1, 1]
     edited: Tensor,  # (B, 3, H, W)
+    *,
+    read: Tensor | None = None,  # (B, 2 (2 + K)): reading(reader, source), if already known
 ) -> tuple[Tensor, Tensor]:
     """How far the edits change the speech, as a fraction of its range, and the person.
 
@@ -113,9 +124,9 @@ def reading_losses(
         (speech, person): mean |difference| of what is read, and 1 − mean cosine of the identities; gradients reach
         `edited` only.
     """
-    with torch.no_grad():
-        before = reader(source)
+    rows = reading(reader, source) if read is None else read
     after = reader(edited)
+    before = [Seen(*row.split((2, IDENTITY_LENGTH), dim=1)) for row in rows.chunk(len(after), dim=1)]
     pairs = list(zip(before, after, strict=True))
     speech = [speech_difference(y.speech, x.speech).mean() for x, y in pairs]
     person = [1 - F.cosine_similarity(x.identity, y.identity).mean() for x, y in pairs]

@@ -12,6 +12,7 @@ from torch import Tensor
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.distributed import share
 from pcmecl_fast.prompts import PromptBank
+from pcmecl_fast.train.views import draw_views
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Plan:
     row: Tensor  # (B,) rows of the bank
     source: Tensor  # (B,) emotions shown
     target: Tensor  # (B,) target emotions
-    place: Tensor  # (B,) numbers of the samples in the whole batch
+    view: Tensor  # (B,) numbers of the views that CLIP sees
     frames: int  # in the whole batch
     changed: int  # of these, whose target is another emotion
 
@@ -48,7 +49,7 @@ class Batch:
     row: Tensor  # (B,) rows of the bank
     source: Tensor  # (B,) emotions shown
     target: Tensor  # (B,) target emotions
-    place: Tensor  # (B,) numbers of the samples in the whole batch
+    view: Tensor  # (B,) numbers of the views that CLIP sees
     of_all: float = 1.0
     of_changed: float = 1.0
     of_kept: float = 1.0
@@ -61,7 +62,7 @@ class Batch:
             frames, drive = frames.split(len(plan.index))
             back = frames
         whole = plan.frames, plan.changed
-        return cls(plan.index, frames, drive, back, plan.row, plan.source, plan.target, plan.place, whole=whole)
+        return cls(plan.index, frames, drive, back, plan.row, plan.source, plan.target, plan.view, whole=whole)
 
     def parts(self, count: int) -> list[Batch]:
         """The same in equal parts."""
@@ -81,17 +82,17 @@ class Batch:
         return found
 
     def to(self, device: torch.device) -> Batch:
-        """On the device, except what is used on the host: `index`, to read features from disk, and `place`."""
-        moved = {name: x.to(device) for name, x in _tensors(self).items() if name not in ("index", "place")}
+        """On the device, except what is used on the host: `index`, to read features from disk, and `view`."""
+        moved = {name: x.to(device) for name, x in _tensors(self).items() if name not in ("index", "view")}
         return replace(self, **moved)
 
 
 class Plans:
-    """Draws frames and target emotions; emotions are drawn evenly, so that rare ones are seen as often."""
+    """Draws frames, target emotions and views; emotions are drawn evenly, so that rare ones are seen as often."""
 
-    def __init__(self, dataset: FrameDataset, bank: PromptBank, *, with_reference: bool) -> None:
+    def __init__(self, dataset: FrameDataset, bank: PromptBank, *, with_reference: bool, views: int = 0) -> None:
         self.dataset = dataset
-        self.with_reference = with_reference
+        self.with_reference, self.views = with_reference, views
         counts = torch.bincount(dataset.emotion_index, minlength=len(dataset.emotions))
         self.shown = (counts > 0).nonzero()[:, 0]
         # PyTorch adds weights up in float32, in which some of millions would never be drawn: of many frames, first the
@@ -116,7 +117,8 @@ class Plans:
         target = torch.where(keep, source, target)
         reference = self.by_emotion.draw(target, generator) if self.with_reference else None
         changed = int((source != target).sum())
-        return Plan(index, reference, self.rows[index], source, target, torch.arange(count), count, changed)
+        view = draw_views(index, self.views, generator)
+        return Plan(index, reference, self.rows[index], source, target, view, count, changed)
 
 
 class FramesByEmotion:

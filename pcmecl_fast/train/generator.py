@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcmecl_fast.clip import Clip
-from pcmecl_fast.criterion import TOLERANCE, PCMECLCriterion
+from pcmecl_fast.criterion import TOLERANCE, PCMECLCriterion, attention_of_training
 from pcmecl_fast.criterion_parts import LENGTHS, save_lengths
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.loading import read_ahead
@@ -35,14 +36,17 @@ from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.options import plain_options
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.synthetic import SyntheticFaces
-from pcmecl_fast.synthetic.reader import FaceReader, load_reader, reading_losses
+from pcmecl_fast.synthetic.reader import FaceReader, load_reader, reading, reading_losses
 from pcmecl_fast.train.batches import Batch, Plan, Plans
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop, Stateful
 from pcmecl_fast.train.prompts import contents_of, frame_features
+from pcmecl_fast.train.views import FOLDER, KeptViews, seen_alike
 from pcmecl_fast.wording import name_some
 
 log = logging.getLogger("pcmecl_fast")
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _TERMS = (
     "pcmecl",
@@ -77,8 +81,9 @@ def train_generator(
     check_batch(config)
     torch.manual_seed(config.seed)
     generator = make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
-    players = _Players(generator.to(clip.device), PatchDiscriminator().to(clip.device), config, clip.device)
-    draw = Plans(dataset, bank, with_reference=generator.driven_by == "reference")
+    critic = _laid_out(PatchDiscriminator().to(clip.device))
+    players = _Players(generator.to(clip.device), critic, config, clip.device)
+    draw = Plans(dataset, bank, with_reference=generator.driven_by == "reference", views=config.views)
     terms_of = _Terms(players, criterion or criterion_for(clip, bank, dataset, config), clip, dataset, config)
     loop = Loop(
         config.out,
@@ -90,6 +95,9 @@ def train_generator(
         resume=config.resume,
         signature=_signature(clip, dataset, generator, config) | {"the contents of --prompts": prompts_hash},
     )
+    if terms_of.kept is not None:
+        terms_of.kept.load(loop.done, clip.device)
+        loop.before_saving = terms_of.kept.save
     plans = (draw(config.batch, loop.generator(step)).own() for step in range(loop.done, config.steps))
     for step, (plan, frames) in zip(loop, read_ahead(dataset, plans, Plan.wanted, workers=config.readers), strict=True):
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
@@ -102,6 +110,8 @@ def train_generator(
         loop.record(step, loss=terms_of.weighted(terms), **terms, critic=critic_loss)
         if preview is not None and is_main() and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(generator))
+    if terms_of.kept is not None:
+        terms_of.kept.remove()
     return generator.eval().requires_grad_(False), loop
 
 
@@ -140,7 +150,7 @@ def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: T
         min_change=config.min_change,
         strength=strength,
         lengths=lengths,
-        tolerance=TOLERANCE + 6 * config.jitter,  # the noise of `_seen_alike`, as far as it reaches
+        tolerance=TOLERANCE + 6 * config.jitter,  # the noise of `seen_alike`, as far as it reaches
     )
 
 
@@ -158,8 +168,10 @@ class _Players:
         self.generator, self.critic = generator, critic
         self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
         self.judging = _over_ranks(_Judging(critic))
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
-        self.critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99))
+        self.optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99), fused=True)
+        self.critic_optimizer = torch.optim.Adam(
+            critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99), fused=True
+        )
         self.rates = (config.lr, config.critic_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
@@ -260,11 +272,12 @@ class _Terms:
     def __init__(
         self, players: _Players, criterion: nn.Module, clip: Clip, dataset: FrameDataset, config: TrainConfig
     ) -> None:
-        self.players, self.criterion, self.config = players, criterion, config
+        self.players, self.criterion, self.clip, self.config = players, criterion, clip, config
         self.reader = _reader_for(dataset, config, clip.device)
+        live = requested_backend(None) == "reference"
         # A random view of the source has different features, so stored ones do not apply.
-        live = config.jitter or requested_backend(None) == "reference"
-        self.features = None if live else frame_features(clip, dataset, config)
+        self.features = None if live or config.jitter else frame_features(clip, dataset, config)
+        self.kept = KeptViews(config.out / FOLDER) if config.jitter and config.views and not live else None
         self.weights = {name: getattr(config, f"w_{name}") for name in _TERMS}
 
     def __call__(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -273,8 +286,8 @@ class _Terms:
         with self.players.autocast:
             edit, again = self.players.editing(batch.frames, batch.drive, batch.back)
             realism = self.players.critic(edit.frames)
-            views = _seen_alike(batch.frames, edit.frames, self.config.jitter, seed, batch.place)
-            known = None if self.features is None else self.features[batch.index]
+            views = self._views(batch, edit.frames, seed)
+            known, read = self._seen_in(views[0], batch)
             pcmecl = self.criterion(*views, batch.row, batch.source, batch.target, source_features=known)
         same = (batch.source == batch.target)[:, None, None, None]
         terms = {
@@ -282,7 +295,7 @@ class _Terms:
             "adversarial": -realism.float().mean(),
             "reconstruction": _mean_where((edit.frames - batch.frames).abs(), same),
             **edit.penalties,
-            **self._fidelity(batch.frames, edit.frames, views),
+            **self._fidelity(batch.frames, edit.frames, views, read),
         }
         if edit.shown is not None:
             terms["recognition"] = F.cross_entropy(edit.shown.float(), batch.source)
@@ -296,12 +309,41 @@ class _Terms:
         start = torch.zeros((), device=terms["pcmecl"].device)
         return sum((self.weights.get(name, 1.0) * term for name, term in terms.items()), start)
 
-    def _fidelity(self, source: Tensor, edited: Tensor, views: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def _views(self, batch: Batch, edited: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """What CLIP and the reader are shown of the sources and of the edits."""
+        config = self.config
+        kept = config.views > 0
+        return seen_alike(
+            batch.frames, edited, batch.view, jitter=config.jitter, seed=config.seed if kept else seed, kept=kept
+        )
+
+    def _seen_in(self, source: Tensor, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """What is known already of the sources' views: CLIP's features, and what the reader reads."""
+        if self.features is not None:
+            return self.features[batch.index], None
+        if self.kept is None:
+            return None, None
+        rows = self.kept(batch.view, lambda new: self._look(source[new.to(source.device)]))
+        width = self.clip.embed_dim
+        return rows[:, :width], None if self.reader is None else rows[:, width:].float()
+
+    @torch.no_grad()
+    def _look(self, source: Tensor) -> Tensor:  # (b, W)
+        with attention_of_training():
+            features = self.clip.encode_image(source)
+        if self.reader is None:
+            return features
+        with torch.autocast(source.device.type, enabled=False):
+            return torch.cat([features, reading(self.reader, source.float())], 1)
+
+    def _fidelity(
+        self, source: Tensor, edited: Tensor, views: tuple[Tensor, Tensor], read: Tensor | None
+    ) -> dict[str, Tensor]:
         """Speech and person, read from the faces if the reader can, else compared by pixels."""
         if self.reader is None:
             identity = identity_loss(source, edited.float())
             return {"identity": identity, "mouth": mouth_loss(source, edited.float(), self.config.mouth_box)}
-        speech, person = reading_losses(self.reader, *(view.float() for view in views))
+        speech, person = reading_losses(self.reader, *(view.float() for view in views), read=read)
         return {"speech": speech, "person": person}
 
 
@@ -320,38 +362,15 @@ def _check(edit: Edit, frames: Tensor) -> None:
 
 def _reader_for(dataset: FrameDataset, config: TrainConfig, device: torch.device) -> FaceReader | None:
     if isinstance(dataset, SyntheticFaces):
-        return load_reader(device) if config.w_speech or config.w_person else None
+        return _laid_out(load_reader(device)) if config.w_speech or config.w_person else None
     log.info("stage 2: the reader knows drawn faces only; here pixel terms alone keep speech and identity")
     return None
 
 
-def _seen_alike(
-    source: Tensor,  # (B, 3, H, W)
-    edited: Tensor,  # (B, 3, H, W)
-    jitter: float,
-    seed: int,
-    place: Tensor,  # (B,) numbers of the samples in the whole batch
-) -> tuple[Tensor, Tensor]:
-    """Both frames under the same random mirroring, shift, zoom and noise: CLIP must see the change in every view.
-
-    Each sample has draws of its own, so that they do not depend on how the batch is divided.
-    """
-    if not jitter:
-        return source, edited
-    theta = torch.zeros(len(source), 2, 3)
-    noise = torch.empty(source.shape)
-    for k, number in enumerate(place.tolist()):
-        random = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        zoom, right, down = (torch.rand(3, generator=random) * 2 - 1).tolist()
-        # Mirrored half the time, so that changing half a face is never enough.
-        mirror = 1 - 2 * int(torch.randint(2, (), generator=random))
-        theta[k, 0, 0], theta[k, 1, 1] = (1 + jitter * zoom) * mirror, 1 + jitter * zoom
-        theta[k, 0, 2], theta[k, 1, 2] = jitter * right, jitter * down
-        noise[k].normal_(std=jitter, generator=random)
-    noise = noise.to(source)
-    grid = F.affine_grid(theta.to(source), list(source.shape), align_corners=False)
-    seen = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) + noise for x in (source, edited)]
-    return seen[0], seen[1]
+def _laid_out(network: Network) -> Network:
+    """Channels last on a CPU, where convolutions would else copy every tensor."""
+    on_cpu = all(x.device.type == "cpu" for x in network.parameters())
+    return network.to(memory_format=torch.channels_last) if on_cpu else network
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +47,7 @@ class Loop:
 
     Attributes:
         done: the number of finished steps.
+        before_saving: called on all ranks with `done` before a checkpoint is written, for what is kept beside it.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Loop:
         self.steps, self.seed, self.every = steps, seed, every
         self.signature = {k: str(v) for k, v in signature.items()}
         self.curves: dict[str, list[tuple[int, float]]] = {}
+        self.before_saving: Callable[[int], None] = lambda done: None
         self.done = self._load() if resume and self.path.is_file() else 0
         agree({f"the step that {name} goes on from (the checkpoint in --out)": str(self.done)})
         self._events = folder / "tensorboard" / name.replace(" ", "-")
@@ -80,8 +82,10 @@ class Loop:
             yield step
             self.done = step + 1
             self.bar.update()
-            if is_main() and (self.done % self.every == 0 or self.done == self.steps):
-                self._save()
+            if self.done % self.every == 0 or self.done == self.steps:
+                self.before_saving(self.done)
+                if is_main():
+                    self._save()
         self.bar.close()
         if self.writer is not None:
             with self._logging():
