@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from pcmecl_fast.hub import HubError, from_hub
 from pcmecl_fast.preprocessing import Preprocessing, of_open_clip, preprocessing_of_file, tag_config
 from pcmecl_fast.towers.fingerprint import VERSION, tower_hash
-from pcmecl_fast.towers.frozen import take_over
 from pcmecl_fast.weights import read_weights
 from pcmecl_fast.wording import did_you_mean, one_line
 
@@ -112,7 +111,6 @@ class Clip(nn.Module):
         self.preprocessing = preprocessing
         self._make_tokenizer = tokenizer
         visual: Any = model.visual
-        take_over(visual)
         size = visual.image_size
         self.image_size = int(size if isinstance(size, int) else size[0])
         # Taken before any cast: a tower in bfloat16 is still the same tower.

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from tolerances import TOLERANCES
 
 from pcmecl_fast.models import PatchDiscriminator, WarpFields, WarpFieldsConfig, load_generator, save_generator
-from pcmecl_fast.models.warp_fields import folding, pose_grid, warp
+from pcmecl_fast.models.warp_fields import _interpolation, folding, pose_grid, warp
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -207,3 +209,24 @@ def test_the_critic_is_spectrally_normalised():
     for layer in critic.body:
         if isinstance(layer, torch.nn.Conv2d):
             assert torch.linalg.matrix_norm(layer.weight.flatten(1), ord=2) < 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothly", ["bicubic", "bilinear"])
+def test_fields_are_laid_as_by_interpolation(dtype, smoothly):
+    fields = torch.randn(2, 3, 16, 12, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for size in ((64, 40), (16, 12), (256, 33), (9, 7)):
+        matrices = [_interpolation(a, b, smoothly, fields) for a, b in zip((16, 12), size, strict=True)]
+        for a, b in zip(
+            _with_gradient(lambda x, m=matrices: m[0] @ x @ m[1].T, fields),
+            _with_gradient(lambda x, s=size: F.interpolate(x, s, mode=smoothly, align_corners=False), fields),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, **TOLERANCES[dtype])
+
+
+def _with_gradient(function, x):
+    x = x.clone().requires_grad_()
+    out = function(x)
+    (gradient,) = torch.autograd.grad(out.sin().sum(), x)
+    return out.detach(), gradient

@@ -35,40 +35,6 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OneDNNLinear.apply(x, weight, bias) if onednn else F.linear(x, weight, bias)
 
 
-def take_over(tower: nn.Module) -> None:
-    """Let `PatchEmbedding` run what an image tower has of it; its weights, names and settings, and its hash, stay."""
-    for module in tower.modules():
-        if type(module) is nn.Conv2d and _splits_pixels(module):
-            module.__class__ = PatchEmbedding
-
-
-class PatchEmbedding(nn.Conv2d):
-    """A convolution whose patches do not overlap; on a CPU, the matrix product that it is.
-
-    The gradient of the pixels, which stage 2 needs, is then a product, too: a convolution's took several times as long.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        high, wide = self.kernel_size
-        if x.device.type != "cpu" or x.ndim != 4 or x.shape[2] % high or x.shape[3] % wide:
-            return super().forward(x)
-        rows, columns = x.shape[2] // high, x.shape[3] // wide
-        patches = x.reshape(len(x), x.shape[1], rows, high, columns, wide).permute(0, 2, 4, 1, 3, 5)
-        embedded = F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
-        return embedded.transpose(1, 2).unflatten(2, (rows, columns))
-
-
-def _splits_pixels(module: nn.Conv2d) -> bool:
-    return (
-        module.in_channels == 3
-        and module.groups == 1
-        and module.kernel_size == module.stride
-        and module.kernel_size > (1, 1)
-        and module.padding in ((0, 0), "valid")
-        and module.dilation == (1, 1)
-    )
-
-
 class _OneDNNLinear(torch.autograd.Function):
     """A frozen float32 linear layer in oneDNN, which uses AVX-512 on any CPU that has it.
 

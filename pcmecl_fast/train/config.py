@@ -234,9 +234,9 @@ class EditingOptions:
     """Whose changes set how far to go: each individual's own or everyone's, as always with condition "frame"."""
     jitter: float = 0.06
     """Strength of the random shift, zoom, noise and mirroring applied to both frames before CLIP; 0 turns it off."""
-    views: int = 8
-    """How many such views each frame has: CLIP looks at each of a source once, and its features are kept. 0: a new one
-    every time."""
+    views: int = 0
+    """How many such views each frame has: CLIP looks at each of a source once, and its features are kept, which pays
+    where they are drawn again, in long runs with large towers. 0: a new one every time."""
     w_pcmecl: float = 7.0
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
@@ -335,8 +335,6 @@ class AblateConfig(TrainConfig):
     """Weight of the penalty on edits that fall short of real changes; `train` keeps the mouth still instead."""
     w_speech: float = 45.0
     """Drawn faces: weight of unchanged speech to the frozen reader, as used for the committed results."""
-    views: int = 0
-    """Views that each frame has; 0: a new one every time, as for the committed results."""
     w_direct: float = 60.0
     """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")
