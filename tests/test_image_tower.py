@@ -1,7 +1,7 @@
 """Frozen image towers: features and input gradients of the model's own `encode_image`, with less work and memory."""
 
 import logging
-from functools import cache, partial
+from functools import cache
 
 import open_clip
 import pytest
@@ -52,6 +52,13 @@ def of_timm(name, pool="token", proj="linear", **changes):
         return CustomTextCLIP(64 if proj == "none" else D, vision, TEXT)
 
 
+class GatedAttention(timm.layers.Attention):
+    """timm's option, which its towers do not hand through."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, gated=True, **settings)
+
+
 CUSTOM = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True}
 FAST = {
     "openai": lambda: of_open_clip(quick_gelu=True),
@@ -88,7 +95,7 @@ FAST = {
     "timm's scales": lambda: of_timm(
         "vit_large_patch14_clip_224", init_values=0.5, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True
     ),
-    "gates": lambda: of_timm("vit_large_patch14_clip_224", attn_layer=partial(timm.layers.Attention, gated=True)),
+    "gates": lambda: of_timm("vit_large_patch14_clip_224", attn_layer=GatedAttention),
     "GLU": lambda: of_timm("eva02_base_patch16_clip_224", patch_size=14, scale_mlp=False),
 }
 PLAIN = {

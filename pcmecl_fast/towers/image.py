@@ -75,16 +75,22 @@ def image_obstacle(model: nn.Module) -> str | None:
         obstacle = timm_vit.obstacle(visual.trunk)
     else:
         obstacle = _open_clip_obstacle(visual, gives_tokens=isinstance(model, CoCa))
-    return obstacle or next(filter(None, map(_change, visual.modules())), None)
+    return obstacle or _change(visual)
 
 
-def _change(module: nn.Module) -> str | None:
-    """What somebody has done to a module that running its parts would not notice."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"a {type(module).__name__} of the tower has hooks"
-    if "forward" in vars(module):
-        return f"a {type(module).__name__} of the tower has a forward of its own"
-    return "the tower is in training mode" if module.training else None
+def _change(tower: nn.Module) -> str | None:
+    """What somebody has done to a module of the tower that running its parts would not notice."""
+    modules = [tower]
+    while modules:  # nn.Module.modules() takes several times as long, and this is asked at every call
+        module = modules.pop()
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"a {type(module).__name__} of the tower has hooks"
+        if "forward" in module.__dict__:
+            return f"a {type(module).__name__} of the tower has a forward of its own"
+        if module.training:
+            return "the tower is in training mode"
+        modules += [child for child in module._modules.values() if child is not None]
+    return None
 
 
 def _open_clip_obstacle(tower: Any, *, gives_tokens: bool) -> str | None:
