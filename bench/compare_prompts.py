@@ -76,8 +76,8 @@ def text_tower_classes(device: torch.device, dtype: torch.dtype) -> Comparison:
     targets={"cpu": {PUBLISHED: 30, CAREFUL: 4}, "cuda": {PUBLISHED: 15}},
 )
 def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
-    clip = _tower(device, dtype)
-    frames = _frames(_people() * len(EMOTIONS), clip.image_size, device, dtype)
+    clip = tower(device, dtype)
+    frames = random_frames(_people() * len(EMOTIONS), clip.image_size, device, dtype)
 
     def encode() -> Tensor:
         with torch.no_grad():
@@ -93,7 +93,7 @@ def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
     targets={"cpu": {PUBLISHED: 20, CAREFUL: 4}, "cuda": {PUBLISHED: 12}},
 )
 def stage1_step_features(device: torch.device, dtype: torch.dtype) -> Comparison:
-    clip = _tower(device, dtype)
+    clip = tower(device, dtype)
     features = F.normalize(_normal(_people() * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
     return _stage1(clip, features, lambda: features, device)
 
@@ -121,7 +121,7 @@ def stage2_criterion_bank(device: torch.device, dtype: torch.dtype) -> Compariso
 def _padded_and_tree(
     descriptions: list[str], individuals: int, context: str, n_ctx: int, device: torch.device, dtype: torch.dtype
 ) -> Comparison:
-    clip = _tower(device, dtype)
+    clip = tower(device, dtype)
     prompts = _prompts(clip, descriptions, context, n_ctx)
     condition = F.normalize(_normal(individuals, clip.embed_dim, device=device), dim=-1)
     weight = _normal(individuals, len(descriptions), clip.embed_dim, device=device)
@@ -201,10 +201,10 @@ def _captured(clip: Clip, features: Tensor, device: torch.device) -> Run:
 
 
 def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) -> Comparison:
-    clip = _tower(device, dtype)
+    clip = tower(device, dtype)
     prompts = _prompts(clip, EMOTIONS, "shared", 8)
     people = _people()
-    source = _frames(people, 256, device, dtype)
+    source = random_frames(people, 256, device, dtype)
     edited = (source + 0.1 * _normal(*source.shape, device=device, seed=1).to(dtype)).clamp(-1, 1).requires_grad_()
     individual = torch.arange(people, device=device)
     shown = individual % len(EMOTIONS)
@@ -224,7 +224,7 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
         loss = ops.direction_loss(
             features, changed, rows, individual, shown, asked, min_change=MIN_CHANGE, backend="reference"
         )
-        return [loss, _backward_to(edited, loss)]
+        return [loss, backward_to(edited, loss)]
 
     def careful() -> list[Tensor]:
         changed = clip.encode_image(edited, backend="reference").float()
@@ -236,7 +236,7 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
     def ours(backend: str) -> list[Tensor]:
         with ops.use_backend(backend):
             loss = criterion(source, edited, individual, shown, asked, source_features=known)
-        return [loss, _backward_to(edited, loss)]
+        return [loss, backward_to(edited, loss)]
 
     candidates: Candidates = {CAREFUL: lambda: careful}
     others, skipped = those_that_run(candidates | backend_sides(ours, device, "direction_loss", "clip_frames"))
@@ -254,8 +254,9 @@ def _people() -> int:
 
 
 @cache
-def _tower(device: torch.device, dtype: torch.dtype) -> Clip:
-    name, logger = "tiny-face" if rehearsal.is_on() else TOWER, logging.getLogger("pcmecl_fast")
+def tower(device: torch.device, dtype: torch.dtype, name: str = TOWER) -> Clip:
+    """A CLIP with random weights."""
+    name, logger = "tiny-face" if rehearsal.is_on() else name, logging.getLogger("pcmecl_fast")
     level = logger.level
     logger.setLevel(logging.ERROR)  # random weights are intended here
     try:
@@ -279,7 +280,8 @@ def _on_disk(bank: PromptBank, clip: Clip) -> PromptBank:
     return PromptBank.load(path, clip, on_disk=True)
 
 
-def _backward_to(leaf: Tensor, loss: Tensor) -> Tensor:
+def backward_to(leaf: Tensor, loss: Tensor) -> Tensor:
+    """The gradient of a leaf."""
     leaf.grad = None
     loss.backward()
     assert leaf.grad is not None
@@ -290,7 +292,8 @@ def _gradients(module: torch.nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
-def _frames(count: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_frames(count: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(count, 3, side, side) in [-1, 1]."""
     return (2 * torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) - 1).to(device, dtype)
 
 

@@ -12,17 +12,20 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import (
-    Attention,
-    CustomResidualAttentionBlock,
-    ResidualAttentionBlock,
-    TextTransformer,
-    Transformer,
-)
+from open_clip.transformer import TextTransformer, Transformer
 from torch import Tensor, nn
 
 from pcmecl_fast.ops import tree_attention
-from pcmecl_fast.towers.frozen import frozen_linear, run_frozen
+from pcmecl_fast.towers.blocks import (
+    Block,
+    after_attention,
+    norm,
+    open_clip_block,
+    open_clip_obstacle,
+    project,
+    sum_dtype,
+)
+from pcmecl_fast.towers.frozen import frozen_linear
 
 if TYPE_CHECKING:
     from pcmecl_fast.prompts.tree import PackedPrompts
@@ -84,6 +87,8 @@ def encode_tree(
         x = embeddings of the trees' tokens + their positions;  x += attention(x), x += mlp(x) in every layer
         features[n, e] = project(ln_final(x at EOS of e))
 
+    Where the tower is in half precision, the sums x are in float32.
+
     Args:
         model: a model without a `tree_obstacle`; its text tower is frozen.
         packed: the prompts' layout.
@@ -98,7 +103,8 @@ def encode_tree(
     Source: ours.
     """
     tower = text_tower(model)
-    blocks = tower.transformer.resblocks
+    blocks = [open_clip_block(block) for block in tower.transformer.resblocks]
+    dtype = tower.transformer.get_cast_dtype()
     if checkpoint is None:
         checkpoint = tower.transformer.grad_checkpointing
 
@@ -108,7 +114,7 @@ def encode_tree(
             x = torch.utils.checkpoint.checkpoint(_run_block, block, x, packed, backend, use_reentrant=False)
         else:
             x = _run_block(block, x, packed, backend)
-    x = tower.ln_final(_run_last_block(blocks[-1], x, packed))  # (N, E, W)
+    x = norm(tower.ln_final, _run_last_block(blocks[-1], x, packed), dtype)  # (N, E, W)
 
     projection = tower.text_projection
     if projection is None:
@@ -135,7 +141,7 @@ def tree_obstacle(model: nn.Module) -> str | None:
         return "the tower's attention is not causal"
     if type(tower.transformer).forward is not Transformer.forward:
         return f"a {type(tower.transformer).__name__} is not open_clip's transformer"
-    return next(filter(None, map(_block_obstacle, tower.transformer.resblocks)), None)
+    return next(filter(None, map(open_clip_obstacle, tower.transformer.resblocks)), None)
 
 
 def eos_positions(
@@ -193,7 +199,7 @@ def pool_type(model: nn.Module) -> str | None:
 
 def _embed(tower: Any, packed: PackedPrompts, context: Tensor) -> Tensor:
     """(N·T, S, W): the trees' tokens with the context inserted and positions added."""
-    dtype = tower.transformer.get_cast_dtype()
+    dtype = sum_dtype(tower.transformer.get_cast_dtype())
     individuals, width = context.shape[0], context.shape[-1]
     if context.dim() == 3:
         rows = context[:, None].expand(-1, packed.trees, -1, -1)
@@ -205,64 +211,33 @@ def _embed(tower: Any, packed: PackedPrompts, context: Tensor) -> Tensor:
     return words.view(individuals * packed.trees, packed.length, width) + positions
 
 
-def _run_block(block: Any, x: Tensor, packed: PackedPrompts, backend: str | None) -> Tensor:
+def _run_block(block: Block, x: Tensor, packed: PackedPrompts, backend: str | None) -> Tensor:
     """One residual block on all tokens, (N·T, S, W) to the same."""
-    attention, normed = block.attn, block.ln_1(x)
-    qkv = frozen_linear(normed, attention.in_proj_weight, attention.in_proj_bias)
-    qkv = qkv.unflatten(-1, (3, attention.num_heads, -1))  # (N·T, S, 3, H, d)
-    if isinstance(attention, Attention):
-        query, key, value = qkv.unbind(2)
-        qkv = torch.stack([attention.ln_q(query), attention.ln_k(key), value], dim=2)
-    return _after_attention(block, x, tree_attention(qkv, packed.layout, backend=backend))
+    normed = norm(block.norm_1, x, block.dtype)
+    if len(block.qkv) == 1 and block.q_norm is None and block.k_norm is None:
+        qkv = frozen_linear(normed, *block.qkv[0]).unflatten(-1, (3, block.heads, -1))  # (N·T, S, 3, H, d)
+    else:
+        qkv = torch.stack(project(block, normed), dim=2)
+    return after_attention(block, x, tree_attention(qkv, packed.layout, backend=backend))
 
 
-def _run_last_block(block: Any, x: Tensor, packed: PackedPrompts) -> Tensor:
+def _run_last_block(block: Block, x: Tensor, packed: PackedPrompts) -> Tensor:
     """The last block at EOS only, (N·T, S, W) to (N, E, W): queries of EOS, keys and values of all tokens."""
-    attention, normed, width = block.attn, block.ln_1(x), x.shape[-1]
-    individuals = len(x) // packed.trees
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    bias_q, bias_kv = (None, None) if bias is None else (bias[:width], bias[width:])
+    individuals, width = len(x) // packed.trees, x.shape[-1]
     trees = (individuals, packed.trees * packed.length, width)  # an individual's trees laid end to end
-    query = frozen_linear(normed.view(trees).index_select(1, packed.eos), weight[:width], bias_q)
-    query = query.view(len(x), packed.segments, width).unflatten(-1, (attention.num_heads, -1))  # (N·T, K, H, d)
-    key, value = frozen_linear(normed, weight[width:], bias_kv).unflatten(-1, (2, attention.num_heads, -1)).unbind(2)
-    if isinstance(attention, Attention):
-        query, key = attention.ln_q(query), attention.ln_k(key)
+    normed = norm(block.norm_1, x, block.dtype)
+    asking = normed.view(trees).index_select(1, packed.eos).view(len(x), packed.segments, width)
+    query, key, value = (each.transpose(1, 2) for each in project(block, normed, asking))
 
     mask = packed.eos_mask.repeat(individuals, 1, 1)[:, None] if packed.trees > 1 else packed.eos_mask
-    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
     in_order = packed.place
     heads = mixed.reshape(individuals, packed.trees * packed.segments, *mixed.shape[2:]).index_select(1, in_order)
-    return _after_attention(block, x.view(trees).index_select(1, packed.eos[in_order]), heads)
-
-
-def _after_attention(block: Any, x: Tensor, heads: Tensor) -> Tensor:
-    """The rest of a block: x (…, S, W) and the mixed values of each head, (…, S, H, d)."""
-    attention = block.attn
-    if isinstance(attention, Attention):
-        if attention.head_scale is not None:
-            heads = heads * attention.head_scale.squeeze(-1)
-        mixed = block.ln_attn(run_frozen(attention.out_proj, attention.ln_inner(heads.flatten(-2))))
-    else:
-        mixed = run_frozen(attention.out_proj, heads.flatten(-2))
-    x = x + block.ls_1(mixed)
-    return x + block.ls_2(run_frozen(block.mlp, block.ln_2(x)))
+    return after_attention(block, x.view(trees).index_select(1, packed.eos[in_order]), heads)
 
 
 def _is_causal(mask: Tensor) -> bool:
     """Whether an additive mask lets each token see exactly itself and all tokens before it."""
     causal = torch.full_like(mask, -torch.inf).triu_(1)
     return torch.equal(mask, causal)
-
-
-def _block_obstacle(block: Any) -> str | None:
-    attention = block.attn
-    if type(block).forward is ResidualAttentionBlock.forward and type(attention) is nn.MultiheadAttention:
-        plain = attention._qkv_same_embed_dim and attention.bias_k is None and not attention.add_zero_attn
-        return None if plain and not attention.dropout else "a block's attention has extra keys or dropout"
-    if type(block).forward is CustomResidualAttentionBlock.forward and type(attention) is Attention:
-        dropout = attention.attn_drop.p or attention.out_drop.p
-        return "a block's attention has cosine scores or dropout" if attention.scaled_cosine or dropout else None
-    return f"a {type(block).__name__} with a {type(attention).__name__} is not open_clip's block"
