@@ -24,6 +24,7 @@ from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.preprocessing import Preprocessing, of_open_clip, preprocessing_of_file, tag_config
 from pcmecl_fast.towers.fingerprint import VERSION, tower_hash
 from pcmecl_fast.towers.image import encode_image, image_obstacle
+from pcmecl_fast.towers.precision import GradientRange
 from pcmecl_fast.weights import read_weights
 from pcmecl_fast.wording import did_you_mean, one_line
 
@@ -118,6 +119,7 @@ class Clip(nn.Module):
         # Taken before any cast: a tower in bfloat16 is still the same tower.
         self._text_hash: str | None = None
         self._visual_hash: str | None = None
+        self._logit_scale: float | None = None
         self._obstacle: str | None = None
         """The last that was logged."""
         self.eval()
@@ -135,9 +137,17 @@ class Clip(nn.Module):
 
         Vision transformers run faster and in less memory than `model.encode_image`, with the same result up to
         rounding; where `image_obstacle()` names a reason, and with `backend="reference"`, that is what runs.
-        `model.set_grad_checkpointing()` makes the backward pass recompute blocks instead of keeping them.
+        `model.set_grad_checkpointing()` makes the backward pass recompute blocks instead of keeping them. Features are
+        in the tower's dtype; of a float16 tower, where gradients are wanted of wider frames, in theirs, and gradients
+        are scaled inside it.
         """
-        pixels = self.preprocessing(frames, self.image_size, backend=backend).to(self.dtype)
+        pixels = self.preprocessing(frames, self.image_size, backend=backend)
+        if self.dtype is not torch.float16 or pixels.dtype is torch.float16 or not pixels.requires_grad:
+            return self._encode(pixels.to(self.dtype), backend)
+        scaled = GradientRange()
+        return scaled.leave(self._encode(scaled.enter(pixels).to(self.dtype), backend).to(pixels.dtype))
+
+    def _encode(self, pixels: Tensor, backend: str | None) -> Tensor:
         if requested_backend(backend) == "reference":
             return self.model.encode_image(pixels)
         obstacle = image_obstacle(self.model)
@@ -167,7 +177,8 @@ class Clip(nn.Module):
     @property
     def logit_scale(self) -> float:
         """exp of the learned temperature, at most 100."""
-        return min(float(self.model.logit_scale.exp()), 100.0)
+        scale = self.model.logit_scale.float().exp() if self._logit_scale is None else self._logit_scale
+        return min(float(scale), 100.0)
 
     @property
     def device(self) -> torch.device:
@@ -197,6 +208,8 @@ class Clip(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clip:
         if fn(torch.zeros(1, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             self.text_hash(), self.image_hash()
+            if self._logit_scale is None:
+                self._logit_scale = float(self.model.logit_scale.exp())
         return super()._apply(fn, recurse)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.prompts.tree import PackedPrompts
+from pcmecl_fast.towers.precision import GradientRange
 from pcmecl_fast.towers.text import (
     check_pooling,
     encode_padded,
@@ -132,12 +133,16 @@ class PersonalizedPrompts(nn.Module):
         """
         self._check(condition)
         context = self._contexts(condition)
+        scaled = GradientRange() if self.clip.dtype is torch.float16 and context.requires_grad else None
+        if scaled is not None:
+            context = scaled.enter(context)
         backend = requested_backend(backend)
         if backend == "reference" or self._packed is None:
             features = encode_padded(self.clip.model, self.tokens, context, self._start)
         else:
             features = encode_tree(self.clip.model, self._packed, context, backend=backend)
-        unit = F.normalize(features.to(self.context.dtype), dim=-1)
+        features = features.to(self.context.dtype)
+        unit = F.normalize(features if scaled is None else scaled.leave(features), dim=-1)
         return unit if self.condition_net is not None or condition is None else unit.expand(len(condition), -1, -1)
 
     def shift(

@@ -129,6 +129,9 @@ class RunConfig(DataConfig):
     """An open_clip weights tag (openai, laion2b_s34b_b79k …) or a checkpoint file."""
     clip_like: str | None = None
     """The weights tag whose preprocessing a checkpoint file follows, where the tags of --clip differ."""
+    tower_dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Data type in which the frozen towers of --clip run; sums, features, prompts and losses stay in float32. auto:
+    bfloat16 on GPUs and CPUs that are made for it, else float32."""
     seed: int = 0
     """Seed of the data, the weights and the order of the batches."""
     device: str = "auto"

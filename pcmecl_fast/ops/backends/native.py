@@ -24,7 +24,9 @@ class Driver:
     """Operators on a compiled module.
 
     A forward takes an operator's arguments in the form of its schema and returns (result, *saved), or just the result.
-    A backward takes (gradient of the result, *arguments, *saved, needs). Tensors are contiguous and outside autograd.
+    A backward takes (gradient of the result, *arguments, *saved, needs). An `…_and_gradients`, for results that are one
+    number, takes (*arguments, needs) and returns (result, gradients), or None. Tensors are contiguous and outside
+    autograd.
     """
 
     def __init__(self, module: ModuleType) -> None:
