@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,12 @@ SEED, VIEWS = 0, 8
 )
 def stage2_step(device: torch.device, dtype: torch.dtype) -> Comparison:
     # Real faces have no reader.
-    options = {"size": rehearsal.size(256, 32), "batch": rehearsal.size(16), "w_speech": 0.0, "w_person": 0.0}
+    options: dict[str, Any] = {
+        "size": rehearsal.size(256, 32),
+        "batch": rehearsal.size(16),
+        "w_speech": 0.0,
+        "w_person": 0.0,
+    }
     return _steps(tower(device, dtype, TOWER), options)
 
 
@@ -136,7 +142,7 @@ class _Work:
     critic: PatchDiscriminator
 
 
-def _steps(clip: Clip, options: dict[str, float]) -> Comparison:
+def _steps(clip: Clip, options: dict[str, Any]) -> Comparison:
     faces, bank, prompts, conditions = _people(clip, TrainConfig(**options))
     lengths = torch.full((len(faces.emotions),) * 2, 0.3)
 
@@ -217,14 +223,13 @@ def _make_visible(generator: Generator) -> None:
 
 
 def _run_of(step: Step, batch: Batch) -> Callable[[str], list[Tensor]]:
-    generator, critic = step.players.generator, step.players.critic
-    start = _PowerIterations(critic)
+    start = _PowerIterations(step.players.critic)
 
     def run(backend: str) -> list[Tensor]:
         start.restore()
         with ops.use_backend(backend):
             terms = step(batch, SEED)
-        return _results(terms, generator, critic)
+        return _results(terms, step.players.generator)
 
     return run
 
@@ -254,7 +259,7 @@ class _Plain:
         batch = self.work.batch.to(self.work.clip.device)
         terms, edited = self._improve_generator(batch)
         terms["critic"] = self._improve_critic(batch.frames, edited)
-        return _results(terms, self.generator, self.critic)
+        return _results(terms, self.generator)
 
     def _improve_generator(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         config = self.work.config
@@ -326,8 +331,7 @@ class _PowerIterations:
                 now.copy_(then)
 
 
-def _results(terms: dict[str, Tensor], *networks: nn.Module) -> list[Tensor]:
-    """Losses and gradients, of each network as one vector."""
-    gradients = [[x.grad.flatten() for x in network.parameters() if x.grad is not None] for network in networks]
-    names = ("loss", "pcmecl", "recognition", "critic")
-    return [*(terms[name].detach() for name in names), *(torch.cat(each) for each in gradients)]
+def _results(terms: dict[str, Tensor], generator: nn.Module) -> list[Tensor]:
+    """Losses, and the generator's gradient as one vector."""
+    gradient = [x.grad.flatten() for x in generator.parameters() if x.grad is not None]
+    return [*(terms[name].detach() for name in ("loss", "pcmecl", "recognition", "critic")), torch.cat(gradient)]
