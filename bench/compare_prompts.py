@@ -94,7 +94,7 @@ def stage1_step(device: torch.device, dtype: torch.dtype) -> Comparison:
 )
 def stage1_step_features(device: torch.device, dtype: torch.dtype) -> Comparison:
     clip = tower(device, dtype)
-    features = F.normalize(_normal(_people() * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
+    features = F.normalize(normal(_people() * len(EMOTIONS), clip.embed_dim, device=device), dim=-1)
     return _stage1(clip, features, lambda: features, device)
 
 
@@ -122,9 +122,9 @@ def _padded_and_tree(
     descriptions: list[str], individuals: int, context: str, n_ctx: int, device: torch.device, dtype: torch.dtype
 ) -> Comparison:
     clip = tower(device, dtype)
-    prompts = _prompts(clip, descriptions, context, n_ctx)
-    condition = F.normalize(_normal(individuals, clip.embed_dim, device=device), dim=-1)
-    weight = _normal(individuals, len(descriptions), clip.embed_dim, device=device)
+    prompts = random_prompts(clip, descriptions, context, n_ctx)
+    condition = F.normalize(normal(individuals, clip.embed_dim, device=device), dim=-1)
+    weight = normal(individuals, len(descriptions), clip.embed_dim, device=device)
 
     def differentiated(encode: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
@@ -155,7 +155,7 @@ def _padded_and_tree(
 
 def _stage1(clip: Clip, features: Tensor, encode: Callable[[], Tensor], device: torch.device) -> Comparison:
     """A step: forward, backward and AdamW (with a learning rate of 0, so that every step is the same)."""
-    prompts = _prompts(clip, EMOTIONS, "shared", 8)
+    prompts = random_prompts(clip, EMOTIONS, "shared", 8)
     step = partial(_stage1_step, prompts, torch.optim.AdamW(prompts.parameters(), lr=0.0))
     careful = partial(step, features, "reference", encode_prompts=trimmed_prompts(prompts))
     candidates: Candidates = {CAREFUL: lambda: careful}
@@ -192,7 +192,7 @@ def _stage1_step(
 
 def _captured(clip: Clip, features: Tensor, device: torch.device) -> Run:
     """The step as the trainer captures and replays it, past its capture; without a GPU, the step itself."""
-    prompts, mode = _prompts(clip, EMOTIONS, "shared", 8), "off" if rehearsal.is_on() else "on"
+    prompts, mode = random_prompts(clip, EMOTIONS, "shared", 8), "off" if rehearsal.is_on() else "on"
     optimizer = adamw(prompts.parameters(), 0.0, mode, device)
     step = make_step(lambda x: tuple(_stage1_step(prompts, optimizer, x, "auto")), optimizer, mode, device)
     for _ in range(WARM_UP + 1):
@@ -202,10 +202,10 @@ def _captured(clip: Clip, features: Tensor, device: torch.device) -> Run:
 
 def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) -> Comparison:
     clip = tower(device, dtype)
-    prompts = _prompts(clip, EMOTIONS, "shared", 8)
+    prompts = random_prompts(clip, EMOTIONS, "shared", 8)
     people = _people()
     source = random_frames(people, 256, device, dtype)
-    edited = (source + 0.1 * _normal(*source.shape, device=device, seed=1).to(dtype)).clamp(-1, 1).requires_grad_()
+    edited = (source + 0.1 * normal(*source.shape, device=device, seed=1).to(dtype)).clamp(-1, 1).requires_grad_()
     individual = torch.arange(people, device=device)
     shown = individual % len(EMOTIONS)
     asked = (shown + 1 + individual % (len(EMOTIONS) - 1)) % len(EMOTIONS)
@@ -265,7 +265,7 @@ def tower(device: torch.device, dtype: torch.dtype, name: str = TOWER) -> Clip:
         logger.setLevel(level)
 
 
-def _prompts(clip: Clip, descriptions: list[str], context: str, n_ctx: int) -> PersonalizedPrompts:
+def random_prompts(clip: Clip, descriptions: list[str], context: str, n_ctx: int) -> PersonalizedPrompts:
     torch.manual_seed(0)
     prompts = PersonalizedPrompts(clip, descriptions, n_ctx=n_ctx, context=context).to(clip.device)
     assert prompts.condition_net is not None
@@ -297,5 +297,5 @@ def random_frames(count: int, side: int, device: torch.device, dtype: torch.dtyp
     return (2 * torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0)) - 1).to(device, dtype)
 
 
-def _normal(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
+def normal(*shape: int, device: torch.device, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)

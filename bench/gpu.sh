@@ -22,11 +22,11 @@ parts=(
     build:110
     tests:110
     operators:110  # the fused operators and their peers, in float32
-    towers:55      # text towers and training steps
+    towers:85      # towers and training steps
     host:15        # what a call costs besides arithmetic
-    halves:45      # the backends alone, in bfloat16 and float16
-    sanitizers:65
-    steps:30
+    halves:40      # the backends alone, in bfloat16 and float16
+    sanitizers:55
+    steps:20
     scaling:25
 )
 operators=(
@@ -34,8 +34,8 @@ operators=(
     direction_loss_bandwidth correlation_loss_memory
 )
 towers=(
-    stage1_step_features stage2_criterion_bank text_tower stage1_step stage2_criterion text_tower_per_emotion
-    text_tower_classes
+    stage1_step_features stage2_criterion_bank stage2_step text_tower stage1_step stage2_criterion image_tower
+    text_tower_per_emotion text_tower_classes stage2_criterion_frames stage2_step_tiny image_tower_large
 )
 halves=(direction_loss correlation_loss tree_attention clip_frames direction_logits)
 tests=(tests/test_ops_cuda.py tests/test_kernels.py tests/test_cuda_kernels.py tests/test_graphs.py)

@@ -80,6 +80,10 @@ before one of the files that it depends on changed.
   *careful trainer* (bench/careful.py) also cut prompts after the longest one's EOS, which is exact, and keep what does
   not change; the *padded batch* and the *published trainer* run all 77 positions and encode every frame in every step,
   as published trainers do. The README leads with the ratio to the fastest of them.
+- `stage2_step` is the trainer's own step, generator, critic and optimisers included; the plain sides are loops around
+  the same networks. Where prompts follow each frame (`stage2_criterion_frames`), no bank knows them: what trees cost
+  beside the image tower is the *prompt tree* of `text_tower`, 16 × 7 prompts as there, but with a backward pass that
+  stage 2 leaves out, over *ours* of `image_tower`, the features of 16 frames and the frames' gradient.
 - All are warm. They run in turns; times are medians, with quartiles (or the extremes of fewer than four runs).
 - On a GPU a time is the device's own: CUDA graphs of the call are replayed while the device is kept busy. Training
   steps and text towers are timed as they run, the host's work included. *host* is how long a call keeps the host until

@@ -7,7 +7,7 @@ import cuda_on_host
 import pytest
 import torch
 
-from bench import choose, compare, host_cost, rehearsal, report, scaling, steps, timing
+from bench import choose, compare, compare_steps, host_cost, rehearsal, report, scaling, steps, timing
 from pcmecl_fast.ops.operator import BACKENDS, Backend
 from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
@@ -50,6 +50,42 @@ def test_on_a_gpu_every_backend_is_a_side(monkeypatch):
         assert ("backend=xformers" in named) == (name == "tree_attention")
         assert named[-1] == ours
         assert ("captured step" in named) == (name == "stage1_step")
+
+
+@pytest.mark.parametrize("name", ["stage2_step", "stage2_step_tiny", "stage2_criterion_frames", "stage2_criterion"])
+def test_a_careful_trainer_does_what_the_librarys_does_in_stage_2(name, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_on", True)
+    work = compare.COMPARISONS[name].build(CPU, torch.float32)
+    named = {side.name: side.run for side in work.sides}
+    assert {"published trainer", "careful trainer", "backend=cuda"} <= named.keys()
+    assert not work.skipped
+    errors = compare.errors_against_the_first(work.sides)
+    assert max(errors.values()) <= compare.TOLERANCES[torch.float32]
+    assert all(float(x.detach().norm()) > 0 for x in work.sides[-1].run())
+
+
+@pytest.mark.parametrize("side", ["careful trainer", "pcmecl_fast, --views 8", "pcmecl_fast"])
+def test_every_step_that_is_timed_is_the_same(side, monkeypatch):
+    monkeypatch.setattr(rehearsal, "_on", True)
+    runs = {each.name: each.run for each in compare.COMPARISONS["stage2_step_tiny"].build(CPU, torch.float32).sides}
+    first = [x.clone() for x in runs[side]()]
+    assert all(map(torch.equal, runs[side](), first))
+
+
+def test_with_views_that_are_kept_no_source_is_looked_at_again(monkeypatch):
+    monkeypatch.setattr(rehearsal, "_on", True)
+    looks, encode = [], compare_steps.Clip.encode_image
+
+    def counted(self, frames, **options):
+        looks.append(torch.is_grad_enabled())
+        return encode(self, frames, **options)
+
+    runs = {each.name: each.run for each in compare.COMPARISONS["stage2_step"].build(CPU, torch.float32).sides}
+    monkeypatch.setattr(compare_steps.Clip, "encode_image", counted)
+    for side, expected in {"pcmecl_fast, --views 8": [True], "pcmecl_fast": [False, True]}.items():
+        looks.clear()
+        runs[side]()
+        assert looks == expected
 
 
 def test_a_backend_without_kernels_for_the_operator_is_no_side(monkeypatch):

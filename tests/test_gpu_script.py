@@ -54,7 +54,8 @@ def test_the_dry_run_names_every_comparison_and_side_and_its_share(dry):
 def test_the_dry_run_has_every_gpu_backend_in_every_comparison(dry):
     for key, result in dry[1].items():
         sides = {row["side"] for row in result["rows"]}
-        assert {"backend=cuda", "backend=triton"} <= sides
+        # No operator takes part in an image tower.
+        assert key.startswith("image_tower") != ({"backend=cuda", "backend=triton"} <= sides)
         assert "backend=xformers" in sides or not key.startswith("tree_attention")
         assert (result["kind"], result["device"]) == ("cuda", "a rehearsal without a GPU")
 

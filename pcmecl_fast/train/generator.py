@@ -80,39 +80,73 @@ def train_generator(
     """
     check_batch(config)
     torch.manual_seed(config.seed)
-    generator = make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
-    critic = _laid_out(PatchDiscriminator().to(clip.device))
-    players = _Players(generator.to(clip.device), critic, config, clip.device)
-    draw = Plans(dataset, bank, with_reference=generator.driven_by == "reference", views=config.views)
-    terms_of = _Terms(players, criterion or criterion_for(clip, bank, dataset, config), clip, dataset, config)
+    step_on = Step(clip, bank, dataset, config, criterion=criterion)
+    generator, kept = step_on.players.generator, step_on.terms_of.kept
     loop = Loop(
         config.out,
         "stage 2",
-        players.states(),
+        step_on.players.states(),
         steps=config.steps,
         seed=config.seed,
         every=config.checkpoint_every,
         resume=config.resume,
         signature=_signature(clip, dataset, generator, config) | {"the contents of --prompts": prompts_hash},
     )
-    if terms_of.kept is not None:
-        terms_of.kept.load(loop.done, clip.device)
-        loop.before_saving = terms_of.kept.save
-    plans = (draw(config.batch, loop.generator(step)).own() for step in range(loop.done, config.steps))
+    if kept is not None:
+        kept.load(loop.done, clip.device)
+        loop.before_saving = kept.save
+    plans = (step_on.draw(config.batch, loop.generator(step)).own() for step in range(loop.done, config.steps))
     for step, (plan, frames) in zip(loop, read_ahead(dataset, plans, Plan.wanted, workers=config.readers), strict=True):
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
         torch.manual_seed(loop.generator(step).initial_seed() + (rank() << 40))
-        players.set_rates(_schedule(step, config.steps))
-        # Divided before it is moved: counting on the host waits for no device.
-        parts = [part.to(clip.device) for part in Batch.of(plan, frames).parts(config.accumulate)]
-        edits, terms = players.improve_generator(terms_of, parts, loop.generator(~step).initial_seed())
-        critic_loss = players.improve_critic(parts, edits)
-        loop.record(step, loss=terms_of.weighted(terms), **terms, critic=critic_loss)
+        step_on.players.set_rates(_schedule(step, config.steps))
+        loop.record(step, **step_on(Batch.of(plan, frames), loop.generator(~step).initial_seed()))
         if preview is not None and is_main() and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(generator))
-    if terms_of.kept is not None:
-        terms_of.kept.remove()
+    if kept is not None:
+        kept.remove()
     return generator.eval().requires_grad_(False), loop
+
+
+class Step:
+    """A step of stage 2 on a batch that is read: the generator improves, then its critic.
+
+    Args:
+        clip, bank, dataset, config, criterion: as for `train_generator`.
+
+    Attributes:
+        draw: draws what a step trains on (`Plans`).
+        players: the generator and its critic, with their optimisers.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        bank: PromptBank,
+        dataset: FrameDataset,
+        config: TrainConfig,
+        *,
+        criterion: nn.Module | None = None,
+    ) -> None:
+        self.device, self.accumulate = clip.device, config.accumulate
+        generator = make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
+        critic = _laid_out(PatchDiscriminator().to(clip.device))
+        self.players = _Players(generator.to(clip.device), critic, config, clip.device)
+        self.draw = Plans(dataset, bank, with_reference=generator.driven_by == "reference", views=config.views)
+        criterion = criterion or criterion_for(clip, bank, dataset, config)
+        self.terms_of = _Terms(self.players, criterion, clip, dataset, config)
+
+    def __call__(
+        self,
+        batch: Batch,  # this rank's, on the host
+        seed: int,  # of the views, where each is new
+    ) -> dict[str, Tensor]:
+        """The loss, its terms and the critic's loss, (), over all ranks."""
+        # Divided before it is moved: counting on the host waits for no device.
+        parts = [part.to(self.device) for part in batch.parts(self.accumulate)]
+        edits, terms = self.players.improve_generator(self.terms_of, parts, seed)
+        critic_loss = self.players.improve_critic(parts, edits)
+        return {"loss": self.terms_of.weighted(terms), **terms, "critic": critic_loss}
 
 
 def _signature(clip: Clip, dataset: FrameDataset, generator: Generator, config: TrainConfig) -> dict[str, object]:
