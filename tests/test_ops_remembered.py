@@ -11,7 +11,7 @@ from operators import make
 from tolerances import assert_close_for
 
 from pcmecl_fast.ops import direction_logits, direction_loss, explain, use_backend
-from pcmecl_fast.ops.direction import DIRECTION_LOGITS, DIRECTION_LOSS
+from pcmecl_fast.ops.direction import DIRECTION_LOGITS
 from pcmecl_fast.ops.operator import BACKENDS, Backend
 from pcmecl_fast.ops.signature import Remembered, signature
 
@@ -105,7 +105,6 @@ def test_the_backend_is_the_one_that_is_asked_for_now(arguments, monkeypatch):
                 forward=lambda *x, name=name, run=implementation.forward: seen.append(name) or run(*x)
             )
             monkeypatch.setitem(BACKENDS[name].implementations, "direction_logits", told)
-        monkeypatch.setattr(DIRECTION_LOGITS, "_choices", Remembered())
         return seen
 
     seen = runs_on()
@@ -117,6 +116,15 @@ def test_the_backend_is_the_one_that_is_asked_for_now(arguments, monkeypatch):
             patch.setenv("PCMECL_BACKEND", "reference")
             direction_logits(*arguments)
     assert seen == ["cpu", "reference", "reference"] * 2
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+def test_an_implementation_that_was_replaced_is_not_used(arguments, backend, monkeypatch):
+    before = direction_logits(*arguments, backend=backend)
+    implementation = BACKENDS[backend].implementations["direction_logits"]
+    other = implementation._replace(forward=lambda *x: implementation.forward(*x) + 1)
+    monkeypatch.setitem(BACKENDS[backend].implementations, "direction_logits", other)
+    torch.testing.assert_close(direction_logits(*arguments, backend=backend), before + 1)
 
 
 @needs_kernels
@@ -161,7 +169,6 @@ def at_once(monkeypatch):
 
     told = implementation._replace(with_gradients=run)
     monkeypatch.setitem(BACKENDS["cpu"].implementations, "direction_loss", told)
-    monkeypatch.setattr(DIRECTION_LOSS, "_choices", Remembered())
     return made
 
 

@@ -67,6 +67,7 @@ class Implementation(NamedTuple):
 class _Choice(NamedTuple):
     """The backends that a call tried, the one that runs it last."""
 
+    operator: str
     implementation: Implementation
     tried: tuple[Backend, ...]
 
@@ -74,7 +75,8 @@ class _Choice(NamedTuple):
         for backend in self.tried:
             if BACKENDS.get(backend.name) is not backend:
                 return False
-        return self.tried[-1].missing() is None
+        last = self.tried[-1]
+        return last.implementations.get(self.operator) is self.implementation and last.missing() is None
 
 
 class Rectangle(NamedTuple):
@@ -387,7 +389,7 @@ class Operator:
             if alike is not None and unchanged(given, arguments):
                 tried = self._order(arguments[0]) if requested == "auto" else (name,)
                 tried = tried[: tried.index(name) + 1]
-                self._choices.keep(alike, _Choice(implementation, tuple(BACKENDS[one] for one in tried)))
+                self._choices.keep(alike, _Choice(self.name, implementation, tuple(map(BACKENDS.__getitem__, tried))))
         if not _checked_by_kernels(implementation, arguments[0]):
             self._check_values(*arguments)
         if implementation.backward is None:
