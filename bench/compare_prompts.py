@@ -231,7 +231,7 @@ def _stage2(device: torch.device, dtype: torch.dtype, *, prompts_known: bool) ->
         loss = ops.direction_loss(
             known, changed, bank.features, individual, shown, asked, min_change=MIN_CHANGE, backend="reference"
         )
-        return [loss, _backward_to(edited, loss)]
+        return [loss, backward_to(edited, loss)]
 
     def ours(backend: str) -> list[Tensor]:
         with ops.use_backend(backend):
