@@ -15,6 +15,7 @@ from pcmecl_fast.files import load_tensors, naming_damage, save_tensors
 from pcmecl_fast.libraries import missing_library
 from pcmecl_fast.prompts.bank import PromptBank, load_prompts
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
+from pcmecl_fast.towers.precision import tower_dtype
 
 LENGTHS = "lengths.safetensors"
 _OPTIONS = ("contrast", "min_change", "strength")
@@ -56,7 +57,13 @@ def parts_of_run(run: str | Path, *, clip: Clip | None = None, device: torch.dev
             of_it = "" if folder == run else f"its prompts are those of {folder}, and "
             raise FileNotFoundError(f"run: {of_it}{folder} holds no {path.name}; it takes the folder of a finished run")
     if clip is None:
-        clip = load_clip(config["clip"], config.get("clip_pretrained"), device=device, like=config.get("clip_like"))
+        clip = load_clip(
+            config["clip"],
+            config.get("clip_pretrained"),
+            device=device,
+            dtype=tower_dtype(config.get("tower_dtype", "float32"), device or "cpu"),
+            like=config.get("clip_like"),
+        )
     bank = PromptBank.load(files["bank"], clip, on_disk=True)
     if bank.condition != "frame":
         bank = PromptBank.load(files["bank"], clip)

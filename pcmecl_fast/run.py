@@ -42,6 +42,7 @@ from pcmecl_fast.options import from_options, plain_options, read_options
 from pcmecl_fast.prompts import PersonalizedPrompts, PromptBank, load_prompts
 from pcmecl_fast.run_folder import RunFolder, file_of_run, held_by, open_run
 from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.towers.precision import tower_dtype
 from pcmecl_fast.train.batches import FramesByEmotion, check_emotions
 from pcmecl_fast.train.config import (
     EvaluateConfig,
@@ -341,7 +342,9 @@ def _missing(config: RunConfig) -> list[tuple[int, int]]:
 
 
 def load_clip_for(config: RunConfig) -> Clip:
-    clip = load_clip(config.clip, config.clip_pretrained, device=device_named(config.device), like=config.clip_like)
+    device = device_named(config.device)
+    dtype = tower_dtype(config.tower_dtype, device)
+    clip = load_clip(config.clip, config.clip_pretrained, device=device, dtype=dtype, like=config.clip_like)
     _ = clip.tokenizer  # fetched now, or rejected before any work is done
     return clip
 

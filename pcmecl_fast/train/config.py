@@ -129,6 +129,9 @@ class RunConfig(DataConfig):
     """An open_clip weights tag (openai, laion2b_s34b_b79k …) or a checkpoint file."""
     clip_like: str | None = None
     """The weights tag whose preprocessing a checkpoint file follows, where the tags of --clip differ."""
+    tower_dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Data type of CLIP's frozen towers; features, prompts and losses stay in float32. auto takes bfloat16 where the
+    device is fast in it, else float32."""
     seed: int = 0
     """Seed of the data, the weights and the order of the batches."""
     device: str = "auto"
@@ -160,7 +163,10 @@ class RunConfig(DataConfig):
         return self.out / "features" if self.features is None else self.features
 
     def located(self: Run) -> Run:
-        """The same with whole paths, so that the configuration says where things are wherever it is read."""
+        """The same with whole paths and the towers' dtype by its name, so that the configuration says what was done
+        and where things are wherever it is read."""
+        from pcmecl_fast.towers.precision import tower_dtype  # here, because it imports PyTorch
+
         places: dict[str, Any] = {
             name: Path(_whole(value))
             for name in ("features", "prompts")
@@ -170,7 +176,8 @@ class RunConfig(DataConfig):
             places["data"] = _whole(self.data)
         if self.clip_pretrained is not None and os.path.isfile(os.path.expanduser(self.clip_pretrained)):
             places["clip_pretrained"] = _whole(self.clip_pretrained)
-        return replace(self, size=self.side, **places)
+        dtype = str(tower_dtype(self.tower_dtype, device_named(self.device))).removeprefix("torch.")
+        return replace(self, size=self.side, tower_dtype=dtype, **places)
 
     def what_counts(self) -> dict[str, Any]:
         """The options that change the result: a run is resumed only where they are the same."""

@@ -82,7 +82,7 @@ def train_generator(
     torch.manual_seed(config.seed)
     generator = make_generator(config.generator, dataset.emotions, config.side, config.generator_options)
     critic = _laid_out(PatchDiscriminator().to(clip.device))
-    players = _Players(generator.to(clip.device), critic, config, clip.device)
+    players = _Players(generator.to(clip.device), critic, config, clip)
     draw = Plans(dataset, bank, with_reference=generator.driven_by == "reference", views=config.views)
     terms_of = _Terms(players, criterion or criterion_for(clip, bank, dataset, config), clip, dataset, config)
     loop = Loop(
@@ -162,9 +162,7 @@ def _schedule(step: int, steps: int) -> float:
 class _Players:
     """The generator and its critic, each with its optimiser; they are updated in turn, over all ranks."""
 
-    def __init__(
-        self, generator: Generator, critic: PatchDiscriminator, config: TrainConfig, device: torch.device
-    ) -> None:
+    def __init__(self, generator: Generator, critic: PatchDiscriminator, config: TrainConfig, clip: Clip) -> None:
         self.generator, self.critic = generator, critic
         self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
         self.judging = _over_ranks(_Judging(critic))
@@ -173,7 +171,9 @@ class _Players:
             critic.parameters(), lr=config.critic_lr, betas=(0.5, 0.99), fused=True
         )
         self.rates = (config.lr, config.critic_lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        # Towers in float16 would round gradients of frames, each divided by the batch's size, to 0.
+        device, float16 = clip.device, config.amp == "fp16" or clip.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=float16)
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(device.type, dtype=half, enabled=config.amp != "none")
 
