@@ -134,9 +134,9 @@ def _prompts(clip: Clip, descriptions: list[str]) -> PersonalizedPrompts:
         torch.manual_seed(0)
         prompts = PersonalizedPrompts(clip, descriptions).to(clip.device)
         assert prompts.condition_net is not None
-        last = prompts.condition_net[2].weight
+        weight = next(prompts.condition_net[2].parameters())
         with torch.no_grad():  # 0 before training, which would make all individuals' prompts the same
-            last.copy_(0.02 * torch.randn(last.shape))
+            weight.copy_(0.02 * torch.randn(weight.shape))
     return prompts
 
 

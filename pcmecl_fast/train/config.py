@@ -176,8 +176,9 @@ class RunConfig(DataConfig):
             places["data"] = _whole(self.data)
         if self.clip_pretrained is not None and os.path.isfile(os.path.expanduser(self.clip_pretrained)):
             places["clip_pretrained"] = _whole(self.clip_pretrained)
-        dtype = str(tower_dtype(self.tower_dtype, device_named(self.device))).removeprefix("torch.")
-        return replace(self, size=self.side, tower_dtype=dtype, **places)
+        dtype = tower_dtype(self.tower_dtype, device_named(self.device))
+        places["tower_dtype"] = str(dtype).removeprefix("torch.")
+        return replace(self, size=self.side, **places)
 
     def what_counts(self) -> dict[str, Any]:
         """The options that change the result: a run is resumed only where they are the same."""
