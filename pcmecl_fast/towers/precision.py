@@ -1,9 +1,10 @@
-"""In which dtype frozen towers run, and how gradients pass one in float16."""
+"""Which dtype frozen towers run in, and how gradients pass one in float16."""
 
 from __future__ import annotations
 
 import logging
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,33 +13,60 @@ from torch.autograd.function import once_differentiable
 
 log = logging.getLogger("pcmecl_fast")
 
-TOWER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"
 
 _LARGEST = 256.0
 """To what gradients of float16's features are scaled: 1/256 of the largest number, six decades above the smallest."""
 
 
 def tower_dtype(name: str, device: torch.device | str) -> torch.dtype:
-    """The dtype of an option's value: "float32", "bfloat16", "float16", or "auto": bfloat16 where the device is made
-    for it, else float32, with a line in the log that says why."""
-    if name != "auto":
-        return TOWER_DTYPES[name]
-    fast, why = _has_fast_bfloat16(torch.device(device))
+    """The dtype of the towers' weights, activations and attention on a device.
+
+    Args:
+        name: "float32", "bfloat16", "float16", or "auto": bfloat16 on GPUs with tensor cores for it (compute capability
+            8.0 or more) and on CPUs with instructions for it (AVX512-BF16, AMX), float32 elsewhere. The log says once
+            which one and why.
+        device: where the towers are.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == AUTO:
+        return _fast_dtype(str(device))
+    if name not in DTYPES:
+        raise ValueError(f"tower_dtype: takes one of {', '.join([*DTYPES, AUTO])}, got {name!r}")
+    return DTYPES[name]
+
+
+@cache
+def _fast_dtype(device: str) -> torch.dtype:
+    fast, why = _fast_in_bfloat16(torch.device(device))
     dtype = torch.bfloat16 if fast else torch.float32
-    log.info("the towers run in %s: %s", str(dtype).removeprefix("torch."), why)
+    log.info("tower_dtype: auto takes %s, since %s", str(dtype).removeprefix("torch."), why)
     return dtype
 
 
-def _has_fast_bfloat16(device: torch.device) -> tuple[bool, str]:
+def _fast_in_bfloat16(device: torch.device) -> tuple[bool, str]:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return major >= 8, f"the GPU has compute capability {major}.{minor}, and bfloat16 is fast from 8.0 on"
-    if device.type == "cpu":
-        for words, asked in (("AMX", "_is_amx_tile_supported"), ("AVX-512-BF16", "_is_avx512_bf16_supported")):
-            if getattr(torch.cpu, asked, lambda: False)():
-                return True, f"the processor has {words}"
-        return False, "the processor has neither AMX nor AVX-512-BF16, without which bfloat16 is slower"
-    return False, f"of {device.type} nothing is known"
+        fast, what = major >= 8, f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        return fast, f"{what} {'has' if fast else 'lacks'} tensor cores for bfloat16"
+    if device.type != "cpu":
+        return False, f"nothing is known of bfloat16 on {device.type}"
+    found = [name for name, has in (("AVX512-BF16", _has_avx512_bf16), ("AMX", _has_amx)) if has()]
+    if found:
+        return True, f"this CPU has {' and '.join(found)}"
+    return False, "this CPU has no instructions for bfloat16 (AVX512-BF16, AMX)"
+
+
+def _has_avx512_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _has_amx() -> bool:
+    """Every CPU with AMX's tiles so far multiplies bfloat16 in them."""
+    return torch.cpu._is_amx_tile_supported()
 
 
 class GradientRange:

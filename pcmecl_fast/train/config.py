@@ -130,8 +130,8 @@ class RunConfig(DataConfig):
     clip_like: str | None = None
     """The weights tag whose preprocessing a checkpoint file follows, where the tags of --clip differ."""
     tower_dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Data type in which the frozen towers of --clip run; sums, features, prompts and losses stay in float32. auto:
-    bfloat16 on GPUs and CPUs that are made for it, else float32."""
+    """Data type of CLIP's frozen towers; features, prompts and losses stay in float32. auto takes bfloat16 where the
+    device is fast in it, else float32."""
     seed: int = 0
     """Seed of the data, the weights and the order of the batches."""
     device: str = "auto"
@@ -163,7 +163,10 @@ class RunConfig(DataConfig):
         return self.out / "features" if self.features is None else self.features
 
     def located(self: Run) -> Run:
-        """The same with whole paths, so that the configuration says where things are wherever it is read."""
+        """The same with whole paths and the towers' dtype by its name, so that the configuration says what was done
+        and where things are wherever it is read."""
+        from pcmecl_fast.towers.precision import tower_dtype  # here, because it imports PyTorch
+
         places: dict[str, Any] = {
             name: Path(_whole(value))
             for name in ("features", "prompts")
@@ -173,6 +176,8 @@ class RunConfig(DataConfig):
             places["data"] = _whole(self.data)
         if self.clip_pretrained is not None and os.path.isfile(os.path.expanduser(self.clip_pretrained)):
             places["clip_pretrained"] = _whole(self.clip_pretrained)
+        dtype = tower_dtype(self.tower_dtype, device_named(self.device))
+        places["tower_dtype"] = str(dtype).removeprefix("torch.")
         return replace(self, size=self.side, **places)
 
     def what_counts(self) -> dict[str, Any]:
