@@ -133,7 +133,8 @@ class PersonalizedPrompts(nn.Module):
         """
         self._check(condition)
         context = self._contexts(condition)
-        scaled = GradientRange() if self.clip.dtype is torch.float16 and context.requires_grad else None
+        half = next(token_embedding(self.clip.model).parameters()).dtype is torch.float16
+        scaled = GradientRange() if half and context.requires_grad else None
         if scaled is not None:
             context = scaled.enter(context)
         backend = requested_backend(backend)
