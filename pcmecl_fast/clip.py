@@ -137,9 +137,10 @@ class Clip(nn.Module):
 
         Vision transformers run faster and in less memory than `model.encode_image`, with the same result up to
         rounding; where `image_obstacle()` names a reason, and with `backend="reference"`, that is what runs.
-        `model.set_grad_checkpointing()` makes the backward pass recompute blocks instead of keeping them. Features are
-        in the tower's dtype; of a float16 tower, where gradients are wanted of wider frames, in theirs, and gradients
-        are scaled inside it.
+        `model.set_grad_checkpointing()` makes the backward pass recompute blocks instead of keeping them, and
+        `model.set_grad_checkpointing("attention")` queries, keys, values and what they mix alone. Features are in the
+        tower's dtype; of a float16 tower, where gradients are wanted of wider frames, in theirs, and gradients are
+        scaled inside it.
         """
         pixels = self.preprocessing(frames, self.image_size, backend=backend)
         if self.dtype is not torch.float16 or pixels.dtype is torch.float16 or not pixels.requires_grad:

@@ -245,6 +245,8 @@ def test_recomputing_keeps_less():
     assert whole <= 0.2 * plain
     model.set_grad_checkpointing()
     assert kept_bytes(model, lambda: encode_image(model, x)) == whole
+    model.set_grad_checkpointing("attention")
+    assert kept_bytes(model, lambda: encode_image(model, x)) == attention
     model.set_grad_checkpointing(False)
 
 

@@ -40,7 +40,7 @@ def encode_image(
         pixels: normalized images of the tower's size, in its dtype.
         checkpoint: what to recompute in the backward pass instead of keeping it. False: nothing; "attention": queries,
             keys, values and what they mix, 40 % of what is kept for an eighth more products; True: whole blocks. None
-            follows the tower's own `set_grad_checkpointing`.
+            follows the tower's own `set_grad_checkpointing`, which takes the three, too.
 
     Returns:
         (B, D), in the dtype of the tower; normalized only if the model's own are (CoCa's).

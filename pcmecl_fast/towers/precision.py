@@ -87,12 +87,16 @@ class GradientRange:
         return _Multiplied.apply(x, self)
 
 
-class _Multiplied(torch.autograd.Function):
+class _Passed(torch.autograd.Function):
+    """The identity, whose gradient a `GradientRange` has a say in."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, range_: GradientRange) -> Tensor:
         ctx.range = range_
         return x.view_as(x)
 
+
+class _Multiplied(_Passed):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -103,12 +107,7 @@ class _Multiplied(torch.autograd.Function):
         return grad * ctx.range.factor, None
 
 
-class _Divided(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, range_: GradientRange) -> Tensor:
-        ctx.range = range_
-        return x.view_as(x)
-
+class _Divided(_Passed):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
