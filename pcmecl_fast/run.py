@@ -60,6 +60,8 @@ from pcmecl_fast.wording import name_some
 log = logging.getLogger("pcmecl_fast")
 
 _EVALUATED_FRAMES = 336
+_LOOP = 24
+"""Frames of drawn faces that are shown as they talk."""
 _FEW_FRAMES = 8
 
 
@@ -277,7 +279,7 @@ def evaluate(
         _add_field_view(summary, edit, held, trials, clip.device)
     return summary, Pictures(
         {"faces": _face_grid(generator, held, people=8, references=dataset)},
-        [] if isinstance(held, SyntheticFaces) else moving_faces(edit, held, device=clip.device),
+        moving_faces(edit, _talking(held), device=clip.device),
     )
 
 
@@ -312,7 +314,7 @@ def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset
             missing=missing,
             **common,
         )
-        return train, SyntheticFaces(12, clips=1, frames_per_clip=4, seed=2, **common)
+        return train, _held_out_people(frames_per_clip=4, **common)
     faces = FolderFaces(
         config.data,
         size=config.side,
@@ -321,6 +323,17 @@ def open_data(config: RunConfig, *, reserve: bool = False) -> tuple[FrameDataset
         skip_broken=config.skip_broken,
     )
     return split(faces, by=config.split, fraction=config.holdout)
+
+
+def _held_out_people(**options: Any) -> SyntheticFaces:
+    return SyntheticFaces(12, clips=1, seed=2, **options)
+
+
+def _talking(held: FrameDataset) -> FrameDataset:
+    """Data with clips long enough to be looked at as they play: where faces are drawn, the same people's."""
+    if not isinstance(held, SyntheticFaces):
+        return held
+    return _held_out_people(frames_per_clip=_LOOP, emotions=held.emotions, size=held.size)
 
 
 def _crop_of(dataset: FrameDataset) -> Crop | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 
 import matplotlib
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 
 @cache
@@ -36,6 +37,15 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
         else:
             lines.append(fitted(word, font, width))
     return lines
+
+
+def write_upwards(picture: Image.Image, text: str, x: int, y: int, *, ink: str) -> None:
+    """Small text on white, rotated by 90°, centred at (x, y)."""
+    small = font(12)
+    label = Image.new("RGB", (math.ceil(small.getlength(text)) + 2, 16), "white")
+    ImageDraw.Draw(label).text((label.width / 2, 8), text, ink, small, anchor="mm")
+    turned = label.rotate(90, expand=True)
+    picture.paste(turned, (x - turned.width // 2, y - turned.height // 2))
 
 
 def printable(text: str) -> str:

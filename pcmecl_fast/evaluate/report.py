@@ -26,8 +26,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from pcmecl_fast.evaluate.drawing import fitted, font, wrapped
-from pcmecl_fast.evaluate.moving import MovingFaces, as_webp
+from pcmecl_fast.evaluate.drawing import fitted, font, wrapped, write_upwards
+from pcmecl_fast.evaluate.moving import MovingFaces
 from pcmecl_fast.evaluate.origin import Origin
 from pcmecl_fast.evaluate.pages import data_uri, png, template, webp
 from pcmecl_fast.evaluate.results import Table, readable
@@ -351,7 +351,8 @@ def _uri(face: Image.Image) -> str:
 
 
 def _clip_view(clip: MovingFaces) -> dict[str, Any]:
-    return {"name": clip.name, "columns": clip.columns, "width": clip.width, "uri": data_uri(as_webp(clip), "webp")}
+    known = {"name": clip.name, "columns": clip.columns, "width": clip.width, "truth": clip.truth is not None}
+    return known | {"uri": data_uri(clip.webp, "webp")}
 
 
 def _pictures(
@@ -427,7 +428,7 @@ def _draw_grid(grid: FaceGrid) -> Image.Image:
         pen.text((_MARGIN, y + width + 23), fitted(grid.source_emotions[r], small, width), _PALE, small)
         for k, (kind, frames) in enumerate(kinds):
             at = y + k * (width + _GAP)
-            _write_upwards(picture, kind, _MARGIN + width + _KIND_WIDTH // 2, at + width // 2)
+            write_upwards(picture, kind, _MARGIN + width + _KIND_WIDTH // 2, at + width // 2, ink=_PALE)
             for c, face in enumerate(_pictures(frames[r])):
                 x = left + c * (width + _GAP)
                 _place(picture, face, x, at, width)
@@ -441,12 +442,3 @@ def _place(picture: Image.Image, face: Image.Image | None, x: int, y: int, width
         ImageDraw.Draw(picture).rectangle([x, y, x + width - 1, y + width - 1], outline=_LINE)
     else:
         picture.paste(face.resize((width, width), Image.Resampling.NEAREST), (x, y))
-
-
-def _write_upwards(picture: Image.Image, text: str, x: int, y: int) -> None:
-    """Text rotated by 90°, centred at (x, y)."""
-    small = font(12)
-    label = Image.new("RGB", (math.ceil(small.getlength(text)) + 2, 16), _PAPER)
-    ImageDraw.Draw(label).text((label.width / 2, 8), text, _PALE, small, anchor="mm")
-    turned = label.rotate(90, expand=True)
-    picture.paste(turned, (x - turned.width // 2, y - turned.height // 2))
