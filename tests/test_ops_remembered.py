@@ -10,7 +10,7 @@ from modes import Seen
 from operators import make
 from tolerances import assert_close_for
 
-from pcmecl_fast.ops import direction_logits, direction_loss, explain, use_backend
+from pcmecl_fast.ops import clip_frames, direction_logits, direction_loss, explain, use_backend
 from pcmecl_fast.ops.direction import DIRECTION_LOGITS
 from pcmecl_fast.ops.operator import BACKENDS, Backend
 from pcmecl_fast.ops.signature import Remembered, signature
@@ -78,6 +78,33 @@ def test_flags_are_not_taken_for_numbers(arguments):
     direction_logits(*arguments, normalize=True)
     with pytest.raises(TypeError, match="normalize: got int"):
         direction_logits(*arguments, normalize=1)
+
+
+def test_nor_are_flags_inside_a_tuple():
+    frames = torch.zeros(1, 3, 8, 8)
+    clip_frames(frames, 8, mean=(0.0,) * 3, std=(1.0,) * 3)
+    with pytest.raises(TypeError, match="mean"):
+        clip_frames(frames, 8, mean=(False,) * 3, std=(True,) * 3)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+def test_a_tensor_whose_sign_is_still_to_be_applied_is_read_with_it(backend):
+    call = make("direction_loss")
+    source, *others = (x.detach() for x in call.floats)
+    lazily = torch._neg_view(source)
+    torch.testing.assert_close(call(lazily, *others, backend=backend), call(-source, *others, backend=backend))
+
+
+@each_operator
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
+def test_gradients_in_batches_are_those_of_one_at_a_time(operator, backend):
+    call = make(operator, **({"reduction": "none"} if operator == "direction_loss" else {}))
+    out = call(backend=backend)
+    weights = torch.randn(2, *out.shape, generator=torch.Generator().manual_seed(0))
+    batched = torch.autograd.grad(out, call.floats[0], weights, retain_graph=True, is_grads_batched=True)[0]
+    for weight, found in zip(weights, batched, strict=True):
+        expected = torch.autograd.grad(out, call.floats[0], weight, retain_graph=True)[0]
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_kernels)])
@@ -183,6 +210,17 @@ def test_gradients_are_the_references_for_every_gradient_of_the_loss(at_once, re
     scale = max(abs(weight), 1.0)
     for x, y in zip(found, expected, strict=True):
         assert_close_for(dtype)(x / scale, y / scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_half_scale_is_rounded_once(dtype):
+    call = make("direction_loss", contrast=1e-7)
+    *features, _ = (x.detach() for x in call.floats)
+    scales = [torch.tensor(6.0, dtype=dtype, requires_grad=True) for _ in range(2)]
+    for scale, backend in zip(scales, ("cpu", "reference"), strict=True):
+        (65536 * call(*features, scale, backend=backend)).backward()
+    assert scales[1].grad.abs() > 0
+    torch.testing.assert_close(scales[0].grad, scales[1].grad, rtol=0.02, atol=0)
 
 
 def test_a_graph_that_is_kept_gives_the_same_again(at_once):

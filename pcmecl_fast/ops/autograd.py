@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcmecl_fast.ops.checks import outside_autocast
+from pcmecl_fast.ops.checks import as_stored, outside_autocast
 
 
 def watched() -> bool:
@@ -19,11 +19,24 @@ def watched() -> bool:
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
+        or transformed()
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform such as vmap, a trace or forward-mode differentiation is under way."""
+    return bool(
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _observed(grad: Tensor) -> bool:
+    """Whether somebody differentiates a backward, or wants to see it; `is_grads_batched` is in no stack."""
+    legacy = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or type(grad) is not Tensor or legacy or watched()
 
 
 def differentiable_directly(operator: Any) -> Any:
@@ -63,7 +76,7 @@ def differentiable_directly(operator: Any) -> Any:
             if grad is None:
                 return tuple(gradients)
             saved = ctx.saved_tensors
-            observed = torch.is_grad_enabled() or type(grad) is not Tensor or watched()
+            observed = _observed(grad)
             if ctx.has_gradients and not observed:
                 for at, gradient in zip(differentiated, saved[count:]):  # noqa: B905 - as many
                     if gradient is not None:
@@ -82,7 +95,7 @@ def differentiable_directly(operator: Any) -> Any:
                 computed = operator._backward(grad, *flat, *kept, needs, ctx.implementation.backend)
                 computed = computed if isinstance(computed, tuple) else (computed,)
             else:
-                computed = outside_autocast(ctx.implementation.backward, [grad.contiguous(), *flat, *kept, needs])
+                computed = outside_autocast(ctx.implementation.backward, [as_stored(grad), *flat, *kept, needs])
             for at, need, gradient in zip(differentiated, needs, computed):  # noqa: B905 - as many
                 if need:
                     gradients[at] = gradient

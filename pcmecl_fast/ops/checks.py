@@ -118,6 +118,12 @@ def outside_autocast(function: Callable[..., Any], arguments: Sequence[Any]) -> 
         return function(*arguments)
 
 
+def as_stored(x: Tensor) -> Tensor:
+    """The tensor as kernels read it, by its address: contiguous, and the numbers themselves, not their negatives."""
+    x = x.contiguous()
+    return x.resolve_neg() if x.is_neg() else x
+
+
 def check_one_device(**tensors: Tensor | None) -> None:
     """Raise unless the tensors lie on one device, that of the first."""
     device = None

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.library import Library
 
 from pcmecl_fast.ops import autograd
-from pcmecl_fast.ops.checks import outside_autocast
+from pcmecl_fast.ops.checks import as_stored, outside_autocast
 from pcmecl_fast.ops.choice import FASTEST_FIRST, chosen
 from pcmecl_fast.ops.limits import Limits, dtype_word
 from pcmecl_fast.ops.signature import Remembered, signature, unchanged
@@ -479,15 +479,15 @@ class Operator:
     def _gradients_of(self, implementation: Implementation, flat: list[Any]) -> Sequence[Tensor | None]:
         """What the kernels' backward returns; `flat`, which begins with the result's gradient, becomes contiguous."""
         assert implementation.backward is not None
-        flat[0] = flat[0].contiguous()
+        flat[0] = as_stored(flat[0])
         self._make_contiguous(flat, first=1)
         return outside_autocast(implementation.backward, flat)
 
     def _make_contiguous(self, flat: list[Any], first: int = 0) -> None:
         """The arguments' tensors; they begin at `first`."""
         for i in self._tensors:
-            if flat[first + i] is not None and not flat[first + i].is_contiguous():
-                flat[first + i] = flat[first + i].contiguous()
+            if flat[first + i] is not None:
+                flat[first + i] = as_stored(flat[first + i])
 
     def _differentiated(self, flat: Sequence[Any]) -> bool:
         """Whether autograd is to know: of a forward derivative too, which it then refuses."""

@@ -23,16 +23,18 @@ What = TypeVar("What")
 def signature(requested: str, arguments: Sequence[Any]) -> tuple[Hashable, ...] | None:
     """The shapes, dtypes and devices of tensors, and the values of all else.
 
-    None where there is more to a call than that: subclasses of tensors, strides, a tensor of no dimensions, which
-    stands for a number, and values that cannot be compared.
+    None where there is more to a call than that: subclasses of tensors, strides, a sign that is still to be applied, a
+    tensor of no dimensions, which stands for a number, and values that cannot be compared.
     """
     parts: list[Any] = [requested]
     for x in arguments:
         kind = type(x)
         if kind in _TENSORS:
-            if not x.dim() or not x.is_contiguous():
+            if not x.dim() or not x.is_contiguous() or x.is_neg():
                 return None
             parts += [x.shape, x.dtype, x.device]
+        elif kind is tuple:
+            parts += [tuple(map(type, x)), x]
         elif kind in _VALUES:
             parts += [kind, x]
         else:
@@ -41,9 +43,9 @@ def signature(requested: str, arguments: Sequence[Any]) -> tuple[Hashable, ...] 
 
 
 def unchanged(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Whether a check returned the very tensors that it was given, and equal values."""
+    """Whether a check returned the very tensors that it was given, and equal values of the same type."""
     return all(
-        x is y or (not (isinstance(x, Tensor) or isinstance(y, Tensor)) and x == y)
+        x is y or (not isinstance(x, Tensor) and type(x) is type(y) and x == y)
         for x, y in zip(before, after, strict=True)
     )
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from pcmecl_fast.ops.backends.native import DTYPE, Driver, address
 from pcmecl_fast.ops.reference import computing_dtype
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 
 class Direction(Driver):
     def direction_logits(
@@ -67,8 +69,9 @@ class Direction(Driver):
         target_emotion: Tensor, scale: Tensor | None, scale_number: float, contrast: float, normalize: bool,
         min_change: float, reduction: str, needs: Sequence[bool],
     ) -> tuple[Tensor, list[Tensor | None]] | None:  # fmt: skip
-        """None where gradients of features in bfloat16 would be rounded twice, or there is more than one loss."""
-        if reduction == "none" or source.dtype is torch.bfloat16:
+        """None where gradients of a half type would be rounded twice, or there is more than one loss."""
+        halves = source.dtype in _HALVES or (scale is not None and scale.dtype in _HALVES)
+        if reduction == "none" or halves:
             return None
         loss, gradients = _numbers(source), _of_features(source, edited, bank, needs)
         of_scale = self._module.direction_loss_and_gradients(
