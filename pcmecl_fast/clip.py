@@ -116,10 +116,10 @@ class Clip(nn.Module):
         visual: Any = model.visual
         size = visual.image_size
         self.image_size = int(size if isinstance(size, int) else size[0])
-        # Taken before any cast: a tower in bfloat16 is still the same tower.
-        self._text_hash: str | None = None
-        self._visual_hash: str | None = None
-        self._logit_scale: float | None = None
+        self._known: dict[str, Any] = {}
+        """What is asked of the weights as loaded, before any cast: a tower in bfloat16 is still the same tower."""
+        self._known_of: tuple[int, ...] = ()
+        """The `_versions` of those weights."""
         self._obstacle: str | None = None
         """The last that was logged."""
         self.eval()
@@ -154,7 +154,7 @@ class Clip(nn.Module):
         obstacle = image_obstacle(self.model)
         if obstacle is None:
             return encode_image(self.model, pixels)
-        if obstacle != self._obstacle:
+        if obstacle != self._obstacle and not torch.compiler.is_compiling():
             log.info("images take the plain path, the model's own: %s", obstacle)
             self._obstacle = obstacle
         return self.model.encode_image(pixels)
@@ -178,8 +178,9 @@ class Clip(nn.Module):
     @property
     def logit_scale(self) -> float:
         """exp of the learned temperature, at most 100."""
-        scale = self.model.logit_scale.float().exp() if self._logit_scale is None else self._logit_scale
-        return min(float(scale), 100.0)
+        if "logit scale" in self._known and self._versions() == self._known_of:
+            return min(self._known["logit scale"], 100.0)
+        return min(float(self.model.logit_scale.float().exp()), 100.0)
 
     @property
     def device(self) -> torch.device:
@@ -192,15 +193,12 @@ class Clip(nn.Module):
     def text_hash(self) -> str:
         """A hash of what the text tower computes, which a prompt bank is tied to: its weights as loaded, and what its
         layers do with them. It does not depend on the dtype."""
-        if self._text_hash is None:
-            self._text_hash = tower_hash(self.model, visual=False)
-        return self._text_hash
+        return self._once("text hash", lambda: tower_hash(self.model, visual=False))
 
     def image_hash(self) -> str:
         """A hash of everything that determines image features: weights, layers, dtype and preprocessing."""
-        if self._visual_hash is None:
-            self._visual_hash = tower_hash(self.model, visual=True)
-        how = f"{self._visual_hash} {self.dtype} {self.image_size} {astuple(self.preprocessing)}"
+        tower = self._once("image hash", lambda: tower_hash(self.model, visual=True))
+        how = f"{tower} {self.dtype} {self.image_size} {astuple(self.preprocessing)}"
         return VERSION + hashlib.blake2b(how.encode(), digest_size=16).hexdigest()
 
     def train(self, mode: bool = True) -> Clip:
@@ -209,9 +207,23 @@ class Clip(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clip:
         if fn(torch.zeros(1, dtype=self.dtype, device=self.device)).dtype != self.dtype:
             self.text_hash(), self.image_hash()
-            if self._logit_scale is None:
-                self._logit_scale = float(self.model.logit_scale.exp())
-        return super()._apply(fn, recurse)
+            self._once("logit scale", lambda: float(self.model.logit_scale.exp()))
+        known = self._known if self._versions() == self._known_of else {}
+        applied = super()._apply(fn, recurse)
+        self._known, self._known_of = known, self._versions()
+        return applied
+
+    def _once(self, what: str, compute: Callable[[], Any]) -> Any:
+        """What is computed of the weights, once as long as they are the same."""
+        if self._versions() != self._known_of:
+            self._known, self._known_of = {}, self._versions()
+        if what not in self._known:
+            self._known[what] = compute()
+        return self._known[what]
+
+    def _versions(self) -> tuple[int, ...]:
+        """Others after weights have been changed in place, as by loading a state dict."""
+        return tuple(0 if x.is_inference() else x._version for x in self.model.parameters())
 
 
 def _open_clip_model(name: str, pretrained: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import socket
 
 import pytest
@@ -143,6 +144,19 @@ def test_the_text_hash_does_not_look_at_the_image_tower(clip):
     with torch.no_grad():
         other.model.text_projection[0, 0] += 1e-3
     assert other.text_hash() != clip.text_hash()
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_what_is_known_of_weights_goes_with_them(cast):
+    clip = load_clip()
+    if cast:
+        clip = clip.bfloat16().float()
+    text, image, scale = clip.text_hash(), clip.image_hash(), clip.logit_scale
+    state = {name: x + 0.25 for name, x in clip.model.state_dict().items()}
+    clip.model.load_state_dict(state)
+    assert clip.text_hash() != text
+    assert clip.image_hash() != image
+    assert clip.logit_scale == pytest.approx(min(scale * math.exp(0.25), 100.0), rel=2e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -83,3 +83,11 @@ def test_the_scale_of_logits_is_not_rounded():
     exact = load_clip("tiny-face").logit_scale
     assert load_clip("tiny-face", dtype=torch.bfloat16).logit_scale == exact
     assert load_clip("tiny-face").to(torch.float16).to(torch.float32).logit_scale == exact
+
+
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+def test_features_can_be_changed_in_place(dtype):
+    clip = load_clip("tiny-face", dtype=tower_dtype(dtype, "cpu"))
+    x = frames(2).requires_grad_()
+    clip.encode_image(x).mul_(2).sum().backward()
+    assert x.grad.abs().max() > 0

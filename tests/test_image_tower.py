@@ -245,6 +245,8 @@ def test_recomputing_keeps_less():
     assert whole <= 0.2 * plain
     model.set_grad_checkpointing()
     assert kept_bytes(model, lambda: encode_image(model, x)) == whole
+    model.set_grad_checkpointing(1)
+    assert kept_bytes(model, lambda: encode_image(model, x)) == whole
     model.set_grad_checkpointing("attention")
     assert kept_bytes(model, lambda: encode_image(model, x)) == attention
     model.set_grad_checkpointing(False)
@@ -467,6 +469,23 @@ def test_sums_in_float32_make_half_precision_more_exact():
     ours = relative_errors(gradients(lambda x: encode_image(half, x), x), expected)
     plain = relative_errors(gradients(half.encode_image, x), expected)
     assert all(a <= 0.7 * b for a, b in zip(ours, plain, strict=True))
+
+
+def test_where_onednn_is_faster_biases_may_be_tuned_and_towers_transformed(monkeypatch):
+    monkeypatch.setattr(frozen, "_onednn_is_faster", lambda: True)
+    model = randomized(of_open_clip, torch.float32)
+    x = pixels(model, 2, torch.float32)
+    expected = encode_image(model, x)
+    torch.testing.assert_close(
+        torch.vmap(lambda one: encode_image(model, one[None])[0])(x), expected, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(torch.jit.trace(lambda x: encode_image(model, x), x)(x), expected, rtol=1e-4, atol=1e-5)
+
+    bias = model.visual.transformer.resblocks[0].mlp.c_fc.bias.requires_grad_()
+    encode_image(model, x).sum().backward()
+    ours, bias.grad = bias.grad, None
+    model.encode_image(x).sum().backward()
+    torch.testing.assert_close(ours, bias.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -122,11 +122,11 @@ def run_blocks(
     for i, block in enumerate(blocks):
         first = first_only and i == len(blocks) - 1
         rotate = None if rotations is None else rotations[i]
-        if checkpoint is True:
-            x = torch.utils.checkpoint.checkpoint(_run_block, block, x, first, rotate, use_reentrant=False)
-        elif checkpoint:
+        if checkpoint == "attention":
             mixed = torch.utils.checkpoint.checkpoint(_mix, block, x, first, rotate, use_reentrant=False)
             x = after_attention(block, x[:, :1] if first else x, *mixed)
+        elif checkpoint:
+            x = torch.utils.checkpoint.checkpoint(_run_block, block, x, first, rotate, use_reentrant=False)
         else:
             x = _run_block(block, x, first, rotate)
     return x

@@ -11,6 +11,8 @@ from open_clip.transformer import QuickGELU
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from pcmecl_fast.ops.autograd import transformed
+
 
 def run_frozen(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) in eval mode, with the linear layers in it run by `frozen_linear` and less kept for the backward pass.
@@ -46,7 +48,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not weight.requires_grad
+        and not (bias is not None and bias.requires_grad)
         and not torch.compiler.is_compiling()
+        and not transformed()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
         and _onednn_is_faster()

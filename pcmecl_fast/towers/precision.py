@@ -84,7 +84,7 @@ class GradientRange:
         return _Divided.apply(x, self)
 
     def leave(self, x: Tensor) -> Tensor:
-        return _Multiplied.apply(x, self)
+        return _Multiplied.apply(x, self).clone()  # a view made here could not be changed in place
 
 
 class _Passed(torch.autograd.Function):
