@@ -12,8 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pcmecl_fast.ops.backends import extension
@@ -33,6 +33,39 @@ class Kernel:
     spills: int  # loads and stores of local memory
     wide_loads: int  # of 16 bytes from global memory
     loads: int  # from global memory
+    tensor: int  # instructions of the tensor cores
+    atomics: int  # on global memory
+    code: str = field(repr=False, default="")
+
+    def blocks(self, threads: int, shared: int = 0) -> int:
+        """How many blocks of as many threads an H100's multiprocessor holds, with bytes of requested shared memory."""
+        of_warp = (self.registers * 32 + 255) // 256 * 256
+        by_registers = 65536 // of_warp // ((threads + 31) // 32)
+        by_shared = (228 << 10) // (shared + self.shared + 1024)
+        return min(by_registers, by_shared, 2048 // threads, 32)
+
+    def loops(self) -> list[int]:
+        """The instructions of every loop, in the order of the code; what only parted lanes run is none."""
+        lines, end = self._lines()
+        found = []
+        for at, (_, text) in enumerate(lines[:end]):
+            target = re.match(r"@!?U?P\w+ BRA(?:\.U)?(?: !?U?P\w+,)? `?\(?(0x[0-9a-f]+)", text)
+            if target and int(target[1], 16) <= lines[at][0]:
+                found.append(sum(int(target[1], 16) <= address <= lines[at][0] for address, _ in lines[:end]))
+        return found
+
+    def issued(self, warps: float, trips: Sequence[float]) -> float:
+        """Instructions of `warps` warps: everything once, and the loops, in their order, as often as said in all."""
+        loops = self.loops()
+        assert len(loops) == len(trips), f"{self.name}: {len(loops)} loops, of which {len(trips)} are counted"
+        once = self._lines()[1] - sum(loops)
+        return warps * once + sum(count * times for count, times in zip(loops, trips, strict=True))
+
+    def _lines(self) -> tuple[list[tuple[int, str]], int]:
+        """Addresses and instructions, and how many of them come before what only parted lanes run, or nobody."""
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?) *;", self.code)
+        lines = [(int(address, 16), text) for address, text in found]
+        return lines, max(at for at, (_, text) in enumerate(lines) if text == "EXIT") + 1
 
 
 def main(arguments: list[str]) -> int:
@@ -75,7 +108,9 @@ def read(path: Path, tool: str) -> list[Kernel]:
         loads = re.findall(r"\bLDG\.[A-Z0-9.]+", body)
         spills = len(re.findall(r"\b(?:LDL|STL)\b", body))
         wide = sum(".128" in load for load in loads)
-        kernels.append(Kernel(arch, names[name], registers, shared, spills, wide, len(loads)))
+        tensor = len(re.findall(r"\bHMMA\.", body))
+        atomics = len(re.findall(r"\b(?:RED|ATOMG?)\.", body))
+        kernels.append(Kernel(arch, names[name], registers, shared, spills, wide, len(loads), tensor, atomics, body))
     return kernels
 
 

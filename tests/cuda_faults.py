@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import cuda_on_host
+import torch
 from device_cases import WIDE_TREE, correlation, unaligned
 from operators import CLIP_MEAN, Call, make
 
-# float alone is compiled of a changed source: the linker finds the half types in the object of the unchanged one.
-HALF_TYPES = re.compile(r"^(PCMECL_FOR\((Half|BFloat16)\)|template void \w+<(Half|BFloat16)>\(.*\);)$", re.MULTILINE)
+# One type alone is compiled of a changed source, float where it has it: the linker finds the others in the object of
+# the unchanged one.
+TYPES = re.compile(r"^(?:PCMECL_FOR\((\w+)\)|template void \w+<(\w+)>\(.*\);)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,13 @@ def _changed(source: str, text: str, kernels: list[str], folder: Path) -> list[P
     (folder / "cuda" / source).write_text(text)
     paths = [folder / "cuda" / name for name in kernels]
     for path in paths:
-        path.write_text(HALF_TYPES.sub("", path.read_text()))
+        path.write_text(_of_one_type(path.read_text()))
     return paths
+
+
+def _of_one_type(text: str) -> str:
+    one = "float" if any("float" in found.groups() for found in TYPES.finditer(text)) else "Half"
+    return TYPES.sub(lambda found: found[0] if one in found.groups() else "", text)
 
 
 unaligned_direction_loss = partial(unaligned, "direction_loss", people=2, width=16)
@@ -92,6 +99,7 @@ direction_loss = partial(make, "direction_loss", people=2, width=33)
 # Two tiles high and two chunks of columns wide.
 frames = partial(make, "clip_frames", batch=1, height=40, width=150, size=24, mean=CLIP_MEAN)
 tree = partial(make, "tree_attention", layout=WIDE_TREE, width=16)
+half_tree = partial(tree, dtype=torch.float16)
 
 # All that a barrier may be for.
 BARRIER_CALLS = [
@@ -101,6 +109,7 @@ BARRIER_CALLS = [
     partial(correlation, people=5, width=20, negatives="within"),
     partial(direction_loss, batch=9),
     tree,
+    half_tree,
 ]
 
 FAULTS = [
@@ -284,8 +293,8 @@ FAULTS = [
         "a layout travels with the launch twice",
         "tree_attention.cu",
         {
-            "forward_kernel(const Tree<T> args, const TreeLayout layout) {": (
-                "forward_kernel(const Tree<T> args, const TreeLayout layout, const TreeLayout) {"
+            "forward_kernel(const Tree<float> args, const TreeLayout layout) {": (
+                "forward_kernel(const Tree<float> args, const TreeLayout layout, const TreeLayout) {"
             ),
             "{blocks(items, kWarps)}, kThreads, 0, args, layout)": (
                 "{blocks(items, kWarps)}, kThreads, 0, args, layout, layout)"
@@ -293,6 +302,56 @@ FAULTS = [
         },
         tree,
         "launch limit: .* bytes of arguments",
+    ),
+    Fault(
+        "queries of half types see what lies before their own segments",
+        "tree_attention_half.cu",
+        {"key >= first_own[row]": "key >= first_own[0]"},
+        half_tree,
+        "wrong result",
+    ),
+    Fault(
+        "a row's features change places on their way to tensor cores",
+        "tree_attention_half.cu",
+        {"[2 * half], own[1].values[2 * half], ": "[2 * half + 1], own[1].values[2 * half], "},
+        half_tree,
+        "wrong result",
+    ),
+    Fault(
+        "a register's halves change places in a product along the tokens",
+        "tensor_cores.h",
+        {"  return (first & 0xFFFF) | second << 16;": "  return (second & 0xFFFF) | first << 16;"},
+        half_tree,
+        "wrong result",
+        kernels="tree_attention_half.cu",
+    ),
+    Fault(
+        "a warp's last rows lie behind the last token",
+        "tree_attention_half.cu",
+        {"below = rows[at_most(token + group_of_lane() + 8, tokens - 1)]": "below = rows[token + group_of_lane() + 8]"},
+        partial(half_tree, people=1),
+        "access outside: a read of 16 bytes",
+    ),
+    Fault(
+        "lanes without a key leave a product of the warp to the others",
+        "tree_attention_half.cu",
+        {"if (first + 8 * half < keys.count)": "if (first + 8 * half + group_of_lane() < keys.count)"},
+        half_tree,
+        "never arrive: lanes|shuffle sites",
+    ),
+    Fault(
+        "rows of half types are taken for aligned that begin anywhere",
+        "tree_attention_half.cu",
+        {"aligned(args.width, args.qkv, args.out),": "args.width % 8 == 0,"},
+        partial(unaligned, "tree_attention", width=16, dtype=torch.float16),
+        "misaligned access: a read of 16 bytes",
+    ),
+    Fault(
+        "keys behind the first eight get no gradient",
+        "tree_attention_half.cu",
+        {"if (token >= tile.layout.tokens) continue;": "if (token >= tile.layout.tokens || lower_row) continue;"},
+        half_tree,
+        r"output not written: \d+ of \d+ numbers of result 0",
     ),
     Fault(
         "exponentials so small that a GPU makes them 0",
