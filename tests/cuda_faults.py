@@ -32,7 +32,6 @@ class Fault:
     report: str
     """How the report begins, a regular expression."""
     order: str = "up"
-    deterministic: bool = False
     kernels: str = ""
     """The file that is compiled, if it is not the one that is changed."""
 
@@ -107,7 +106,7 @@ BARRIER_CALLS = [
     partial(correlation, people=5, width=20),
     partial(correlation, people=5, width=20, emotions=9),
     partial(correlation, people=5, width=20, negatives="within"),
-    partial(direction_loss, batch=9),
+    partial(direction_loss, batch=70),
     tree,
     half_tree,
 ]
@@ -149,15 +148,32 @@ FAULTS = [
         "race within a warp: a (read|write) .* shared memory",
     ),
     Fault(
-        "the bank's gradient is added up without atomics",
+        "two emotions' sums have one place and two owners",
+        "direction_bank.cu",
+        {"* emotions + threadIdx.x] += of_sample": "* emotions + threadIdx.x / 2] += of_sample"},
+        direction_loss,
+        "race within a warp: .* shared memory",
+    ),
+    Fault(
+        "an individual's runs have one row of the table",
+        "direction_bank.cu",
+        {"sums.write(individual, int64_t(run) + individual)": "sums.write(individual, individual)"},
+        partial(direction_loss, people=1, batch=40),
+        "conflict between blocks: a write .* of buffer",
+    ),
+    Fault(
+        "two samples of a warp have one place",
+        "direction_bank.cu",
+        {"order.order[place + rank] = sample": "order.order[place + rank / 2] = sample"},
+        partial(direction_loss, people=1, batch=40),
+        "race within a warp: a write .* of buffer",
+    ),
+    Fault(
+        "losses are added up by atomics that nobody has set to 0",
         "direction.cu",
-        {
-            "atomicAdd(grad_rows + int64_t(e) * args.width + k + v, grad_d);": (
-                "grad_rows[int64_t(e) * args.width + k + v] += grad_d;"
-            )
-        },
-        partial(direction_loss, people=1),
-        "race within a block: .* of buffer",
+        {"args.parts[blockIdx.x] = total;": "atomicAdd(args.parts, total);"},
+        direction_loss,
+        "uninitialised: an atomic operation .* of buffer",
     ),
     Fault(
         "tiles overlap by a row",
@@ -212,11 +228,10 @@ FAULTS = [
     ),
     Fault(
         "sums in shared memory do not begin at 0",
-        "direction.cu",
-        {"  for (int e = 0; e < emotions; ++e) sums[e * stride] = 0;\n": ""},
+        "direction_bank.cu",
+        {"    clear();\n  }\n": "  }\n"},
         direction_loss,
         "uninitialised: a read .* of shared memory",
-        deterministic=True,
     ),
     Fault(
         "a length is never stored for the kernels that need it",
@@ -282,12 +297,11 @@ FAULTS = [
         "launch limit: 2048 threads",
     ),
     Fault(
-        "shared memory is asked for in bits",
-        "direction.cu",
-        {"args.emotions * threads * sizeof(float)": "args.emotions * threads * 8 * sizeof(float)"},
+        "shared memory is asked for three axes of emotions",
+        "direction_bank.cu",
+        {"args.emotions * args.emotions * sizeof": "args.emotions * args.emotions * args.emotions * sizeof"},
         partial(direction_loss, emotions=32),
         "launch limit: 131072 bytes of shared memory",
-        deterministic=True,
     ),
     Fault(
         "a layout travels with the launch twice",

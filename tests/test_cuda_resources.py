@@ -98,3 +98,14 @@ def test_attention_on_tensor_cores_fills_a_multiprocessor(kernels, of):
         assert kernel.blocks(128) >= (3 if "forward" in kernel.name else 2), kernel
         if "8, " in kernel.name:
             assert kernel.wide_loads >= kernel.loads * 0.8, kernel
+
+
+def test_nothing_is_added_up_by_atomics(kernels):
+    assert [kernel.name for kernel in kernels if kernel.atomics] == []
+
+
+@pytest.mark.parametrize(("of", "vector"), [("float", 4), ("Half", 8), ("BFloat16", 8)])
+def test_a_runs_bank_gradient_is_added_up_in_registers(kernels, of, vector):
+    for kernel in named(kernels, f"run_kernel<{of}, {vector}, 7> of Direction"):
+        assert kernel.spills == 0
+        assert kernel.blocks(128, shared=4 * 7 * 7) >= 4  # which the number of runs counts on
