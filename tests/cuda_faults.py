@@ -368,6 +368,20 @@ FAULTS = [
         r"output not written: \d+ of \d+ numbers of result 0",
     ),
     Fault(
+        "the gradient is added up where the product is still read",
+        "correlation.cu",
+        {"    if constexpr (E != 0) return values[(x * E + e) * kLanes<E>];\n": ""},
+        correlation,
+        "wrong result",
+    ),
+    Fault(
+        "a lane of the gradient takes its neighbours' place",
+        "correlation.cu",
+        {"return values[(x * E + e) * kLanes<E>];": "return values[(x * E + e) * kLanes<E> / 2];"},
+        correlation,
+        "race within a block: a (read|write) .* shared memory",
+    ),
+    Fault(
         "exponentials so small that a GPU makes them 0",
         "correlation.cu",
         {"ceilf(scale * kLog2e) - 100": "ceilf(scale * kLog2e)"},

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pcmecl_fast.ops import correlation_loss
 from pcmecl_fast.ops.backends.cuda import direction
+from pcmecl_fast.ops.backends.cuda.correlation import rows_of_chunk
 
 pytestmark = [
     pytest.mark.skipif(not cuda_on_host.compiler(), reason="needs a C++ compiler and the sources"),
@@ -44,6 +45,20 @@ def test_a_scale_that_overflows_float_sums_gives_nan_and_not_a_wrong_number():
     visual, text, _ = (x.detach() for x in call.floats)
     assert module.correlation_loss(visual, text, torch.tensor(151.0), 0.0, None, "all")[0].isnan()
     assert correlation_loss(visual, text, scale=150.0, backend="cuda").isfinite()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ({"n": 512, "most": 167, "of_wave": 132, "of_block": 4}, 128),  # 512 blocks of 528
+        ({"n": 512, "most": 167, "of_wave": 96, "of_block": 4}, 88),  # 352 of 396, six times
+        ({"n": 512, "most": 400, "of_wave": 96, "of_block": 4}, 256),
+        ({"n": 33, "most": 4000, "of_wave": 96, "of_block": 4}, 33),
+        ({"n": 5000, "most": 2, "of_wave": 0, "of_block": 4}, 2),
+    ],
+)
+def test_chunks_are_equal_and_whole_waves(sizes, rows):
+    assert rows_of_chunk(**sizes) == rows
 
 
 def test_a_resize_makes_its_weights_once_for_a_size():

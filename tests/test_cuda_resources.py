@@ -109,3 +109,18 @@ def test_a_runs_bank_gradient_is_added_up_in_registers(kernels, of, vector):
     for kernel in named(kernels, f"run_kernel<{of}, {vector}, 7> of Direction"):
         assert kernel.spills == 0
         assert kernel.blocks(128, shared=4 * 7 * 7) >= 4  # which the number of runs counts on
+
+
+@pytest.mark.parametrize("negatives", ["false", "true"])
+@pytest.mark.parametrize("emotions", [7, 8])
+def test_a_logit_of_the_correlations_takes_few_instructions(kernels, emotions, negatives):
+    pairs = emotions * (emotions - 1) // 2
+    of_columns = 4 * pairs * 128  # bytes of shared memory
+    for kernel in named(kernels, f"sums_kernel<{emotions}, {negatives}> of Correlation"):
+        assert min(loop for loop in kernel.loops() if loop > 10 * pairs) <= (14 if negatives == "false" else 15) * pairs
+        assert kernel.blocks(128, of_columns) >= 4
+    for kernel in named(kernels, f"gradients_kernel<{emotions}, {negatives}> of Correlation"):
+        assert min(loop for loop in kernel.loops() if loop > 15 * pairs) <= (24 if negatives == "false" else 26) * pairs
+        assert kernel.blocks(128, of_columns + 4 * emotions**2 * 128) >= 3
+        assert kernel.spills == 0
+        assert len(re.findall(r"\bSTG\.", kernel.code)) <= emotions + 4  # a row of the gradient, and parts of sums

@@ -134,11 +134,18 @@ struct Correlation {
   float* column_parts;      // (row blocks, Q, m)
   const float* row_sum;     // (n, Q)
   const float* column_sum;  // (m, Q)
-  float* grad_product;      // as product
+  float* grad_product;      // as product, which it may be (CorrelationPlan)
 };
 
 struct CorrelationParts {
   int64_t column_blocks, row_blocks;
+};
+
+// How the kernels over chunks run: rows of a block, blocks that a multiprocessor holds, and whether the gradient of S
+// is written where S was.
+struct CorrelationPlan {
+  int rows, sums_blocks, gradients_blocks;
+  bool in_place;
 };
 
 struct CorrelationResult {
@@ -185,6 +192,7 @@ struct CorrelationFinish {
 template <typename T>
 void correlation_changes(const Changes<T>& args);
 CorrelationParts correlation_parts(int64_t columns, int emotions, int64_t rows);
+CorrelationPlan correlation_plan(int emotions);
 void correlation_sums(const Correlation& args);
 void correlation_gradients(const Correlation& args);
 void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum);  // both (n, Q)
