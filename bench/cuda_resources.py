@@ -45,21 +45,46 @@ class Kernel:
         return min(by_registers, by_shared, 2048 // threads, 32)
 
     def loops(self) -> list[int]:
-        """The instructions of every loop, in the order of the code; what only parted lanes run is none."""
-        lines, end = self._lines()
-        found = []
-        for at, (_, text) in enumerate(lines[:end]):
-            target = re.match(r"@!?U?P\w+ BRA(?:\.U)?(?: !?U?P\w+,)? `?\(?(0x[0-9a-f]+)", text)
-            if target and int(target[1], 16) <= lines[at][0]:
-                found.append(sum(int(target[1], 16) <= address <= lines[at][0] for address, _ in lines[:end]))
-        return found
+        """The instructions of every loop, those of inner ones among them, in the order of the code.
+
+        What only parted lanes run is none.
+        """
+        return [sum(begin <= at <= end for at in self._addresses()) for begin, end in self._spans()]
 
     def issued(self, warps: float, trips: Sequence[float]) -> float:
         """Instructions of `warps` warps: everything once, and the loops, in their order, as often as said in all."""
-        loops = self.loops()
-        assert len(loops) == len(trips), f"{self.name}: {len(loops)} loops, of which {len(trips)} are counted"
-        once = self._lines()[1] - sum(loops)
-        return warps * once + sum(count * times for count, times in zip(loops, trips, strict=True))
+        spans = self._spans()
+        assert len(spans) == len(trips), f"{self.name}: loops {self.loops()}, of which {len(trips)} are counted"
+        total = 0.0
+        for at in self._addresses():
+            around = [
+                (end - begin, times) for (begin, end), times in zip(spans, trips, strict=True) if begin <= at <= end
+            ]
+            total += min(around)[1] if around else warps
+        return total
+
+    def issued_around(self, warps: float, trips: float) -> float:
+        """The same where the longest loop that has none inside is the one that counts, and others run once a warp."""
+        spans = self._spans()
+        innermost = [one for one in spans if not any(one != b and one[0] <= b[0] and b[1] <= one[1] for b in spans)]
+        longest = max(innermost, key=lambda span: span[1] - span[0])
+        return self.issued(warps, [trips if span == longest else warps for span in spans])
+
+    def stores_in_loop(self, number: int) -> int:
+        """Instructions of a loop that write to global memory."""
+        begin, end = self._spans()[number]
+        return sum("STG" in text for address, text in self._lines()[0] if begin <= address <= end)
+
+    def _addresses(self) -> list[int]:
+        lines, end = self._lines()
+        return [address for address, _ in lines[:end]]
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """The addresses where loops begin and end."""
+        lines, end = self._lines()
+        branch = re.compile(r"@!?U?P\w+ BRA(?:\.U)?(?: !?U?P\w+,)? `?\(?(0x[0-9a-f]+)")
+        found = [(branch.match(text), address) for address, text in lines[:end]]
+        return [(int(target[1], 16), address) for target, address in found if target and int(target[1], 16) <= address]
 
     def _lines(self) -> tuple[list[tuple[int, str]], int]:
         """Addresses and instructions, and how many of them come before what only parted lanes run, or nobody."""
@@ -78,10 +103,14 @@ def main(arguments: list[str]) -> int:
     if "--write" not in arguments:
         print(text)
     else:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        _, after = rest.split(END)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        write_between(BEGIN, END, text)
     return 0
+
+
+def write_between(begin: str, end: str, text: str) -> None:
+    before, rest = DOCUMENT.read_text().split(begin)
+    _, after = rest.split(end)
+    DOCUMENT.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def cuobjdump() -> str | None:

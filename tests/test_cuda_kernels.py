@@ -5,10 +5,11 @@ import pytest
 import torch
 from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation
 from modes import Seen
-from operators import make, value_and_gradients
+from operators import make, seed, value_and_gradients
+from tolerances import assert_close_for
 from torch import Tensor
 
-from pcmecl_fast.ops import correlation_loss
+from pcmecl_fast.ops import PromptTree, correlation_loss, tree_attention
 from pcmecl_fast.ops.backends.cuda import direction
 from pcmecl_fast.ops.backends.cuda.correlation import rows_of_chunk
 
@@ -22,6 +23,34 @@ pytestmark = [
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_give_the_references_result_and_gradients(case, dtype):
     check(CASES[case](dtype=dtype))
+
+
+TREES = [(1, (40,)), (16, (1,) * 20), (17, (15, 17, 1)), (40, (3, 5)), (1, (1,)), (1, (2,) * 31), (15, (1, 16, 16))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [8, 40, 64, 100])
+@pytest.mark.parametrize(("prefix", "segments"), TREES, ids=str)
+def test_tiles_of_a_tree_end_anywhere(prefix, segments, width, dtype):
+    layout = PromptTree(prefix, segments)
+    qkv = make("tree_attention", people=2, heads=3, layout=layout, width=width, dtype=dtype).floats[0]
+    out = tree_attention(qkv, layout, backend="cuda")
+    grad = torch.randn(out.shape, generator=seed(1), dtype=torch.float64).to(dtype)
+    (gradient,) = torch.autograd.grad(out, qkv, grad)
+    expected, expected_gradient = attention_in_float64(qkv.detach(), layout, grad, out.detach())
+    assert_close_for(dtype)(out, expected)
+    assert_close_for(dtype)(gradient, expected_gradient)
+
+
+def attention_in_float64(qkv, layout, grad, rounded):
+    """The result, and the gradient by the result as it was rounded, whose errors add up over the queries of a key."""
+    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
+    grad, rounded = (x.double().transpose(1, 2) for x in (grad, rounded))
+    logits = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    weights = logits.masked_fill(~layout.mask(), -torch.inf).softmax(-1)
+    of_logits = weights * (grad @ v.transpose(-1, -2) - (grad * rounded).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+    gradients = of_logits @ k, of_logits.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
+    return (weights @ v).transpose(1, 2), torch.stack(gradients).permute(1, 3, 0, 2, 4)
 
 
 @pytest.mark.parametrize(("people", "emotions", "width"), [(1, 7, 140), (3, 7, 1040), (2, 20, 33), (60, 2, 8)])
