@@ -12,8 +12,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pcmecl_fast.ops.backends import extension
@@ -33,6 +33,64 @@ class Kernel:
     spills: int  # loads and stores of local memory
     wide_loads: int  # of 16 bytes from global memory
     loads: int  # from global memory
+    tensor: int  # instructions of the tensor cores
+    atomics: int  # on global memory
+    code: str = field(repr=False, default="")
+
+    def blocks(self, threads: int, shared: int = 0) -> int:
+        """How many blocks of as many threads an H100's multiprocessor holds, with bytes of requested shared memory."""
+        of_warp = (self.registers * 32 + 255) // 256 * 256
+        by_registers = 65536 // of_warp // ((threads + 31) // 32)
+        by_shared = (228 << 10) // (shared + self.shared + 1024)
+        return min(by_registers, by_shared, 2048 // threads, 32)
+
+    def loops(self) -> list[int]:
+        """The instructions of every loop, those of inner ones among them, in the order of the code.
+
+        What only parted lanes run is none.
+        """
+        return [sum(begin <= at <= end for at in self._addresses()) for begin, end in self._spans()]
+
+    def issued(self, warps: float, trips: Sequence[float]) -> float:
+        """Instructions of `warps` warps: everything once, and the loops, in their order, as often as said in all."""
+        spans = self._spans()
+        assert len(spans) == len(trips), f"{self.name}: loops {self.loops()}, of which {len(trips)} are counted"
+        total = 0.0
+        for at in self._addresses():
+            around = [
+                (end - begin, times) for (begin, end), times in zip(spans, trips, strict=True) if begin <= at <= end
+            ]
+            total += min(around)[1] if around else warps
+        return total
+
+    def issued_around(self, warps: float, trips: float) -> float:
+        """The same where the longest loop that has none inside is the one that counts, and others run once a warp."""
+        spans = self._spans()
+        innermost = [one for one in spans if not any(one != b and one[0] <= b[0] and b[1] <= one[1] for b in spans)]
+        longest = max(innermost, key=lambda span: span[1] - span[0])
+        return self.issued(warps, [trips if span == longest else warps for span in spans])
+
+    def stores_in_loop(self, number: int) -> int:
+        """Instructions of a loop that write to global memory."""
+        begin, end = self._spans()[number]
+        return sum("STG" in text for address, text in self._lines()[0] if begin <= address <= end)
+
+    def _addresses(self) -> list[int]:
+        lines, end = self._lines()
+        return [address for address, _ in lines[:end]]
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """The addresses where loops begin and end."""
+        lines, end = self._lines()
+        branch = re.compile(r"@!?U?P\w+ BRA(?:\.U)?(?: !?U?P\w+,)? `?\(?(0x[0-9a-f]+)")
+        found = [(branch.match(text), address) for address, text in lines[:end]]
+        return [(int(target[1], 16), address) for target, address in found if target and int(target[1], 16) <= address]
+
+    def _lines(self) -> tuple[list[tuple[int, str]], int]:
+        """Addresses and instructions, and how many of them come before what only parted lanes run, or nobody."""
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?) *;", self.code)
+        lines = [(int(address, 16), text) for address, text in found]
+        return lines, max(at for at, (_, text) in enumerate(lines) if text == "EXIT") + 1
 
 
 def main(arguments: list[str]) -> int:
@@ -45,10 +103,14 @@ def main(arguments: list[str]) -> int:
     if "--write" not in arguments:
         print(text)
     else:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        _, after = rest.split(END)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        write_between(BEGIN, END, text)
     return 0
+
+
+def write_between(begin: str, end: str, text: str) -> None:
+    before, rest = DOCUMENT.read_text().split(begin)
+    _, after = rest.split(end)
+    DOCUMENT.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def cuobjdump() -> str | None:
@@ -75,7 +137,9 @@ def read(path: Path, tool: str) -> list[Kernel]:
         loads = re.findall(r"\bLDG\.[A-Z0-9.]+", body)
         spills = len(re.findall(r"\b(?:LDL|STL)\b", body))
         wide = sum(".128" in load for load in loads)
-        kernels.append(Kernel(arch, names[name], registers, shared, spills, wide, len(loads)))
+        tensor = len(re.findall(r"\bHMMA\.", body))
+        atomics = len(re.findall(r"\b(?:RED|ATOMG?)\.", body))
+        kernels.append(Kernel(arch, names[name], registers, shared, spills, wide, len(loads), tensor, atomics, body))
     return kernels
 
 

@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import cuda_on_host
+import torch
 from device_cases import WIDE_TREE, correlation, unaligned
 from operators import CLIP_MEAN, Call, make
 
-# float alone is compiled of a changed source: the linker finds the half types in the object of the unchanged one.
-HALF_TYPES = re.compile(r"^(PCMECL_FOR\((Half|BFloat16)\)|template void \w+<(Half|BFloat16)>\(.*\);)$", re.MULTILINE)
+# One type alone is compiled of a changed source, float where it has it: the linker finds the others in the object of
+# the unchanged one.
+TYPES = re.compile(r"^(?:PCMECL_FOR\((\w+)\)|template void \w+<(\w+)>\(.*\);)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class Fault:
     report: str
     """How the report begins, a regular expression."""
     order: str = "up"
-    deterministic: bool = False
     kernels: str = ""
     """The file that is compiled, if it is not the one that is changed."""
 
@@ -83,8 +84,13 @@ def _changed(source: str, text: str, kernels: list[str], folder: Path) -> list[P
     (folder / "cuda" / source).write_text(text)
     paths = [folder / "cuda" / name for name in kernels]
     for path in paths:
-        path.write_text(HALF_TYPES.sub("", path.read_text()))
+        path.write_text(_of_one_type(path.read_text()))
     return paths
+
+
+def _of_one_type(text: str) -> str:
+    one = "float" if any("float" in found.groups() for found in TYPES.finditer(text)) else "Half"
+    return TYPES.sub(lambda found: found[0] if one in found.groups() else "", text)
 
 
 unaligned_direction_loss = partial(unaligned, "direction_loss", people=2, width=16)
@@ -92,6 +98,7 @@ direction_loss = partial(make, "direction_loss", people=2, width=33)
 # Two tiles high and two chunks of columns wide.
 frames = partial(make, "clip_frames", batch=1, height=40, width=150, size=24, mean=CLIP_MEAN)
 tree = partial(make, "tree_attention", layout=WIDE_TREE, width=16)
+half_tree = partial(tree, dtype=torch.float16)
 
 # All that a barrier may be for.
 BARRIER_CALLS = [
@@ -99,8 +106,9 @@ BARRIER_CALLS = [
     partial(correlation, people=5, width=20),
     partial(correlation, people=5, width=20, emotions=9),
     partial(correlation, people=5, width=20, negatives="within"),
-    partial(direction_loss, batch=9),
+    partial(direction_loss, batch=70),
     tree,
+    half_tree,
 ]
 
 FAULTS = [
@@ -140,15 +148,32 @@ FAULTS = [
         "race within a warp: a (read|write) .* shared memory",
     ),
     Fault(
-        "the bank's gradient is added up without atomics",
+        "two emotions' sums have one place and two owners",
+        "direction_bank.cu",
+        {"* emotions + threadIdx.x] += of_sample": "* emotions + threadIdx.x / 2] += of_sample"},
+        direction_loss,
+        "race within a warp: .* shared memory",
+    ),
+    Fault(
+        "an individual's runs have one row of the table",
+        "direction_bank.cu",
+        {"sums.write(individual, int64_t(run) + individual)": "sums.write(individual, individual)"},
+        partial(direction_loss, people=1, batch=40),
+        "conflict between blocks: a write .* of buffer",
+    ),
+    Fault(
+        "two samples of a warp have one place",
+        "direction_bank.cu",
+        {"order.order[place + rank] = sample": "order.order[place + rank / 2] = sample"},
+        partial(direction_loss, people=1, batch=40),
+        "race within a warp: a write .* of buffer",
+    ),
+    Fault(
+        "losses are added up by atomics that nobody has set to 0",
         "direction.cu",
-        {
-            "atomicAdd(grad_rows + int64_t(e) * args.width + k + v, grad_d);": (
-                "grad_rows[int64_t(e) * args.width + k + v] += grad_d;"
-            )
-        },
-        partial(direction_loss, people=1),
-        "race within a block: .* of buffer",
+        {"args.parts[blockIdx.x] = total;": "atomicAdd(args.parts, total);"},
+        direction_loss,
+        "uninitialised: an atomic operation .* of buffer",
     ),
     Fault(
         "tiles overlap by a row",
@@ -203,11 +228,10 @@ FAULTS = [
     ),
     Fault(
         "sums in shared memory do not begin at 0",
-        "direction.cu",
-        {"  for (int e = 0; e < emotions; ++e) sums[e * stride] = 0;\n": ""},
+        "direction_bank.cu",
+        {"    clear();\n  }\n": "  }\n"},
         direction_loss,
         "uninitialised: a read .* of shared memory",
-        deterministic=True,
     ),
     Fault(
         "a length is never stored for the kernels that need it",
@@ -273,19 +297,18 @@ FAULTS = [
         "launch limit: 2048 threads",
     ),
     Fault(
-        "shared memory is asked for in bits",
-        "direction.cu",
-        {"args.emotions * threads * sizeof(float)": "args.emotions * threads * 8 * sizeof(float)"},
+        "shared memory is asked for three axes of emotions",
+        "direction_bank.cu",
+        {"args.emotions * args.emotions * sizeof": "args.emotions * args.emotions * args.emotions * sizeof"},
         partial(direction_loss, emotions=32),
         "launch limit: 131072 bytes of shared memory",
-        deterministic=True,
     ),
     Fault(
         "a layout travels with the launch twice",
         "tree_attention.cu",
         {
-            "forward_kernel(const Tree<T> args, const TreeLayout layout) {": (
-                "forward_kernel(const Tree<T> args, const TreeLayout layout, const TreeLayout) {"
+            "forward_kernel(const Tree<float> args, const TreeLayout layout) {": (
+                "forward_kernel(const Tree<float> args, const TreeLayout layout, const TreeLayout) {"
             ),
             "{blocks(items, kWarps)}, kThreads, 0, args, layout)": (
                 "{blocks(items, kWarps)}, kThreads, 0, args, layout, layout)"
@@ -293,6 +316,70 @@ FAULTS = [
         },
         tree,
         "launch limit: .* bytes of arguments",
+    ),
+    Fault(
+        "queries of half types see what lies before their own segments",
+        "tree_attention_half.cu",
+        {"key >= first_own[row]": "key >= first_own[0]"},
+        half_tree,
+        "wrong result",
+    ),
+    Fault(
+        "a row's features change places on their way to tensor cores",
+        "tree_attention_half.cu",
+        {"[2 * half], own[1].values[2 * half], ": "[2 * half + 1], own[1].values[2 * half], "},
+        half_tree,
+        "wrong result",
+    ),
+    Fault(
+        "a register's halves change places in a product along the tokens",
+        "tensor_cores.h",
+        {"  return (first & 0xFFFF) | second << 16;": "  return (second & 0xFFFF) | first << 16;"},
+        half_tree,
+        "wrong result",
+        kernels="tree_attention_half.cu",
+    ),
+    Fault(
+        "a warp's last rows lie behind the last token",
+        "tree_attention_half.cu",
+        {"below = rows[at_most(token + group_of_lane() + 8, tokens - 1)]": "below = rows[token + group_of_lane() + 8]"},
+        partial(half_tree, people=1),
+        "access outside: a read of 16 bytes",
+    ),
+    Fault(
+        "lanes without a key leave a product of the warp to the others",
+        "tree_attention_half.cu",
+        {"if (first + 8 * half < keys.count)": "if (first + 8 * half + group_of_lane() < keys.count)"},
+        half_tree,
+        "never arrive: lanes|shuffle sites",
+    ),
+    Fault(
+        "rows of half types are taken for aligned that begin anywhere",
+        "tree_attention_half.cu",
+        {"aligned(args.width, args.qkv, args.out),": "args.width % 8 == 0,"},
+        partial(unaligned, "tree_attention", width=16, dtype=torch.float16),
+        "misaligned access: a read of 16 bytes",
+    ),
+    Fault(
+        "keys behind the first eight get no gradient",
+        "tree_attention_half.cu",
+        {"if (token >= tile.layout.tokens) continue;": "if (token >= tile.layout.tokens || lower_row) continue;"},
+        half_tree,
+        r"output not written: \d+ of \d+ numbers of result 0",
+    ),
+    Fault(
+        "the gradient is added up where the product is still read",
+        "correlation.cu",
+        {"    if constexpr (E != 0) return values[(x * E + e) * kLanes<E>];\n": ""},
+        correlation,
+        "wrong result",
+    ),
+    Fault(
+        "a lane of the gradient takes its neighbours' place",
+        "correlation.cu",
+        {"return values[(x * E + e) * kLanes<E>];": "return values[(x * E + e) * kLanes<E> / 2];"},
+        correlation,
+        "race within a block: a (read|write) .* shared memory",
     ),
     Fault(
         "exponentials so small that a GPU makes them 0",

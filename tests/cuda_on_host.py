@@ -36,8 +36,8 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / NAME
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
-OTHERS = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "cuda/host/harness.cpp"]
-SHADOW = CSRC / "cuda/host/shadow.cpp"
+HOST, SHADOW = CSRC / "cuda/host", CSRC / "cuda/host/shadow.cpp"
+OTHERS = [*sorted((CSRC / "cuda").glob("*.cpp")), HOST / "harness.cpp", HOST / "tensor_cores.cpp"]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-march=native", "-ffp-contract=fast"]  # products fused into additions, as on a GPU
 FLAGS += ["-DPCMECL_ON_HOST", f"-DPCMECL_MODULE={NAME}"]

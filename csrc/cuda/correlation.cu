@@ -11,6 +11,8 @@
 // registers for E = 7 and 8 (else in shared memory, E up to 32); row sums are added over the warp once a pair. Parts
 // are written per block and added by the driver in a fixed order: nothing is atomic and every run gives the same bits.
 // Operations a logit of the quarter: about 10 and two exponentials forward, 16 and two backward. Bound by arithmetic.
+// For E = 7 and 8 a block adds dS up in shared memory, every lane the E×E numbers of its own, and in the end writes it
+// where S was.
 #include <algorithm>
 
 #include "kernels.h"
@@ -27,6 +29,12 @@ template <int E>
 constexpr int kRows = E ? kWarps : 1;
 template <int E>
 constexpr int kLanes = kRows<E> * kWarpSize;
+
+// Blocks that a multiprocessor holds.
+template <int E>
+constexpr int kSumsBlocks = E ? 4 : 8;
+template <int E>
+constexpr int kGradientsBlocks = E ? 3 : 8;
 
 bool known(int emotions) { return emotions == 7 || emotions == 8; }
 
@@ -59,9 +67,21 @@ struct Slots<0> {
 // Slots per lane that the kernels take from shared memory, and room for the columns' sums over the warps.
 template <int E>
 int64_t shared_bytes(int emotions, bool backward) {
-  const int64_t per_emotion = E ? 0 : backward ? 3 : 1;
-  return (pair_count(emotions) + per_emotion * emotions) * kLanes<E> * sizeof(float);
+  const int64_t for_any = (backward ? 3 : 2) * emotions, of_gradient = backward ? E * E : 0;
+  return (pair_count(emotions) + (E ? of_gradient : for_any)) * kLanes<E> * sizeof(float);
 }
+
+// Where a lane adds up its E×E numbers of dS: in shared memory where E is known, else in a second product.
+template <int E>
+struct Gradient {
+  float *values, *product;
+  int64_t stride, columns;
+
+  __device__ __forceinline__ float& operator()(int x, int e) const {
+    if constexpr (E != 0) return values[(x * E + e) * kLanes<E>];
+    return product[x * stride + e * columns];
+  }
+};
 
 // step(c, d, pair) for c < d; E = 0 serves any number of emotions.
 template <int E, typename Step>
@@ -117,30 +137,32 @@ __device__ void write_columns(const Correlation& args, int64_t j, Columns& colum
 }
 
 template <int E, bool distinct>
-__global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correlation args) {
+__global__ void __launch_bounds__(kLanes<E>, kSumsBlocks<E>) sums_kernel(const Correlation args) {
   const int emotions = E ? E : args.emotions, pairs = int(pair_count(emotions));
   const Place<E> at(args);
   const float scale = value_of(args.scale), K = offset(scale);
   const float* block = args.product + at.row * emotions * at.stride + at.j;
+  const float scale_of_2 = scale * kLog2e;
+  const int stride = int(at.stride), columns_of_s = int(args.columns);  // a lane's numbers lie less than 2^31 apart
   char* shared = shared_memory();
   float* for_columns = reinterpret_cast<float*>(shared);
   Slots<kPairs<E>> columns(shared, pairs);
-  Slots<E> difference(shared, emotions);
+  Slots<E> difference(shared, emotions), before(shared, emotions);
   float inverse[E ? kPairs<E> : 1];  // the (Q, m) table's column j
   for_pairs<E>(emotions, [&](int, int, int cd) {
     if constexpr (E != 0) inverse[cd] = at.inside ? args.inv_norm_text[cd * args.columns + at.j] : -1.0f;
     columns[cd] = 0;
   });
 
-  for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a)
+  for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a) {
+    if (at.inside) for_emotions<E>(emotions, [&](int e) { before[e] = block[a * stride + e * columns_of_s]; });
     for (int b = a + 1; b < emotions; ++b, ++ab) {
       const float row_norm = args.inv_norm_visual[at.i * pairs + ab];
+      const float factor = row_norm * scale_of_2;
       float sum = 0;
       if (!(row_norm < 0) && at.inside) {
-        for_emotions<E>(emotions, [&](int e) {
-          const float* column = block + e * args.columns;
-          difference[e] = (column[b * at.stride] - column[a * at.stride]) * (row_norm * scale * kLog2e);
-        });
+        for_emotions<E>(
+            emotions, [&](int e) { difference[e] = (block[b * stride + e * columns_of_s] - before[e]) * factor; });
         for_pairs<E>(emotions, [&](int c, int d, int cd) {
           float w;
           if constexpr (E != 0)
@@ -159,22 +181,25 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 4 : 8) sums_kernel(const Correl
       sum = sum_over(sum);
       if (lane_of_thread() == 0) args.row_parts[(int64_t(blockIdx.y) * args.rows + at.row) * pairs + ab] = sum;
     }
+  }
   write_columns<E>(args, at.j, columns, for_columns, pairs);
 }
 
 // dS and Σ of gradient times logit, both without the factor that all logits share (`CorrelationFinish`); a logit's
-// gradient is (2^(l−K) − 2^(−l−K))·(1/row + 1/column). A lane owns its E×E numbers of dS and adds to them in memory.
+// gradient is (2^(l−K) − 2^(−l−K))·(1/row + 1/column).
 template <int E, bool distinct>
-__global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const Correlation args) {
+__global__ void __launch_bounds__(kLanes<E>, kGradientsBlocks<E>) gradients_kernel(const Correlation args) {
   const int emotions = E ? E : args.emotions, pairs = int(pair_count(emotions));
   const Place<E> at(args);
   const float scale = value_of(args.scale), K = offset(scale);
   const float* block = args.product + at.row * emotions * at.stride + at.j;
-  float* grad = args.grad_product + at.row * emotions * at.stride + at.j;
   char* shared = shared_memory();
   float* for_columns = reinterpret_cast<float*>(shared);
   Slots<kPairs<E>> grad_dots(shared, pairs);
   Slots<E> difference(shared, emotions), grad_difference(shared, emotions), grad_before(shared, emotions);
+  const Gradient<E> grad = {
+      for_columns + (E ? pairs * kLanes<E> + int(threadIdx.x) : 0),
+      args.grad_product + at.row * emotions * at.stride + at.j, at.stride, args.columns};
   float inverse[E ? kPairs<E> : 1], inv_sum[E ? kPairs<E> : 1];
   for_pairs<E>(emotions, [&](int, int, int cd) {
     if constexpr (E != 0) {
@@ -184,8 +209,7 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const C
     grad_dots[cd] = 0;
   });
   if (at.inside)
-    for (int a = 0; a < emotions; ++a)
-      for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.columns] = 0; });
+    for (int a = 0; a < emotions; ++a) for_emotions<E>(emotions, [&](int e) { grad(a, e) = 0; });
 
   for (int a = 0, ab = 0; at.row < args.rows && a < emotions; ++a) {
     for_emotions<E>(emotions, [&](int e) { grad_before[e] = 0; });
@@ -218,15 +242,18 @@ __global__ void __launch_bounds__(kLanes<E>, E ? 3 : 8) gradients_kernel(const C
         });
         for_emotions<E>(emotions, [&](int e) {
           const float of = grad_difference[e] * row_norm;
-          grad[b * at.stride + e * args.columns] += of;
+          grad(b, e) += of;
           grad_before[e] -= of;
         });
       }
       grad_dot = sum_over(grad_dot);
       if (lane_of_thread() == 0) args.row_parts[(int64_t(blockIdx.y) * args.rows + at.row) * pairs + ab] = grad_dot;
     }
-    if (at.inside) for_emotions<E>(emotions, [&](int e) { grad[a * at.stride + e * args.columns] += grad_before[e]; });
+    if (at.inside) for_emotions<E>(emotions, [&](int e) { grad(a, e) += grad_before[e]; });
   }
+  if (E != 0 && at.inside)
+    for (int a = 0; a < emotions; ++a)
+      for_emotions<E>(emotions, [&](int e) { grad.product[a * at.stride + e * args.columns] = grad(a, e); });
   write_columns<E>(args, at.j, grad_dots, for_columns, pairs);
 }
 
@@ -405,6 +432,11 @@ CorrelationParts correlation_parts(int64_t columns, int emotions, int64_t rows) 
   return {blocks(columns, kWarpSize), blocks(rows, known(emotions) ? kRows<8> : kRows<0>)};
 }
 
+CorrelationPlan correlation_plan(int emotions) {
+  if (known(emotions)) return {kRows<8>, kSumsBlocks<8>, kGradientsBlocks<8>, true};
+  return {kRows<0>, kSumsBlocks<0>, kGradientsBlocks<0>, false};
+}
+
 void correlation_sums(const Correlation& args) {
   switch (args.emotions) {
     case 7: return launch_sums<7>(args);
@@ -430,12 +462,12 @@ void correlation_gradients_within(const Correlation& args, float* row_grad_dot, 
 }
 
 void correlation_result(const CorrelationResult& args) {
-  constexpr int warps = 8;
+  constexpr int warps = 32;
   launch(result_kernel, {1}, warps * kWarpSize, warps * sizeof(float), args);
 }
 
 void correlation_count(const float* inv_norm_visual, int64_t pairs, float* valid) {
-  constexpr int warps = 8;
+  constexpr int warps = 32;
   launch(count_kernel, {1}, warps * kWarpSize, warps * sizeof(float), inv_norm_visual, pairs, valid);
 }
 

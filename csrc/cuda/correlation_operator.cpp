@@ -1,6 +1,7 @@
 // The steps of correlation_loss for Python, which has the products between them made and walks over the chunks.
 //
 // n individuals are S's rows and m its columns; row i is of the same individual as column first + i, if there is one.
+#include <tuple>
 #include <utility>
 
 #include "../common/directions.h"
@@ -29,6 +30,12 @@ void correlation_prepare(
 std::pair<int64_t, int64_t> correlation_part_counts(int64_t m, int emotions, int64_t rows) {
   const CorrelationParts parts = correlation_parts(m, emotions, rows);
   return {parts.column_blocks, parts.row_blocks};
+}
+
+// CorrelationPlan's numbers.
+std::tuple<int, int, int, bool> correlation_plan_of(int emotions) {
+  const CorrelationPlan plan = correlation_plan(emotions);
+  return {plan.rows, plan.sums_blocks, plan.gradients_blocks, plan.in_place};
 }
 
 namespace {
@@ -138,6 +145,7 @@ void correlation_end_backward(
 
 PCMECL_BIND(correlation_prepare)
 PCMECL_BIND(correlation_part_counts)
+PCMECL_BIND(correlation_plan_of)
 PCMECL_BIND(correlation_chunk)
 PCMECL_BIND(correlation_chunk_backward)
 PCMECL_BIND(correlation_within)

@@ -3,7 +3,8 @@
 // A warp owns a sample: lanes split the features, 16 bytes each where they are aligned, and lane e keeps what belongs
 // to emotion e. It reads source, edited and E rows of the bank (without contrast: 2), twice through the cache, and
 // writes the result; the backward recomputes and reads them a third time. Operations: about 6·E·D a sample. Bound by
-// memory.
+// memory. Where the bank's gradient is wanted (direction_bank.cu), samples of an individual are taken one after
+// another, so that a multiprocessor finds its rows of the bank in its own cache.
 #undef NDEBUG  // kernels check indices in every build
 #include <cassert>
 
@@ -14,6 +15,7 @@
 namespace pcmecl::cuda {
 namespace {
 
+constexpr int kReduceThreads = 256, kReduced = 4 * kReduceThreads;  // threads and samples of a block
 constexpr int kWarps = 4;  // and below, blocks a multiprocessor has to hold: with more the compiler spills registers
 
 // G: emotions measured in one pass over the features; 1 where the target's is all that counts.
@@ -145,20 +147,23 @@ struct Sample {
     return counts() ? grad * (args.contrast == 0 ? -is_target : excess * value_of(args.scale) - is_target) : 0.0f;
   }
 
-  // From the gradient of this lane's cosine: those of source, edited and the bank.
-  __device__ void write(int64_t sample, float weight) {
+  // From the gradient of this lane's cosine: those of source and edited, and what the bank's needs.
+  __device__ void write(int64_t sample, int64_t place, float weight) {
     const float along = weight * inverse * inv_norm_delta, across = weight * cosine * inverse * inverse;
     const float shrink =
         -sum_over(weight * cosine) * inverse_change_square(delta_square, args.min_change, inv_norm_delta);
     const float source_dot = shrink * source_delta + sum_over(along * dot_source);  // ⟨ŝ, g⟩, g the gradient of δ
     const float edited_dot = source_dot + shrink * delta_square + sum_over(along * dot_delta);
-    if (args.coefficients) write_coefficients(args.coefficients + sample * (2 * args.emotions + 2), along, across);
+    if (args.coefficients) {
+      const float opposite = -sum_over(along);
+      write_coefficients(place, lane == a ? opposite : along, across, inv_norm_source);
+    }
+    if (!args.grad_source && !args.grad_edited) return;
 
-    float* grad_rows = args.grad_bank ? args.grad_bank + (rows - args.bank) : nullptr;
     for (int64_t start = 0; start < args.width; start += kWarpSize * V) {  // the same for all lanes: they shuffle
       const int64_t k = start + lane * V;
       const bool inside = k < args.width;
-      float unit[V] = {}, delta[V] = {}, origin[V] = {}, gradient[V], grad_origin[V] = {};
+      float unit[V] = {}, delta[V] = {}, origin[V] = {}, gradient[V];
       if (inside) {
         changes(k, unit, delta);
         load(from + k, origin);
@@ -167,36 +172,28 @@ struct Sample {
       for (int v = 0; v < V; ++v) gradient[v] = shrink * delta[v];
 #pragma unroll 4
       for (int e = 0; e < args.emotions; ++e) {
-        const float of_row = from_lane(along, e), of_change = from_lane(across, e);
-        if (!inside || (of_row == 0 && of_change == 0)) continue;
+        const float of_row = from_lane(along, e);
+        if (!inside || of_row == 0) continue;
         float row[V];
         load(rows + int64_t(e) * args.width + k, row);
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const float d = row[v] - origin[v];
-          gradient[v] += of_row * d;
-          if (!grad_rows) continue;
-          const float grad_d = of_row * delta[v] - of_change * d;
-          atomicAdd(grad_rows + int64_t(e) * args.width + k + v, grad_d);
-          grad_origin[v] += grad_d;
-        }
+        for (int v = 0; v < V; ++v) gradient[v] += of_row * (row[v] - origin[v]);
       }
       if (!inside) continue;
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-        if (grad_rows) atomicAdd(grad_rows + int64_t(a) * args.width + k + v, -grad_origin[v]);
       write_strip(sample * args.width + k, gradient, unit, delta, source_dot, edited_dot);
     }
   }
 
-  __device__ void write_coefficients(float* to, float along, float across) const {
+  __device__ void write_coefficients(int64_t place, float along, float across, float of_source) const {
+    float* to = args.coefficients + place * coefficients_of(args.emotions);
     if (lane < args.emotions) {
       to[lane] = along;
       to[args.emotions + lane] = across;
     }
     if (lane == 0) {
-      to[2 * args.emotions] = inv_norm_source;
+      to[2 * args.emotions] = of_source;
       to[2 * args.emotions + 1] = inv_norm_edited;
+      to[2 * args.emotions + 2] = float(a);
     }
   }
 
@@ -215,13 +212,13 @@ struct Sample {
     if (args.grad_edited) store(args.grad_edited + at, grad_edited);
   }
 
-  __device__ void write_zeros(int64_t sample) const {
+  __device__ void write_zeros(int64_t sample, int64_t place) const {
     const float zeros[V] = {};
     for_strips([&](int64_t k) {
       if (args.grad_source) store(args.grad_source + sample * args.width + k, zeros);
       if (args.grad_edited) store(args.grad_edited + sample * args.width + k, zeros);
     });
-    if (args.coefficients) write_coefficients(args.coefficients + sample * (2 * args.emotions + 2), 0, 0);
+    if (args.coefficients) write_coefficients(place, 0, 0, -1);
   }
 };
 
@@ -256,8 +253,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 6) forward_kernel(const Dir
 
 template <typename T, int V, int G>
 __global__ void __launch_bounds__(kWarps* kWarpSize, 4) backward_kernel(const Direction<T> args) {
-  const int64_t k = int64_t(blockIdx.x) * kWarps + warp_of_thread();
-  if (k >= args.samples) return;
+  const int64_t place = int64_t(blockIdx.x) * kWarps + warp_of_thread();
+  if (place >= args.samples) return;
+  const int64_t k = args.order ? args.order[place] : place;
   Sample<T, V, G> sample(args, k);
   float scale_gradient = 0;
   if (sample.valid()) {
@@ -267,58 +265,44 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4) backward_kernel(const Di
       weight = sample.counts() ? float(args.grad_logits[k * args.emotions + sample.lane]) : 0.0f;
     else
       weight = sample.differentiate_loss(args.grad_losses[k * args.grad_stride] / *args.divisor, scale_gradient);
-    sample.write(k, weight);
+    sample.write(k, place, weight);
   } else {
-    sample.write_zeros(k);
+    sample.write_zeros(k, place);
   }
   if (args.grad_scale && sample.lane == 0) args.grad_scale[k] = scale_gradient;
 }
 
-// A block owns 128 features of one individual; a thread one of them, its E sums in shared memory, which no other reads.
-template <typename T>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
-    bank_kernel(const Direction<T> args, const int64_t* first, const int64_t* order, T* grad_bank) {
-  const int64_t individual = blockIdx.x, k = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
-  if (k >= args.width) return;
-  float* sums = reinterpret_cast<float*>(shared_memory()) + threadIdx.x;
-  const int stride = int(blockDim.x), emotions = args.emotions;
-  const T* rows = args.bank + individual * emotions * args.width + k;
-  for (int e = 0; e < emotions; ++e) sums[e * stride] = 0;
-  for (int64_t at = first[individual]; at < first[individual + 1]; ++at) {
-    const int64_t sample = order[at], a = args.source_emotion[sample];
-    const float* coefficients = args.coefficients + sample * (2 * emotions + 2);
-    const float delta = difference_of_units(
-        float(args.edited[sample * args.width + k]), coefficients[2 * emotions + 1],
-        float(args.source[sample * args.width + k]), coefficients[2 * emotions]);
-    const float origin = float(rows[a * args.width]);
-    float grad_origin = 0;
-    for (int e = 0; e < emotions; ++e) {
-      const float along = coefficients[e], across = coefficients[emotions + e];
-      if (along == 0 && across == 0) continue;
-      const float grad_d = along * delta - across * (float(rows[e * args.width]) - origin);
-      sums[e * stride] += grad_d;
-      grad_origin += grad_d;
-    }
-    sums[a * stride] -= grad_origin;
-  }
-  for (int e = 0; e < emotions; ++e) grad_bank[(individual * emotions + e) * args.width + k] = T(sums[e * stride]);
-}
-
-__global__ void reduce_kernel(
-    const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
-    float* loss, float* divisor) {
+// Of a block's samples: the sum of the losses, and how many count.
+__global__ void __launch_bounds__(kReduceThreads) parts_kernel(const DirectionResult args) {
   float* warps = reinterpret_cast<float*>(shared_memory());
   float total = 0, valid = 0;
-  for (int64_t k = threadIdx.x; k < samples; k += blockDim.x) {
-    total += losses[k];
-    valid += source_emotion[k] != target_emotion[k] ? 1.0f : 0.0f;
+#pragma unroll
+  for (int own = 0; own < kReduced / kReduceThreads; ++own) {
+    const int64_t k = int64_t(blockIdx.x) * kReduced + own * kReduceThreads + threadIdx.x;
+    if (k >= args.samples) continue;
+    total += args.losses[k];
+    valid += args.source_emotion[k] != args.target_emotion[k] ? 1.0f : 0.0f;
   }
   total = sum_over_block(total, warps);
   valid = sum_over_block(valid, warps);
   if (threadIdx.x != 0) return;
-  const float count = mean ? fmaxf(valid, 1.0f) : 1.0f;
-  *divisor = count;
-  *loss = total / count;
+  args.parts[blockIdx.x] = total;
+  args.parts[gridDim.x + blockIdx.x] = valid;
+}
+
+__global__ void __launch_bounds__(kReduceThreads) result_kernel(const DirectionResult args, int64_t parts) {
+  float* warps = reinterpret_cast<float*>(shared_memory());
+  float total = 0, valid = 0;
+  for (int64_t part = threadIdx.x; part < parts; part += kReduceThreads) {
+    total += args.parts[part];
+    valid += args.parts[parts + part];
+  }
+  total = sum_over_block(total, warps);
+  valid = sum_over_block(valid, warps);
+  if (threadIdx.x != 0) return;
+  const float count = args.mean ? fmaxf(valid, 1.0f) : 1.0f;
+  *args.divisor = count;
+  *args.loss = total / count;
 }
 
 // f(V, G), both known to the compiler.
@@ -349,28 +333,18 @@ void direction_backward(const Direction<T>& args) {
   });
 }
 
-template <typename T>
-void direction_bank(
-    const Direction<T>& args, const int64_t* first, const int64_t* order, int64_t individuals, T* grad_bank) {
-  constexpr int threads = kWarps * kWarpSize;
-  launch(
-      bank_kernel<T>, {unsigned(individuals), blocks(args.width, threads)}, threads,
-      args.emotions * threads * sizeof(float), args, first, order, grad_bank);
+int64_t direction_reduce_parts(int64_t samples) { return blocks(samples, kReduced); }
+
+void direction_reduce(const DirectionResult& args) {
+  constexpr size_t shared = kReduceThreads / kWarpSize * sizeof(float);
+  const int64_t parts = direction_reduce_parts(args.samples);
+  launch(parts_kernel, {unsigned(parts)}, kReduceThreads, shared, args);
+  launch(result_kernel, {1}, kReduceThreads, shared, args, parts);
 }
 
-void direction_reduce(
-    const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
-    float* loss, float* divisor) {
-  constexpr int warps = 8;
-  launch(
-      reduce_kernel, {1}, warps * kWarpSize, warps * sizeof(float), losses, source_emotion, target_emotion, samples,
-      mean, loss, divisor);
-}
-
-#define PCMECL_FOR(T)                                       \
-  template void direction_forward<T>(const Direction<T>&);  \
-  template void direction_backward<T>(const Direction<T>&); \
-  template void direction_bank<T>(const Direction<T>&, const int64_t*, const int64_t*, int64_t, T*);
+#define PCMECL_FOR(T)                                      \
+  template void direction_forward<T>(const Direction<T>&); \
+  template void direction_backward<T>(const Direction<T>&);
 PCMECL_FOR(float)
 PCMECL_FOR(Half)
 PCMECL_FOR(BFloat16)

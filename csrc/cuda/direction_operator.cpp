@@ -22,19 +22,24 @@ struct Inputs {
   }
 };
 
-// Where gradients go; what nobody needs is missing. The bank's is added up in `bank`, in float, or in the samples'
-// order from `coefficients`, after the first kernel (kernels.h).
+// Where gradients go; what nobody needs is missing. The bank's is the last, with what it takes on the way (kernels.h).
 struct Outputs {
-  Address source, edited, bank, coefficients, first, order, ordered_bank;
+  Address source, edited;
+  int stretches, stretch, run;
+  Address counts, first, order, coefficients, sums, bank;
 };
 
 template <typename T>
 void differentiate(Direction<T>& args, const Outputs& to) {
   args.grad_source = to.source.of<T>(), args.grad_edited = to.edited.of<T>();
-  args.grad_bank = to.bank.of<float>(), args.coefficients = to.coefficients.of<float>();
+  if (!to.bank) return direction_backward(args);
+  const BankOrder order = {
+      int(args.samples), int(args.individuals), to.stretches,       to.stretch,         to.run,
+      args.individual,   to.counts.of<int>(),   to.first.of<int>(), to.order.of<int>(), to.sums.of<float>()};
+  args.order = order.order, args.coefficients = to.coefficients.of<float>();
+  direction_order(order);
   direction_backward(args);
-  if (to.ordered_bank)
-    direction_bank(args, to.first.of<int64_t>(), to.order.of<int64_t>(), args.individuals, to.ordered_bank.of<T>());
+  direction_bank(args, order, to.bank.of<T>());
 }
 
 }  // namespace
@@ -57,8 +62,8 @@ void direction_logits(
 void direction_logits_backward(
     int device, Address stream, int dtype, int64_t samples, int64_t width, int64_t individuals, int emotions,
     Address source, Address edited, Address bank, Address individual, Address source_emotion, bool normalize,
-    double min_change, Address grad, Address grad_source, Address grad_edited, Address grad_bank, Address coefficients,
-    Address first, Address order, Address ordered_bank) {
+    double min_change, Address grad, Address grad_source, Address grad_edited, int stretches, int stretch, int run,
+    Address counts, Address first, Address order, Address coefficients, Address sums, Address grad_bank) {
   const On on(device, stream.value);
   const Inputs inputs = {samples, width,      individuals,    emotions,  source,    edited,
                          bank,    individual, source_emotion, normalize, min_change};
@@ -66,7 +71,8 @@ void direction_logits_backward(
     using T = decltype(zero);
     Direction<T> args = inputs.arguments<T>();
     args.grad_logits = grad.of<T>();
-    differentiate(args, {grad_source, grad_edited, grad_bank, coefficients, first, order, ordered_bank});
+    differentiate(
+        args, {grad_source, grad_edited, stretches, stretch, run, counts, first, order, coefficients, sums, grad_bank});
   });
 }
 
@@ -75,7 +81,7 @@ void direction_loss(
     int device, Address stream, int dtype, int64_t samples, int64_t width, int64_t individuals, int emotions,
     Address source, Address edited, Address bank, Address individual, Address source_emotion, bool normalize,
     double min_change, Address target_emotion, Address scale, double scale_number, double contrast, Address losses,
-    bool mean, Address loss, Address divisor) {
+    bool mean, Address parts, Address loss, Address divisor) {
   const On on(device, stream.value);
   const Inputs inputs = {samples, width,      individuals,    emotions,  source,    edited,
                          bank,    individual, source_emotion, normalize, min_change};
@@ -89,16 +95,17 @@ void direction_loss(
   });
   if (loss)
     direction_reduce(
-        losses.of<float>(), source_emotion.of<int64_t>(), target_emotion.of<int64_t>(), samples, mean, loss.of<float>(),
-        divisor.of<float>());
+        {losses.of<float>(), source_emotion.of<int64_t>(), target_emotion.of<int64_t>(), samples, mean,
+         parts.of<float>(), loss.of<float>(), divisor.of<float>()});
 }
 
 void direction_loss_backward(
     int device, Address stream, int dtype, int64_t samples, int64_t width, int64_t individuals, int emotions,
     Address source, Address edited, Address bank, Address individual, Address source_emotion, bool normalize,
     double min_change, Address target_emotion, Address scale, double scale_number, double contrast, Address grad,
-    int64_t grad_stride, Address divisor, Address grad_source, Address grad_edited, Address grad_scale,
-    Address grad_bank, Address coefficients, Address first, Address order, Address ordered_bank) {
+    int64_t grad_stride, Address divisor, Address grad_scale, Address grad_source, Address grad_edited, int stretches,
+    int stretch, int run, Address counts, Address first, Address order, Address coefficients, Address sums,
+    Address grad_bank) {
   const On on(device, stream.value);
   const Inputs inputs = {samples, width,      individuals,    emotions,  source,    edited,
                          bank,    individual, source_emotion, normalize, min_change};
@@ -109,11 +116,13 @@ void direction_loss_backward(
     args.scale = scale_of(scale, scale_number), args.contrast = float(contrast);
     args.grad_losses = grad.of<float>(), args.grad_stride = grad_stride, args.divisor = divisor.of<float>();
     args.grad_scale = grad_scale.of<float>();
-    differentiate(args, {grad_source, grad_edited, grad_bank, coefficients, first, order, ordered_bank});
+    differentiate(
+        args, {grad_source, grad_edited, stretches, stretch, run, counts, first, order, coefficients, sums, grad_bank});
   });
 }
 
 PCMECL_BIND(direction_logits)
+PCMECL_BIND(direction_reduce_parts)
 PCMECL_BIND(direction_logits_backward)
 PCMECL_BIND(direction_loss)
 PCMECL_BIND(direction_loss_backward)

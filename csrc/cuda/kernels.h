@@ -44,25 +44,51 @@ struct Direction {
   T* grad_source;        // (B, D) or null
   T* grad_edited;        // (B, D) or null
   float* grad_scale;     // (B,) or null
-  // The bank's gradient: added up in place, or later from what is stored of each sample, (B, 2E + 2): along[E],
-  // across[E], 1/|source|, 1/|edited|, with grad d[e] = along[e]·δ − across[e]·d[e]. Both may be null.
-  float* grad_bank;     // (N, E, D), holds zeros
-  float* coefficients;  // (B, 2E + 2)
+  // Where the bank's gradient is wanted: samples in the order that they are taken, those of an individual together,
+  // and what is stored of each in that order.
+  const int* order;     // (B,) or null
+  float* coefficients;  // (B, coefficients_of(E)) or null
 };
+
+// along[E], across[E], 1/|source|, 1/|edited|, a, with grad d[e] = along[e]·δ − across[e]·d[e], and along[a] the
+// negative sum of the others. A sample that asks for no change has −1 for 1/|source|.
+PCMECL_HD int coefficients_of(int emotions) { return 2 * emotions + 3; }
 
 template <typename T>
 void direction_forward(const Direction<T>& args);
 template <typename T>
 void direction_backward(const Direction<T>& args);
-// Adds each individual's samples in their order: `order` holds the samples sorted by individual, `first` (N + 1) where
-// each begins.
+
+// Samples sorted by individual, and how their gradients of the bank are added up (direction_bank.cu).
+struct BankOrder {
+  int samples, individuals;
+  int stretches, stretch;     // stretches of so many samples, a multiple of 32, are counted at once
+  int run;                    // samples that a block adds up
+  const int64_t* individual;  // (B,)
+  int* counts;                // (N, stretches)
+  int* first;                 // (N + 1,): where each individual begins
+  int* order;                 // (B,)
+  float* sums;                // (⌈B / run⌉ + N, E, D)
+};
+
+void direction_order(const BankOrder& order);
 template <typename T>
-void direction_bank(
-    const Direction<T>& args, const int64_t* first, const int64_t* order, int64_t individuals, T* grad_bank);
+void direction_bank(const Direction<T>& args, const BankOrder& order, T* grad_bank);
+
 // The sum of the losses over `divisor`, which becomes max(1, samples with target ≠ source) for a mean, else 1.
-void direction_reduce(
-    const float* losses, const int64_t* source_emotion, const int64_t* target_emotion, int64_t samples, bool mean,
-    float* loss, float* divisor);
+struct DirectionResult {
+  const float* losses;            // (B,)
+  const int64_t* source_emotion;  // (B,)
+  const int64_t* target_emotion;  // (B,)
+  int64_t samples;
+  bool mean;
+  float* parts;    // (2, direction_reduce_parts(B))
+  float* loss;     // ()
+  float* divisor;  // ()
+};
+
+int64_t direction_reduce_parts(int64_t samples);
+void direction_reduce(const DirectionResult& args);
 
 // correlation_loss, or a rectangle of its logits: S = visual · textᵀ has n individuals as rows and m as columns. The
 // text's features lie as (E, m, D), so that columns are ordered (emotion, j) and neighbouring lanes are neighbouring
@@ -108,11 +134,18 @@ struct Correlation {
   float* column_parts;      // (row blocks, Q, m)
   const float* row_sum;     // (n, Q)
   const float* column_sum;  // (m, Q)
-  float* grad_product;      // as product
+  float* grad_product;      // as product, which it may be (CorrelationPlan)
 };
 
 struct CorrelationParts {
   int64_t column_blocks, row_blocks;
+};
+
+// How the kernels over chunks run: rows of a block, blocks that a multiprocessor holds, and whether the gradient of S
+// is written where S was.
+struct CorrelationPlan {
+  int rows, sums_blocks, gradients_blocks;
+  bool in_place;
 };
 
 struct CorrelationResult {
@@ -159,6 +192,7 @@ struct CorrelationFinish {
 template <typename T>
 void correlation_changes(const Changes<T>& args);
 CorrelationParts correlation_parts(int64_t columns, int emotions, int64_t rows);
+CorrelationPlan correlation_plan(int emotions);
 void correlation_sums(const Correlation& args);
 void correlation_gradients(const Correlation& args);
 void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum);  // both (n, Q)

@@ -1,4 +1,4 @@
-// tree_attention.
+// tree_attention of float32; tree_attention_half.cu has that of half types.
 //
 // A token sees the prefix and its own description's past: with one-word names a dozen of some hundred tokens. So
 // nothing is tiled and no mask is read: a warp owns one token of one head and visits only the keys that it sees,
@@ -9,9 +9,11 @@
 // Backward, one launch: half of the warps own a token as a query and write its dQ, the other half as a key: they visit
 // the queries that see it and write dK and dV. Nothing is atomic. ⟨grad, out⟩ of a query is recomputed where it is
 // needed. Bytes: q, k, v once from memory (the keys again from the cache), out. Operations: 4·d a pair of tokens that
-// see each other forward, 14·d backward, on the ordinary units: tensor cores are not used, at a dozen keys a query
-// their tiles would be mostly empty. Bound by the latency of the cache.
+// see each other forward, 14·d backward, on the ordinary units: a tensor core's TF32 has too few bits for float32.
+// Bound by the latency of the cache.
 #include "kernels.h"
+#include "scale.h"
+#include "tree.h"
 #include "warp.h"
 
 namespace pcmecl::cuda {
@@ -23,31 +25,11 @@ constexpr int kThreads = kWarps * kWarpSize;
 template <int P>
 constexpr int kBlocks = P == 8 ? 4 : 2;
 constexpr int kGroup = 8, kGroups = kWarpSize / kGroup;
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 constexpr float kNoKey = -1e30f;  // finite, so that no difference is NaN
 
-// Where a token's own segment begins and ends; a token of the prefix has none.
-struct Span {
-  int begin, end;
-
-  __device__ Span(const TreeLayout& layout, int token) : begin(0), end(0) {
-    if (token < layout.prefix) return;
-    int low = 0, high = layout.segments - 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (int(layout.end[middle]) > token)
-        high = middle;
-      else
-        low = middle + 1;
-    }
-    begin = low == 0 ? layout.prefix : int(layout.end[low - 1]);
-    end = int(layout.end[low]);
-  }
-};
-
 // P numbers of a row to a lane: eight lanes hold a head's width, V neighbours at a time.
-template <int V, int P, typename T>
-__device__ __forceinline__ void load_row(const T* row, int width, bool wanted, float (&to)[P]) {
+template <int V, int P>
+__device__ __forceinline__ void load_row(const float* row, int width, bool wanted, float (&to)[P]) {
 #pragma unroll
   for (int part = 0; part < P / V; ++part) {
     const int k = (part * kGroup + lane_of_thread() % kGroup) * V;
@@ -59,8 +41,8 @@ __device__ __forceinline__ void load_row(const T* row, int width, bool wanted, f
 }
 
 // Adds the four groups' rows up and writes the sum times `by`.
-template <int V, int P, typename T>
-__device__ __forceinline__ void write_row(T* row, int width, float by, float (&from)[P]) {
+template <int V, int P>
+__device__ __forceinline__ void write_row(float* row, int width, float by, float (&from)[P]) {
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     from[p] += __shfl_xor_sync(kAllLanes, from[p], kGroup);
@@ -91,15 +73,14 @@ __device__ __forceinline__ void add(float (&to)[P], float by, const float (&x)[P
 }
 
 // One token of one head.
-template <typename T>
 struct Item {
   int64_t person;
   int head, token;
-  const Tree<T>& args;
+  const Tree<float>& args;
   const TreeLayout& layout;
   int64_t heads_width;
 
-  __device__ Item(const Tree<T>& args, const TreeLayout& layout, int64_t number)
+  __device__ Item(const Tree<float>& args, const TreeLayout& layout, int64_t number)
       : args(args), layout(layout), heads_width(int64_t(args.heads) * args.width) {
     token = int(number % layout.tokens);
     head = int(number / layout.tokens % args.heads);
@@ -132,11 +113,12 @@ struct Keys {
 
 __device__ __forceinline__ int group_of_thread() { return lane_of_thread() / kGroup; }
 
-template <typename T, int V, int P>
-__global__ void __launch_bounds__(kThreads, kBlocks<P>) forward_kernel(const Tree<T> args, const TreeLayout layout) {
+template <int V, int P>
+__global__ void __launch_bounds__(kThreads, kBlocks<P>)
+    forward_kernel(const Tree<float> args, const TreeLayout layout) {
   const int64_t number = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   if (number >= args.people * args.heads * layout.tokens) return;
-  const Item<T> item(args, layout, number);
+  const Item item(args, layout, number);
   const Keys keys(layout, item.token);
   const float scale = kLog2e / sqrtf(float(args.width));
   float query[P], sums[P] = {}, largest = kNoKey, total = 0;
@@ -172,9 +154,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P>) forward_kernel(const Tre
   if (lane_of_thread() == 0) args.lse[item.of_lse(item.token)] = (of_all + log2f(total)) * kLn2;
 }
 
-template <typename T, int V, int P>
-__device__ void write_query(const Item<T>& item) {
-  const Tree<T>& args = item.args;
+template <int V, int P>
+__device__ void write_query(const Item& item) {
+  const Tree<float>& args = item.args;
   const Keys keys(item.layout, item.token);
   const float scale = 1 / sqrtf(float(args.width)), lse = args.lse[item.of_lse(item.token)] * kLog2e;
   float query[P], grad[P], out[P], sums[P] = {};
@@ -194,9 +176,9 @@ __device__ void write_query(const Item<T>& item) {
   write_row<V>(args.grad_qkv + item.packed(item.token, 0), args.width, scale, sums);
 }
 
-template <typename T, int V, int P>
-__device__ void write_key(const Item<T>& item) {
-  const Tree<T>& args = item.args;
+template <int V, int P>
+__device__ void write_key(const Item& item) {
+  const Tree<float>& args = item.args;
   const float scale = 1 / sqrtf(float(args.width));
   const int end = item.token < item.layout.prefix ? item.layout.tokens : Span(item.layout, item.token).end;
   float key[P], value[P], to_key[P] = {}, to_value[P] = {};
@@ -219,52 +201,44 @@ __device__ void write_key(const Item<T>& item) {
   write_row<V>(args.grad_qkv + item.packed(item.token, 2), args.width, 1, to_value);
 }
 
-template <typename T, int V, int P>
-__global__ void __launch_bounds__(kThreads, kBlocks<P>) backward_kernel(const Tree<T> args, const TreeLayout layout) {
+template <int V, int P>
+__global__ void __launch_bounds__(kThreads, kBlocks<P>)
+    backward_kernel(const Tree<float> args, const TreeLayout layout) {
   const int64_t number = int64_t(blockIdx.x) * kWarps + warp_of_thread();
   const int64_t items = args.people * args.heads * layout.tokens;
   if (number < items)
-    write_key<T, V, P>(Item<T>(args, layout, number));  // the longer ones, those of the prefix, begin early
+    write_key<V, P>(Item(args, layout, number));  // the longer ones, those of the prefix, begin early
   else if (number < 2 * items)
-    write_query<T, V, P>(Item<T>(args, layout, number - items));
+    write_query<V, P>(Item(args, layout, number - items));
 }
 
 // f(V, P), both known to the compiler.
-template <typename T, typename F>
+template <typename F>
 void for_shape(int width, bool vector, F&& f) {
   const auto with_vector = [&](auto v) {
     if (width <= 64) return f(v, std::integral_constant<int, 8>());
     if (width <= 128) return f(v, std::integral_constant<int, 16>());
     return f(v, std::integral_constant<int, 32>());
   };
-  vector ? with_vector(std::integral_constant<int, kVector<T>>()) : with_vector(std::integral_constant<int, 1>());
+  vector ? with_vector(std::integral_constant<int, kVector<float>>()) : with_vector(std::integral_constant<int, 1>());
 }
 
 }  // namespace
 
-template <typename T>
-void tree_forward(const Tree<T>& args, const TreeLayout& layout) {
+template <>
+void tree_forward(const Tree<float>& args, const TreeLayout& layout) {
   const int64_t items = args.people * args.heads * layout.tokens;
-  for_shape<T>(args.width, aligned(args.width, args.qkv, args.out), [&](auto vector, auto part) {
-    launch(forward_kernel<T, vector(), part()>, {blocks(items, kWarps)}, kThreads, 0, args, layout);
+  for_shape(args.width, aligned(args.width, args.qkv, args.out), [&](auto vector, auto part) {
+    launch(forward_kernel<vector(), part()>, {blocks(items, kWarps)}, kThreads, 0, args, layout);
   });
 }
 
-template <typename T>
-void tree_backward(const Tree<T>& args, const TreeLayout& layout) {
+template <>
+void tree_backward(const Tree<float>& args, const TreeLayout& layout) {
   const int64_t items = args.people * args.heads * layout.tokens;
-  for_shape<T>(
-      args.width, aligned(args.width, args.qkv, args.out, args.grad, args.grad_qkv), [&](auto vector, auto part) {
-        launch(backward_kernel<T, vector(), part()>, {blocks(2 * items, kWarps)}, kThreads, 0, args, layout);
-      });
+  for_shape(args.width, aligned(args.width, args.qkv, args.out, args.grad, args.grad_qkv), [&](auto vector, auto part) {
+    launch(backward_kernel<vector(), part()>, {blocks(2 * items, kWarps)}, kThreads, 0, args, layout);
+  });
 }
-
-#define PCMECL_FOR(T)                                               \
-  template void tree_forward<T>(const Tree<T>&, const TreeLayout&); \
-  template void tree_backward<T>(const Tree<T>&, const TreeLayout&);
-PCMECL_FOR(float)
-PCMECL_FOR(Half)
-PCMECL_FOR(BFloat16)
-#undef PCMECL_FOR
 
 }  // namespace pcmecl::cuda

@@ -77,8 +77,8 @@ struct Barrier {
 struct Meeting {
   Barrier barrier;
   unsigned arrived = 0;
-  const void* site = nullptr;  // of the shuffle; null for __syncwarp, whose sites may differ
-  uint64_t values[2][kWarp];   // of this shuffle and the one before it, which some lanes may not have read yet
+  const void* site = nullptr;                          // of the shuffle; null for __syncwarp, whose sites may differ
+  alignas(16) unsigned char given[2][kWarp * kGiven];  // now and before, which some lanes may not have read yet
 };
 
 using Warp = std::map<unsigned, Meeting>;  // by mask; lanes that have parted may meet with masks of their own
@@ -144,10 +144,11 @@ class Grid {
       fail(
           "shuffle mask: lane " + std::to_string(lane()) + " reads lane " + std::to_string(from % kWarp) +
           ", which the mask does not name, at " + lines_of(site));
-    uint64_t* values = meeting.values[meeting.barrier.generation % 2];
-    values[lane()] = value;
-    if (wait(meeting.barrier)) meeting.arrived = 0;
-    return values[from % kWarp];
+    return static_cast<const uint64_t*>(give(meeting, &value, sizeof(value)))[from % kWarp];
+  }
+
+  const void* exchange(const void* given, size_t bytes, const void* site) {
+    return give(meet(~0u, site), given, bytes);
   }
 
   float exp2(float x) const {
@@ -247,6 +248,13 @@ class Grid {
     return false;
   }
 
+  const void* give(Meeting& meeting, const void* given, size_t bytes) {
+    unsigned char* const of_all = meeting.given[meeting.barrier.generation % 2];
+    std::memcpy(of_all + lane() * bytes, given, bytes);
+    if (wait(meeting.barrier)) meeting.arrived = 0;
+    return of_all;
+  }
+
   Meeting& meet(unsigned mask, const void* site) {
     const unsigned own = 1u << lane();
     const auto here = [&] { return "lane " + std::to_string(lane()) + " at " + lines_of(site); };
@@ -312,6 +320,7 @@ void wait_for_warp(unsigned mask) { grid().wait_for_warp(mask); }
 uint64_t shuffle(unsigned mask, uint64_t value, int from) {
   return grid().shuffle(mask, value, from, __builtin_return_address(0));
 }
+const void* exchange(const void* given, size_t bytes, const void* site) { return grid().exchange(given, bytes, site); }
 void announce_atomic(void* address, size_t bytes, const void* site) {
   if (observer) observer->atomic(address, bytes, site);
 }

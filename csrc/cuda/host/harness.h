@@ -30,6 +30,7 @@ struct dim3 {
 namespace pcmecl::host {
 
 constexpr int kWarp = 32;
+constexpr size_t kGiven = 32;  // bytes that a lane can give to others at once
 constexpr size_t kStack = 128 << 10;
 
 inline dim3 coordinates[4];
@@ -59,7 +60,16 @@ void* allocate(size_t bytes);  // a table that is kept, whose bounds whoever wat
 void wait_for_block();
 void wait_for_warp(unsigned mask);
 uint64_t shuffle(unsigned mask, uint64_t value, int from);
+// What every lane of the warp gives, a place after the other, until the next two times that they meet.
+const void* exchange(const void* given, size_t bytes, const void* site);
 void announce_atomic(void* address, size_t bytes, const void* site);
+
+// By lane.
+template <typename V>
+const V* exchange(const V& given, const void* site) {
+  static_assert(sizeof(V) <= kGiven);
+  return static_cast<const V*>(exchange(&given, sizeof(V), site));
+}
 
 // Ends the launch with an exception.
 [[noreturn]] void fail(const std::string& report);

@@ -13,13 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from pcmecl_fast.ops.backends.cuda.driver import in_dtype, place
+from pcmecl_fast.ops.backends.cuda.driver import in_dtype, multiprocessors, place
 from pcmecl_fast.ops.backends.cuda.products import exact_products
 from pcmecl_fast.ops.backends.native import DTYPE, Driver, address
 from pcmecl_fast.ops.no_pairs import gradients_of_nothing, has_pairs, sums_of_nothing
 
-CHUNK = {"cuda": 3 << 20, "cpu": 1 << 12}
-"""Numbers of S at once: 12 MB; on the host harness few, so that a test has several chunks."""
+CHUNK = {"cuda": 4 << 20, "cpu": 1 << 12}
+"""Numbers of S at once, at most: 16 MB; on the host harness few, so that a test has several chunks."""
 
 
 class Correlation(Driver):
@@ -173,10 +173,11 @@ class _Run:
             return row_sum, column_sum
         columns = self._new(pairs, m)
 
-        def add_up(chunk: tuple[int | float, ...], rows: slice, count: int) -> None:
+        def add_up(chunk: tuple[int | float, ...], rows: slice, product: Tensor) -> None:
             self._module.correlation_chunk(*chunk)
 
-        self._over_chunks(add_up, row_sum, columns)
+        _, resident, _, _ = self._module.correlation_plan_of(emotions)
+        self._over_chunks(add_up, self._rows_at_once(resident), row_sum, columns)
         return row_sum, columns.t().contiguous()
 
     def loss(self, row_sum: Tensor, column_sum: Tensor) -> Tensor:  # ()
@@ -253,14 +254,16 @@ class _Run:
         """What goes through S: the gradients of the centred features, as these lie."""
         module, centred, text = self._module, self.centred, self.text
         _, m, emotions, _, _ = self.sizes
-        grad_product = self._new(self._rows_at_once() * emotions, emotions * m)
+        _, _, resident, in_place = module.correlation_plan_of(emotions)
+        at_once = self._rows_at_once(resident)
+        second = None if in_place else self._new(at_once * emotions, emotions * m)
         through_visual = torch.empty_like(centred) if needs[0] else None
         through_text = torch.empty_like(text) if needs[1] else None
-        also = row_sum.data_ptr(), column_sum.data_ptr(), grad_product.data_ptr()
+        also = row_sum.data_ptr(), column_sum.data_ptr()
 
-        def differentiate(chunk: tuple[int | float, ...], rows: slice, count: int) -> None:
-            module.correlation_chunk_backward(*chunk, *also)
-            grad = _part(grad_product, slice(count))
+        def differentiate(chunk: tuple[int | float, ...], rows: slice, product: Tensor) -> None:
+            grad = product if second is None else _part(second, slice(product.shape[0]))
+            module.correlation_chunk_backward(*chunk, *also, grad.data_ptr())
             if through_visual is not None:
                 torch.mm(grad, text, out=_part(through_visual, rows))
             if through_text is not None and rows.start == 0:
@@ -268,7 +271,7 @@ class _Run:
             elif through_text is not None:
                 through_text.addmm_(grad.t(), centred[rows])
 
-        self._over_chunks(differentiate, row_grad_dot, column_grad_dot)
+        self._over_chunks(differentiate, at_once, row_grad_dot, column_grad_dot)
         return through_visual, through_text
 
     def _through_own(
@@ -295,17 +298,17 @@ class _Run:
 
     def _over_chunks(
         self,
-        step: Callable[[tuple[int | float, ...], slice, int], None],
+        step: Callable[[tuple[int | float, ...], slice, Tensor], None],
+        at_once: int,
         row_sums: Tensor,  # (n, Q), written
         column_sums: Tensor,  # (Q, m), written
     ) -> None:
-        """S of every chunk, step(the kernel's arguments, rows of features, their number), and the sum of what it wrote.
+        """S of every chunk, step(the kernel's arguments, rows of features, S), and the sum of what it wrote.
 
         It writes parts; where there is one alone, it is the sum.
         """
         module, centred, text = self._module, self.centred, self.text.t()
         n, m, emotions, _, pairs = self.sizes
-        at_once = self._rows_at_once()
         column_blocks, row_blocks = module.correlation_part_counts(m, emotions, at_once)
         row_parts, column_parts = row_sums, column_sums
         if at_once < n or column_blocks > 1:
@@ -319,8 +322,9 @@ class _Run:
             for row in range(0, n, at_once):
                 count = min(at_once, n - row)
                 rows = slice(row * emotions, (row + count) * emotions)
-                torch.mm(_part(centred, rows), text, out=_part(products, slice(count * emotions)))
-                step((*of_all, products.data_ptr(), row, count, *parts), rows, count * emotions)
+                product = _part(products, slice(count * emotions))
+                torch.mm(_part(centred, rows), text, out=product)
+                step((*of_all, product.data_ptr(), row, count, *parts), rows, product)
                 if row_parts is not row_sums:
                     of_rows = row_parts[: column_blocks * count * pairs].view(column_blocks, count, pairs)
                     torch.sum(of_rows, 0, out=row_sums[row : row + count])
@@ -338,9 +342,25 @@ class _Run:
         with exact_products(centred):
             return torch.bmm(centred, text.permute(1, 2, 0))
 
-    def _rows_at_once(self) -> int:
+    def _rows_at_once(self, resident: int) -> int:
+        """Individuals of a chunk, of kernels of which a multiprocessor holds `resident` blocks."""
         n, m, emotions, _, _ = self.sizes
-        return min(max(CHUNK[self.device.type] // (m * emotions * emotions), 1), n)
+        rows_of_block = self._module.correlation_plan_of(emotions)[0]
+        most = max(CHUNK[self.device.type] // (m * emotions * emotions), 1)
+        column_blocks, _ = self._module.correlation_part_counts(m, emotions, 1)
+        of_wave = resident * multiprocessors(self.centred) // column_blocks * rows_of_block
+        return rows_of_chunk(n, most, of_wave, rows_of_block)
+
+
+def rows_of_chunk(n: int, most: int, of_wave: int, of_block: int) -> int:
+    """How many of n rows to take at once, at most `most`: equal chunks that fill the waves of blocks they take.
+
+    A device runs `of_wave` rows at a time, a block `of_block`.
+    """
+    if 0 < of_wave < most:
+        most -= most % of_wave
+    equal = math.ceil(n / math.ceil(n / most))
+    return min(math.ceil(equal / of_block) * of_block, most, n)
 
 
 def _part(x: Tensor, rows: slice) -> Tensor:

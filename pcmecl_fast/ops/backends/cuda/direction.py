@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcmecl_fast.ops.backends.cuda.driver import in_dtype, place
+from pcmecl_fast.ops.backends.cuda.driver import in_dtype, multiprocessors, place
 from pcmecl_fast.ops.backends.native import DTYPE, Driver, address
+
+WARP = 32
+STRETCH = 1024  # samples that a warp counts, if there are not too many individuals
+COUNTS = 1 << 20  # at most
+RUNS, LEAST_RUN = 4, 8  # runs for each multiprocessor, which holds that many blocks; samples in one
 
 
 class Direction(Driver):
@@ -41,11 +48,9 @@ class Direction(Driver):
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         inputs = _inputs(source, edited, bank, individual, source_emotion, normalize, min_change)
-        to = _Gradients(source, edited, bank, individual, needs)
-        self._module.direction_logits_backward(
-            *inputs, grad.data_ptr(), address(to.source), address(to.edited), *to.of_bank()
-        )
-        return [to.source, to.edited, to.bank()]
+        to = _Gradients(source, edited, bank, needs)
+        self._module.direction_logits_backward(*inputs, grad.data_ptr(), *to.arguments())
+        return [to.source, to.edited, to.bank]
 
     def direction_loss(
         self,
@@ -64,8 +69,10 @@ class Direction(Driver):
     ) -> tuple[Tensor, Tensor]:  # () or (B,), and what it was divided by, ()
         device = source.device
         losses = torch.empty(source.shape[:1], dtype=torch.float32, device=device)
-        loss = divisor = None
+        loss = divisor = parts = None
         if reduction != "none":
+            count = 2 * self._module.direction_reduce_parts(source.shape[0])
+            parts = torch.empty(count, dtype=torch.float32, device=device)
             loss = torch.empty((), dtype=torch.float32, device=device)
             divisor = torch.empty((), dtype=torch.float32, device=device)
         if scale is not None:
@@ -78,6 +85,7 @@ class Direction(Driver):
             contrast,
             losses.data_ptr(),
             reduction == "mean",
+            address(parts),
             address(loss),
             address(divisor),
         )
@@ -104,7 +112,7 @@ class Direction(Driver):
         needs: Sequence[bool],
     ) -> list[Tensor | None]:
         inputs = _inputs(source, edited, bank, individual, source_emotion, normalize, min_change)
-        to = _Gradients(source, edited, bank, individual, needs)
+        to = _Gradients(source, edited, bank, needs)
         of_scale = torch.empty(source.shape[:1], dtype=torch.float32, device=source.device) if needs[3] else None
         wide_scale = None if scale is None else in_dtype(scale, torch.float32)
         self._module.direction_loss_backward(
@@ -116,46 +124,48 @@ class Direction(Driver):
             grad.data_ptr(),
             1 if reduction == "none" else 0,
             divisor.data_ptr(),
-            address(to.source),
-            address(to.edited),
             address(of_scale),
-            *to.of_bank(),
+            *to.arguments(),
         )
         sum_of_scale = None if of_scale is None or scale is None else in_dtype(of_scale.sum(), scale.dtype)
-        return [to.source, to.edited, to.bank(), sum_of_scale]
+        return [to.source, to.edited, to.bank, sum_of_scale]
 
 
 class _Gradients:
-    """Where gradients go. The bank's is added up in float32, or bitwise the same in every run in the samples' order."""
+    """Where gradients go, and what the bank's takes on the way (csrc/cuda/direction_bank.cu)."""
 
-    def __init__(self, source: Tensor, edited: Tensor, bank: Tensor, individual: Tensor, needs: Sequence[bool]) -> None:
+    def __init__(self, source: Tensor, edited: Tensor, bank: Tensor, needs: Sequence[bool]) -> None:
         self.source = torch.empty_like(source) if needs[0] else None
         self.edited = torch.empty_like(edited) if needs[1] else None
-        self._dtype = bank.dtype
-        self._sum = self._ordered = self._coefficients = self._first = self._order = None
+        self.bank = self._integers = self._coefficients = self._sums = None
+        self._sizes = self._starts = (0, 0, 0)
         if not needs[2]:
             return
-        if not torch.are_deterministic_algorithms_enabled():
-            self._sum = torch.zeros(bank.shape, dtype=torch.float32, device=bank.device)
-            return
-        individuals, emotions, _ = bank.shape
-        self._ordered = torch.empty_like(bank)
-        size = source.shape[0], 2 * emotions + 2
-        self._coefficients = torch.empty(size, dtype=torch.float32, device=bank.device)
-        ascending, self._order = torch.sort(individual, stable=True)
-        self._first = torch.searchsorted(ascending, torch.arange(individuals + 1, device=bank.device))
+        samples, (individuals, emotions, width) = source.shape[0], bank.shape
+        run = max(ceil(samples / (RUNS * multiprocessors(source))), LEAST_RUN)
+        stretches = max(min(ceil(samples / STRETCH), COUNTS // max(individuals, 1)), 1)
+        stretch = max(ceil(samples / stretches / WARP), 1) * WARP
+        stretches = max(ceil(samples / stretch), 1)
+        counts = individuals * stretches
+        new = partial(torch.empty, device=bank.device)
+        self.bank = torch.empty_like(bank)
+        self._sizes = stretches, stretch, run
+        self._integers = new(counts + individuals + 1 + samples, dtype=torch.int32)
+        self._starts = 0, counts, counts + individuals + 1
+        self._coefficients = new((samples, 2 * emotions + 3), dtype=torch.float32)
+        self._sums = new((ceil(samples / run) + individuals, emotions, width), dtype=torch.float32)
 
-    def of_bank(self) -> tuple[int, ...]:
+    def arguments(self) -> tuple[int, ...]:
+        integers = address(self._integers)
         return (
-            address(self._sum),
+            address(self.source),
+            address(self.edited),
+            *self._sizes,
+            *(integers + 4 * start for start in self._starts),
             address(self._coefficients),
-            address(self._first),
-            address(self._order),
-            address(self._ordered),
+            address(self._sums),
+            address(self.bank),
         )
-
-    def bank(self) -> Tensor | None:
-        return self._ordered if self._sum is None else in_dtype(self._sum, self._dtype)
 
 
 def _inputs(

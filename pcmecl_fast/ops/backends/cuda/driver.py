@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,3 +17,13 @@ def place(x: Tensor) -> tuple[int, int]:
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x itself if it has the dtype, which `to` takes longer to find out."""
     return x if x.dtype is dtype else x.to(dtype)
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many the tensor's device has; the host harness as few as make a test's work several blocks."""
+    return _multiprocessors(x.get_device()) if x.is_cuda else 2
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
