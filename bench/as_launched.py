@@ -118,13 +118,16 @@ class Launch:
 
 
 @contextmanager
-def on(capability: int, *, every_config: bool = False, compiles: bool = True) -> Iterator[list[Launch]]:
+def on(
+    capability: int, *, every_config: bool = False, compiles: bool = True, repeats: bool = False
+) -> Iterator[list[Launch]]:
     """Collect what is launched inside, each kernel once per specialisation, for a compute capability (90 is sm_90).
 
     Tensors that are made inside are fake: `torch.empty(3, device="cuda")`. A launch that no GPU takes raises.
 
     Args:
         every_config: compile every configuration that tuning would try, instead of the first.
+        repeats: collect every launch, also of what has been compiled.
         compiles: False leaves `Launch.compiled` None, for what is said about grids and tensors alone.
     """
     launches: list[Launch] = []
@@ -139,7 +142,7 @@ def on(capability: int, *, every_config: bool = False, compiles: bool = True) ->
             launches.append(Launch(name, grid, options, None))
             return
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        if (name, compiled.hash) not in known:
+        if repeats or (name, compiled.hash) not in known:
             known.add((name, compiled.hash))
             launches.append(Launch(name, grid, options, compiled))
 

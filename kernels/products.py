@@ -14,9 +14,10 @@ from pcmecl_fast.kernels.common import Config, power_of_2, run_tuned
 SMALL_CONFIGS = [Config(warps=2, stages=2, blocks={"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64})]
 SMALL = 16  # rows of the left matrix, at most
 PRODUCT_CONFIGS = [
-    Config(warps=8, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),  # the one that never spills
-    Config(warps=4, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}),
-    Config(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}),
+    # Each number is split once for 64 or 128 products: with less the instructions for that outlast tensor cores.
+    Config(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}),
+    Config(warps=8, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),  # twice as many programs
+    Config(warps=4, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}),  # spills on sm_80
 ]
 
 

@@ -87,11 +87,12 @@ def test_a_logit_takes_few_instructions_and_no_barrier(launched):
 
 
 def test_a_processor_holds_several_programs(launched):
-    """At least two, and of the walks, which are one warp each, two for each of its four schedulers."""
+    """Eight warps at least, two for each of its four schedulers, and two programs, but of large products."""
     for workload, launch in launched:
         if workload.operator.name == "correlation_loss" and launch.compiled.metadata.target.arch == 90:
-            least = 8 if launch.name in LOGIT_INSTRUCTIONS else 2
-            assert launch.programs_a_processor() >= least, named(workload, launch)
+            programs = launch.programs_a_processor()
+            assert programs >= (1 if launch.name == "product_kernel" else 2), named(workload, launch)
+            assert programs * launch.warps >= 8, named(workload, launch)
 
 
 def test_every_kernel_is_launched(launched):
