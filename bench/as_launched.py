@@ -69,10 +69,38 @@ class Launch:
         text = self._dumped("--dump-resource-usage")
         return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
 
-    @cached_property
+    @property
     def instructions(self) -> list[str]:
         """The machine code, an instruction with its operands a line."""
-        return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(\S.*?)\s*;", self._dumped("--dump-sass"), flags=re.MULTILINE)
+        return [instruction for _, instruction in self._code]
+
+    @cached_property
+    def loops(self) -> list[list[str]]:
+        """The instructions of each innermost loop, from where its last branch leads back to, the longest loop first."""
+        at = {address: i for i, (address, _) in enumerate(self._code)}
+        found = []
+        for end, (address, instruction) in enumerate(self._code):
+            branch = re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", instruction)
+            if branch is not None and int(branch[1], 16) < address:
+                found.append((at[int(branch[1], 16)], end))
+        inner = [x for x in found if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in found)]
+        return sorted((self.instructions[begin : end + 1] for begin, end in inner), key=len, reverse=True)
+
+    @property
+    def warps(self) -> int:
+        """Of a program."""
+        return self.options["num_warps"]
+
+    def programs_a_processor(self, registers: int = 64 << 10, shared: int = 227 << 10, most: int = 32) -> int:
+        """How many programs a processor holds at a time by its registers and bytes of shared memory; of sm_90."""
+        a_warp = -(-self.usage["REG"] * 32 // 256) * 256
+        return min(registers // (a_warp * self.warps), shared // (self.shared + 1024), most, 64 // self.warps)
+
+    @cached_property
+    def _code(self) -> list[tuple[int, str]]:
+        """The machine code: addresses and instructions."""
+        lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(\S.*?)\s*;", self._dumped("--dump-sass"), flags=re.MULTILINE)
+        return [(int(address, 16), instruction) for address, instruction in lines]
 
     @property
     def spilled(self) -> int:
@@ -90,13 +118,16 @@ class Launch:
 
 
 @contextmanager
-def on(capability: int, *, every_config: bool = False, compiles: bool = True) -> Iterator[list[Launch]]:
+def on(
+    capability: int, *, every_config: bool = False, compiles: bool = True, repeats: bool = False
+) -> Iterator[list[Launch]]:
     """Collect what is launched inside, each kernel once per specialisation, for a compute capability (90 is sm_90).
 
     Tensors that are made inside are fake: `torch.empty(3, device="cuda")`. A launch that no GPU takes raises.
 
     Args:
         every_config: compile every configuration that tuning would try, instead of the first.
+        repeats: collect every launch, also of what has been compiled.
         compiles: False leaves `Launch.compiled` None, for what is said about grids and tensors alone.
     """
     launches: list[Launch] = []
@@ -111,7 +142,7 @@ def on(capability: int, *, every_config: bool = False, compiles: bool = True) ->
             launches.append(Launch(name, grid, options, None))
             return
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        if (name, compiled.hash) not in known:
+        if repeats or (name, compiled.hash) not in known:
             known.add((name, compiled.hash))
             launches.append(Launch(name, grid, options, compiled))
 

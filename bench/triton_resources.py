@@ -29,6 +29,8 @@ from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 CAPABILITIES = (80, 90)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 D = 512  # ViT-B-32's features
+LOGIT_INSTRUCTIONS = {"sums_kernel": 14, "fold_kernel": 30}
+"""Most machine instructions for a logit and its opposite, in the loop over pairs of emotions."""
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 

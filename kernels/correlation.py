@@ -1,26 +1,25 @@
 """correlation_loss: the products of changes as sums of products of features; no logit leaves the chip.
 
-Pairs a < b stand for both directions, whose logits are l and −l: Q = E(E−1)/2 of them for each individual. Individuals
-are taken in groups of G = min(64 // Q, 32 // E), so that a group's pairs fill a tile (63 of 64 at E = 7).
+Pairs a < b stand for both directions, whose logits are l and −l: Q = E(E−1)/2 of them for each individual. Features
+lie emotion by emotion, (E, individuals, D), and so do both sides of S: neighbouring threads read neighbouring columns,
+and a thread that owns a pair of individuals finds all E² products of their emotions.
 
 The loss of N individuals is a square of S; a process of several that compute it together has its own n individuals'
-rows, and meets m columns at a time. All kernels work on such rectangles. Where row i's own column is first + i, the
-rows begin with first mod G empty places: so every row and its own column have the same place in their groups, which
-are first // G groups apart, and the tiles of a rectangle cost what those of a square do.
+rows, and meets m columns at a time. All kernels work on such rectangles: row i's own column is first + i.
 
     prepare   centred features, 1/|Δ| of every pair; one program per individual and side
-    product   S = V Tᵀ of some groups' rows with all columns, tiles by tl.dot, at most CHUNK bytes of S at a time
-    sums      per tile of groups: the logits from S by four gathers, exp(l) and exp(−l), added up along rows and columns
-    loss      log-sum-exp and loss; of a rectangle log-sum-exp and positives, which a sum over rectangles makes a loss
+    product   S = V Tᵀ of some individuals' rows with all columns, tiles by tl.dot, at most CHUNK bytes of S at a time
+    sums      per pair of individuals: the logits from S, exp(l) and exp(−l), added up along rows and columns
+    log_sums  log-sum-exp, and of a square the loss; of a rectangle positives, which a sum over rectangles makes a loss
 
     backward  prepare and product again, then
-    fold      the logits again, their gradients, folded to gradients of S in S's place: Aᵀ G A, A[ab] = e_b − e_a
+    fold      the logits again, their gradients, folded to gradients of S: Aᵀ G A, A[ab] = e_b − e_a
     product   dV = dS T and dT += dSᵀ V of the chunk
     gradient  less the part through the norms: Σ over pairs of ρ/|Δ|² · A Aᵀ times the features, ρ = Σ dloss/dl · l
 
-Operations, of a square: 2·(N·E)²·D for each product, one forward and three backward; N²·Q² logits at about 20
-(forward) and 40 (backward) operations and two exponentials. Bytes: S is written and read within L2; the rest is O(N).
-Bound by the products' rate at D = 512 and E = 7.
+Operations, of a square: 2·(N·E)²·D for each product, one forward and three backward; N²·Q² logits at about 10
+(forward) and 20 (backward) instructions and two exponentials. Bytes: S, and in the backward its gradient, are written
+and read within L2; the rest is O(N). Bound by the products' rate at D = 512 and E = 7.
 
 Precision: everything is float32, also for half inputs, and products are 3xTF32, which keep float32's bits. Centring
 first makes S as small as the differences that are taken of it. A row holds both l and −l, so its largest logit is not
@@ -38,36 +37,25 @@ import torch
 import triton
 from torch import Tensor
 
-from pcmecl_fast.kernels.common import Config, counter_for, power_of_2, run, run_tuned
-from pcmecl_fast.kernels.correlation_kernels import (
-    ALL,
-    DISTINCT,
-    WITHIN,
-    fold_kernel,
-    gradient_kernel,
-    log_sums_kernel,
-    loss_kernel,
-    prepare_kernel,
-    sums_kernel,
-)
+from pcmecl_fast.kernels.common import Config, counter_for, power_of_2, programs_for, run
+from pcmecl_fast.kernels.correlation_kernels import gradient_kernel, log_sums_kernel, prepare_kernel
+from pcmecl_fast.kernels.correlation_pair_kernels import ALL, DISTINCT, WITHIN, fold_kernel, sums_kernel
 from pcmecl_fast.kernels.products import multiply
 from pcmecl_fast.ops.no_pairs import gradients_of_nothing, has_pairs, sums_of_nothing
 
 CHUNK = 16 << 20  # bytes of S at a time: a third of an H100's L2
-STRIPS = 24  # programs along rows and along columns, each with its own partial sums: 576 for 132 processors
+BLOCK = 32  # columns' individuals at a time: one for each thread of a warp
+WARPS = 8  # programs of one warp that share a processor at a time: two for each of its schedulers
+COLUMN_STRIPS = 32  # programs along the columns at most, each with its own partial sums of rows
+LOG_SUMS = 128  # rows or columns of a program that adds strips up
 KINDS = {"all": ALL, "within": WITHIN, "distinct": DISTINCT}
-PAIR_CONFIGS = [
-    Config(warps=4, stages=1, blocks={"PART": 16}),
-    Config(warps=8, stages=1, blocks={"PART": 16}),
-]
 PREPARE_WARPS = 8
-# It works in place, so it cannot be repeated to be timed.
-FOLD_CONFIG = Config(warps=8, stages=1, blocks={"PART": 32})
+PAIR_OPTIONS = Config(warps=1, stages=1).options()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a rectangle is divided into groups of individuals, chunks of groups of rows, and strips of groups."""
+    """How a rectangle is divided into chunks of rows, and a chunk into strips of rows by strips of columns."""
 
     row_people: int  # individuals whose visual features the rows are
     column_people: int  # individuals whose text features the columns are
@@ -75,113 +63,98 @@ class Plan:
     width: int
     negatives: str
     first: int  # the column that is row 0's own; columns from 0 to column_people are here
+    programs: int  # that the device runs side by side
 
     @classmethod
     def of(cls, visual: Tensor, text: Tensor, negatives: str, first: int = 0) -> Plan:
         assert negatives != "within" or (len(visual) == len(text) and first == 0), "a square holds all negatives within"
         people, emotions, width = visual.shape
-        return cls(people, len(text), emotions, width, negatives, first)
+        programs = programs_for(visual, 1 << 30, WARPS)
+        return cls(people, len(text), emotions, width, negatives, first, programs)
+
+    @property
+    def within(self) -> bool:
+        return self.negatives == "within"
 
     @property
     def pairs(self) -> int:
         return self.emotions * (self.emotions - 1) // 2
 
     @property
-    def group_size(self) -> int:  # individuals
-        return min(64 // self.pairs, 32 // self.emotions)
+    def columns(self) -> int:  # individuals, filled up to whole blocks: so every row of S begins at 128 bytes
+        return self.blocks * BLOCK
 
     @property
-    def rows(self) -> int:  # of features in a group
-        return self.group_size * self.emotions
+    def chunks(self) -> int:
+        if self.within:  # whose S is no larger than its features: one launch has all of it
+            return self.blocks
+        most = CHUNK // (4 * self.emotions**2 * self.columns)
+        return triton.cdiv(self.row_people, max(1, min(self.row_people, most)))
 
     @property
-    def lead(self) -> int:  # empty places before the first row
-        return self.first % self.group_size
+    def chunk(self) -> int:  # rows' individuals in one, the same number in all
+        return BLOCK if self.within else triton.cdiv(self.row_people, self.chunks)
 
     @property
-    def own_group(self) -> int:  # of columns, whose places are the first group of rows' own; it may be none of them
-        return self.first // self.group_size
+    def blocks(self) -> int:  # of columns
+        return triton.cdiv(self.column_people, BLOCK)
 
     @property
-    def row_groups(self) -> int:
-        return triton.cdiv(self.lead + self.row_people, self.group_size)
+    def places(self) -> int:  # for rows' individuals
+        return self.chunks * self.chunk
 
     @property
-    def column_groups(self) -> int:
-        return triton.cdiv(self.column_people, self.group_size)
+    def rows(self) -> int:  # individuals that a chunk of S has rows for; within, a column has its own alone
+        return 1 if self.within else self.chunk
 
     @property
-    def slots(self) -> int:  # for a group's pairs
-        return power_of_2(self.group_size * self.pairs, least=16)
-
-    @property
-    def columns(self) -> int:  # of S
-        return self.rows if self.negatives == "within" else self.column_groups * self.rows
-
-    @property
-    def row_stride(self) -> int:  # of S: columns filled up, so that its rows begin at 16 bytes for whatever reads them
-        return triton.cdiv(self.columns, 16) * 16
-
-    @property
-    def chunk(self) -> int:  # groups
-        return max(1, min(self.row_groups, CHUNK // (4 * self.rows * self.row_stride)))
-
-    @property
-    def row_strips(self) -> int:
-        return triton.cdiv(self.chunk, self.groups_per_row_strip)
-
-    @property
-    def groups_per_row_strip(self) -> int:
-        return triton.cdiv(self.chunk, STRIPS)
+    def blocks_per_strip(self) -> int:
+        return triton.cdiv(self.blocks, min(self.blocks, self.programs if self.within else COLUMN_STRIPS))
 
     @property
     def column_strips(self) -> int:
-        return 1 if self.negatives == "within" else triton.cdiv(self.column_groups, self.groups_per_column_strip)
+        return triton.cdiv(self.blocks, self.blocks_per_strip)
 
     @property
-    def groups_per_column_strip(self) -> int:
-        return triton.cdiv(self.column_groups, STRIPS)
+    def rows_per_strip(self) -> int:
+        return triton.cdiv(self.rows, max(1, self.programs // self.column_strips))
+
+    @property
+    def row_strips(self) -> int:
+        return triton.cdiv(self.rows, self.rows_per_strip)
+
+    @property
+    def launches(self) -> range:  # each with a chunk's products
+        return range(1 if self.within else self.chunks)
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"E": self.emotions, "Q": self.pairs, "G": self.group_size, "SLOTS": self.slots}
+        return {"E": self.emotions, "Q": self.pairs, "BLOCK": BLOCK}
 
-    def parts(self, config: Config) -> dict[str, int | bool]:
-        """A launch's options, its part of a tile no wider than the tile."""
-        return {**config.options(), "PART": min(config.blocks["PART"], self.slots)}
-
-    def grid(self, chunk_start: int) -> tuple[int, int]:
-        """Programs that share a chunk: strips of its rows by strips of all columns."""
-        return triton.cdiv(self.chunk_groups(chunk_start), self.groups_per_row_strip), self.column_strips
-
-    def chunk_groups(self, chunk_start: int) -> int:
-        return min(self.chunk, self.row_groups - chunk_start)
-
-    def tiling(self, chunk_start: int) -> dict[str, int | bool]:
-        """The arguments by which the kernels that walk over pairs know their place."""
+    def tiling(self, chunk: int) -> dict[str, int | bool]:
+        """The arguments by which the kernels that walk over pairs of individuals know their place."""
         return {
-            "chunk_start": chunk_start,
-            "own_start": chunk_start + self.own_group,
-            "chunk_groups": self.chunk_groups(chunk_start),
-            "row_stride": self.row_stride,
-            "row_groups": self.row_groups,
-            "column_groups": self.column_groups,
-            "rows_per_strip": self.groups_per_row_strip,
-            "columns_per_strip": self.groups_per_column_strip,
+            "places": self.places,
+            "columns": self.columns,
+            "chunk_start": chunk * self.chunk,
+            "own_start": chunk * self.chunk + self.first,
+            "rows": self.rows,
+            "rows_per_strip": self.rows_per_strip,
+            "blocks_per_strip": self.blocks_per_strip,
             "KIND": KINDS[self.negatives].value,
-            "ADD": chunk_start > 0 and self.negatives != "within",
             **self.constants,
+            **PAIR_OPTIONS,
         }
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Features of all groups, filled up with zeros, and the logit scale."""
+    """Features of all places, filled up with zeros, and the logit scale."""
 
-    visual: Tensor  # (row_groups·G·E, D) centred
-    text: Tensor  # (column_groups·G·E, D) centred
-    inv_norm_visual: Tensor  # (row_groups, slots): 1/|Δ|, 0 for a short one, −1 where there is no pair
-    inv_norm_text: Tensor  # (column_groups, slots)
+    visual: Tensor  # (chunks, E, chunk, D) centred
+    text: Tensor  # (blocks, E, BLOCK, D) centred
+    inv_norm_visual: Tensor  # (places, Q): 1/|Δ|, 0 for a short one, −1 where there is no pair
+    inv_norm_text: Tensor  # (blocks, Q, BLOCK)
     count: Tensor | None  # (): the rows' pairs, where the loss is their mean
     counter: Tensor  # (): 0, for the sums over the grid of this launch and later ones
     scale: Tensor | None  # (); without it scale_number counts
@@ -201,7 +174,9 @@ def correlation_loss_forward(
         return visual.new_zeros((), dtype=torch.float32), row_lse, column_lse
     plan = Plan.of(visual, text, negatives)
     prepared = _prepare(plan, visual, text, scale, scale_number, mask, mask, counts=True)
-    return _loss(plan, prepared, _exponentials(plan, prepared))
+    row_lse, column_lse, _, loss = _log_sums(plan, prepared, _exponentials(plan, prepared))
+    assert loss is not None
+    return loss, row_lse, column_lse
 
 
 def correlation_loss_backward(
@@ -240,7 +215,9 @@ def correlation_rectangle_sums(
         return sums_of_nothing(visual, text, -torch.inf)
     plan = Plan.of(visual, text, negatives, first)
     prepared = _prepare(plan, visual, text, scale, scale_number, mask, text_mask, counts=False)
-    return _log_sums(plan, prepared, _exponentials(plan, prepared))
+    row_lse, column_lse, positive, _ = _log_sums(plan, prepared, _exponentials(plan, prepared))
+    assert positive is not None
+    return row_lse, column_lse, positive
 
 
 def correlation_rectangle_gradients(
@@ -270,9 +247,9 @@ def correlation_rectangle_gradients(
 def _exponentials(plan: Plan, prepared: _Prepared) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of exponentials along rows and columns by strips, and the positives where their columns are here."""
     sums = *_strip_sums(plan, prepared.visual), torch.empty_like(prepared.inv_norm_visual)
-    for chunk_start in range(0, plan.row_groups, plan.chunk):
-        products = _products(plan, prepared, chunk_start)
-        _sums(plan, prepared, products, chunk_start, sums)
+    for chunk in plan.launches:
+        products = _products(plan, prepared, chunk)
+        _sums(plan, prepared, products, chunk, sums)
     return sums
 
 
@@ -288,10 +265,10 @@ def _all_gradients(
     grad_dots = _strip_sums(plan, prepared.visual)
     grad_visual = torch.empty_like(prepared.visual) if needs[0] else None
     grad_text = torch.empty_like(prepared.text) if needs[1] else None
-    for chunk_start in range(0, plan.row_groups, plan.chunk):
-        products = _products(plan, prepared, chunk_start)
-        _fold(plan, prepared, products, chunk_start, grad, lse, grad_dots)
-        _gradient_products(plan, prepared, products, chunk_start, grad_visual, grad_text)
+    for chunk in plan.launches:
+        products = _products(plan, prepared, chunk)
+        grad_products = _fold(plan, prepared, products, chunk, grad, lse, grad_dots)
+        _gradient_products(plan, prepared, grad_products, chunk, grad_visual, grad_text)
     return *_gradients(plan, prepared, (grad_visual, grad_text), grad_dots, grad_scale, dtype), grad_scale
 
 
@@ -311,17 +288,22 @@ def _prepare(
             x.new_ones(x.shape[:2], dtype=torch.bool) if has is None else has
             for x, has in ((visual, mask), (text, text_mask))
         )
-    groups = plan.row_groups, plan.column_groups
-    places = sum(groups) * plan.group_size
-    centred = visual.new_empty(places * plan.emotions, plan.width, dtype=torch.float32)
-    centred = centred.split([size * plan.rows for size in groups])
-    inv_norms = visual.new_empty(sum(groups), plan.slots, dtype=torch.float32).fill_(-1).split(groups)
-    count = visual.new_empty((), dtype=torch.float32) if counts else None
-    partial = visual.new_empty(2, places, dtype=torch.float32) if counts else None
+    programs = plan.places + plan.columns
+    of_float = {"dtype": torch.float32}
+    centred = (
+        visual.new_empty(plan.chunks, plan.emotions, plan.chunk, plan.width, **of_float),
+        visual.new_empty(plan.blocks, plan.emotions, BLOCK, plan.width, **of_float),
+    )
+    inv_norms = (
+        visual.new_empty(plan.places, plan.pairs, **of_float),
+        visual.new_empty(plan.blocks, plan.pairs, BLOCK, **of_float),
+    )
+    count = visual.new_empty((), **of_float) if counts else None
+    partial = visual.new_empty(2, programs, **of_float) if counts else None
     counter = counter_for(visual)
     run(
         visual,
-        lambda: prepare_kernel[(places,)](
+        lambda: prepare_kernel[(programs,)](
             visual,
             text,
             mask,
@@ -333,8 +315,8 @@ def _prepare(
             counter,
             plan.row_people,
             plan.column_people,
-            plan.row_groups,
-            plan.lead,
+            plan.places,
+            plan.chunk,
             **plan.constants,
             D=plan.width,
             BLOCK_E=power_of_2(plan.emotions),
@@ -348,152 +330,132 @@ def _prepare(
 
 def _strip_sums(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what is added up along rows, one sum for each strip of columns, and along columns."""
-    # Within individuals a group's columns meet its own rows alone, so that one program has them all.
-    row_strips = 1 if plan.negatives == "within" else plan.row_strips
+    # Within individuals a row meets one column alone, and its strip has the whole sum.
+    column_strips = 1 if plan.within else plan.column_strips
     return (
-        x.new_empty(plan.column_strips, plan.row_groups, plan.slots, dtype=torch.float32),
-        x.new_empty(row_strips, plan.column_groups, plan.slots, dtype=torch.float32),
+        x.new_empty(column_strips, plan.places, plan.pairs, dtype=torch.float32),
+        x.new_empty(plan.row_strips, plan.blocks, plan.pairs, BLOCK, dtype=torch.float32),
     )
 
 
-def _products(plan: Plan, prepared: _Prepared, chunk_start: int) -> Tensor:
-    """S of a chunk: (groups in it · rows, columns), or of each group with itself, (groups in it, rows, rows)."""
-    visual, text = _chunk_of(plan, prepared.visual, chunk_start), prepared.text
-    if plan.negatives == "within":
-        text = _chunk_of(plan, text, chunk_start)
-        products = visual.new_empty(len(visual) // plan.rows, plan.rows, plan.row_stride)[..., : plan.columns]
-        grouped = (-1, plan.rows, plan.width)
-        multiply(visual.view(grouped), text.view(grouped).mT, products)
+def _products(plan: Plan, prepared: _Prepared, chunk: int) -> Tensor:
+    """S of a chunk, (E·rows, blocks·E·BLOCK); within, each individual's products with itself."""
+    products = prepared.visual.new_empty(plan.emotions * plan.rows, plan.emotions * plan.columns)
+    if plan.within:
+        visual, text = _by_individual(prepared.visual), _by_individual(prepared.text)
+        multiply(visual, text.mT, _products_by_individual(plan, products))
     else:
-        products = visual.new_empty(len(visual), plan.row_stride)[:, : plan.columns]
-        multiply(visual[None], text.mT[None], products[None])
+        multiply(_matrix(prepared.visual[chunk]), _matrix(prepared.text).mT, _matrix(products))
     return products
 
 
 def _gradient_products(
     plan: Plan,
     prepared: _Prepared,
-    grad_products: Tensor,
-    chunk_start: int,
-    grad_visual: Tensor | None,
-    grad_text: Tensor | None,
+    grad_products: Tensor,  # (E·rows, blocks·E·BLOCK)
+    chunk: int,
+    grad_visual: Tensor | None,  # (chunks, E, chunk, D), of which the chunk's part is written
+    grad_text: Tensor | None,  # (blocks, E, BLOCK, D), written by the first chunk and added to by the others
 ) -> None:
-    visual, text = _chunk_of(plan, prepared.visual, chunk_start), prepared.text
-    grouped = (-1, plan.rows, plan.width)
-    within = plan.negatives == "within"
+    if plan.within:
+        view, cut, grads = _by_individual, slice(None), _products_by_individual(plan, grad_products)
+    else:
+        view, cut, grads = _matrix, chunk, _matrix(grad_products)
     if grad_visual is not None:
-        grad_chunk = _chunk_of(plan, grad_visual, chunk_start)
-        if within:
-            multiply(grad_products, _chunk_of(plan, text, chunk_start).view(grouped), grad_chunk.view(grouped))
-        else:
-            multiply(grad_products[None], text[None], grad_chunk[None])
+        multiply(grads, view(prepared.text), view(grad_visual[cut]))
     if grad_text is not None:
-        if within:
-            multiply(grad_products.mT, visual.view(grouped), _chunk_of(plan, grad_text, chunk_start).view(grouped))
-        else:
-            multiply(grad_products.mT[None], visual[None], grad_text[None], add=chunk_start > 0)
+        multiply(grads.mT, view(prepared.visual[cut]), view(grad_text), add=chunk > 0)
 
 
-def _chunk_of(plan: Plan, features: Tensor, chunk_start: int) -> Tensor:
-    return features[chunk_start * plan.rows : (chunk_start + plan.chunk) * plan.rows]
+def _matrix(x: Tensor) -> Tensor:  # (..., D) -> (1, 1, rows, D)
+    return x.view(1, 1, -1, x.shape[-1])
 
 
-def _sums(
-    plan: Plan, prepared: _Prepared, products: Tensor, chunk_start: int, sums: tuple[Tensor, Tensor, Tensor]
-) -> None:
+def _by_individual(x: Tensor) -> Tensor:  # (blocks, E, BLOCK, D) -> (blocks, BLOCK, E, D)
+    return x.transpose(1, 2)
+
+
+def _products_by_individual(plan: Plan, products: Tensor) -> Tensor:  # -> (blocks, BLOCK, E, E)
+    return products.view(plan.emotions, plan.blocks, plan.emotions, BLOCK).permute(1, 3, 0, 2)
+
+
+def _sums(plan: Plan, prepared: _Prepared, products: Tensor, chunk: int, sums: tuple[Tensor, Tensor, Tensor]) -> None:
     """Add a chunk's exponentials up along rows and columns."""
-
-    def launch(config: Config) -> None:
-        sums_kernel[plan.grid(chunk_start)](
+    run(
+        products,
+        lambda: sums_kernel[(plan.row_strips, plan.column_strips)](
             products,
             prepared.inv_norm_visual,
             prepared.inv_norm_text,
             prepared.scale,
             prepared.scale_number,
             *sums,
-            **plan.tiling(chunk_start),
-            **plan.parts(config),
-        )
-
-    # Later chunks add to the first one's sums, so only the first can be repeated to be timed.
-    shape_class = (plan.emotions, power_of_2(plan.row_groups), power_of_2(plan.column_groups), plan.negatives)
-    configs = PAIR_CONFIGS[:1] if chunk_start else PAIR_CONFIGS
-    run_tuned("correlation_sums", shape_class, configs, products, launch)
-
-
-def _loss(plan: Plan, prepared: _Prepared, sums: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    loss = sums[2].new_empty(())
-    row_lse, column_lse = (sums[2].new_empty(plan.row_people, plan.pairs) for _ in range(2))
-    partial = sums[2].new_empty(2, plan.row_groups)
-    run(
-        loss,
-        lambda: loss_kernel[(plan.row_groups,)](
-            *sums,
-            prepared.inv_norm_visual,
-            prepared.count,
-            prepared.scale,
-            prepared.scale_number,
-            loss,
-            row_lse,
-            column_lse,
-            partial,
-            prepared.counter,
-            plan.row_people,
-            len(sums[0]),
-            len(sums[1]),
-            **plan.constants,
-            num_warps=2,
+            **plan.tiling(chunk),
+            BLOCK_Q=power_of_2(plan.pairs),
         ),
     )
-    return loss, row_lse, column_lse
 
 
-def _log_sums(plan: Plan, prepared: _Prepared, sums: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    row_lse, positive = (sums[2].new_empty(plan.row_people, plan.pairs) for _ in range(2))
+def _log_sums(
+    plan: Plan, prepared: _Prepared, sums: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Log-sum-exp of rows (n, Q) and of columns (m, Q), a rectangle's positives (n, Q), and a square's loss."""
+    of_square = prepared.count is not None
+    row_lse = sums[2].new_empty(plan.row_people, plan.pairs)
     column_lse = sums[2].new_empty(plan.column_people, plan.pairs)
+    positive = None if of_square else torch.empty_like(row_lse)
+    loss = sums[2].new_empty(()) if of_square else None
+    row_programs = triton.cdiv(plan.row_people * plan.pairs, LOG_SUMS)
+    programs = row_programs + triton.cdiv(plan.columns * plan.pairs, LOG_SUMS)
+    partial = sums[2].new_empty(2, programs) if of_square else None
     run(
         row_lse,
-        lambda: log_sums_kernel[(plan.row_groups + plan.column_groups,)](
+        lambda: log_sums_kernel[(programs,)](
             *sums,
             prepared.inv_norm_visual,
             prepared.inv_norm_text,
+            prepared.count,
             prepared.scale,
             prepared.scale_number,
             row_lse,
             column_lse,
             positive,
+            loss,
+            partial,
+            prepared.counter,
             plan.row_people,
             plan.column_people,
-            plan.row_groups,
-            plan.column_groups,
-            plan.lead,
-            plan.own_group,
+            plan.places,
+            plan.columns,
+            plan.first,
             len(sums[0]),
             len(sums[1]),
-            **plan.constants,
-            num_warps=2,
+            row_programs,
+            Q=plan.pairs,
+            BLOCK=BLOCK,
+            SIZE=LOG_SUMS,
+            num_warps=4,
         ),
     )
-    return row_lse, column_lse, positive
+    return row_lse, column_lse, positive, loss
 
 
 def _fold(
     plan: Plan,
     prepared: _Prepared,
     products: Tensor,
-    chunk_start: int,
+    chunk: int,
     grad: Tensor,
     lse: tuple[Tensor, Tensor],
     grad_dots: tuple[Tensor, Tensor],
-) -> None:
-    """Replace a chunk of S by its gradient, and add up ρ along rows and columns."""
-    run_tuned(
-        "correlation_fold",
-        None,
-        [FOLD_CONFIG],
+) -> Tensor:
+    """The gradient of a chunk of S; and ρ is added up along rows and columns."""
+    grad_products = torch.empty_like(products)
+    run(
         products,
-        lambda config: fold_kernel[plan.grid(chunk_start)](
+        lambda: fold_kernel[(plan.row_strips, plan.column_strips)](
             products,
+            grad_products,
             prepared.inv_norm_visual,
             prepared.inv_norm_text,
             prepared.scale,
@@ -502,31 +464,25 @@ def _fold(
             prepared.count,
             *lse,
             *grad_dots,
-            lead=plan.lead,
-            ROWS=power_of_2(plan.rows, least=16),
-            **plan.tiling(chunk_start),
-            **plan.parts(config),
+            **plan.tiling(chunk),
         ),
     )
+    return grad_products
 
 
 def _gradients(
     plan: Plan,
     prepared: _Prepared,
-    sums: tuple[Tensor | None, Tensor | None],  # (row_groups·G·E, D), (column_groups·G·E, D)
+    sums: tuple[Tensor | None, Tensor | None],  # (chunks, E, chunk, D), (blocks, E, BLOCK, D)
     grad_dots: tuple[Tensor, Tensor],
     grad_scale: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the features, in place where they are float32, and the scale's."""
-    results = []
-    for total, start, people in zip(sums, (plan.lead, 0), (plan.row_people, plan.column_people), strict=True):
-        shape = (people, plan.emotions, plan.width)
-        if total is None or dtype == torch.float32:
-            there = slice(start * plan.emotions, (start + people) * plan.emotions)
-            results.append(None if total is None else total[there].view(shape))
-        else:
-            results.append(total.new_empty(shape, dtype=dtype))
+    """The gradients of the features, (n, E, D) and (m, E, D), and the scale's."""
+    results = [
+        None if x is None else x.new_empty(people, plan.emotions, plan.width, dtype=dtype)
+        for x, people in zip(sums, (plan.row_people, plan.column_people), strict=True)
+    ]
     programs = plan.row_people + plan.column_people
     partial = grad_dots[0].new_empty(2, programs)
     run(
@@ -544,9 +500,9 @@ def _gradients(
             partial,
             prepared.counter,
             plan.row_people,
-            plan.row_groups,
-            plan.column_groups,
-            plan.lead,
+            plan.places,
+            plan.columns,
+            plan.chunk,
             len(grad_dots[0]),
             len(grad_dots[1]),
             **plan.constants,

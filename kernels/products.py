@@ -1,6 +1,8 @@
-"""A batch of float32 matrix products, of any strides: `correlation` makes S and its gradients with it."""
+"""Batches of float32 matrix products, of any strides: `correlation` makes S and its gradients with it."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -8,53 +10,86 @@ from torch import Tensor
 
 from pcmecl_fast.kernels.common import Config, power_of_2, run_tuned
 
+# Each individual's products with itself: a program has one.
+SMALL_CONFIGS = [Config(warps=2, stages=2, blocks={"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64})]
+SMALL = 16  # rows of the left matrix, at most
 PRODUCT_CONFIGS = [
-    Config(warps=8, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),  # the one that never spills
-    Config(warps=4, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16}),
-    Config(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 16}),
+    # Each number is split once for 64 or 128 products: with less the instructions for that outlast tensor cores.
+    Config(warps=8, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}),
+    Config(warps=8, stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}),  # twice as many programs
+    Config(warps=4, stages=3, blocks={"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}),  # spills on sm_80
 ]
 
 
 def multiply(
-    left: Tensor,  # (batch, M, K), any strides
-    right: Tensor,  # (batch, K, N), any strides
-    out: Tensor,  # (batch, M, N)
+    left: Tensor,  # (outer, inner, M, K), any strides
+    right: Tensor,  # (outer, inner, K, N), any strides
+    out: Tensor,  # (outer, inner, M, N), any strides
     *,
     add: bool = False,
 ) -> None:
     """out = left · right, or out += left · right, float32 in 3xTF32."""
-    batch, m, k = left.shape
-    n = right.shape[2]
+    outer, inner, m, k = left.shape
+    n = right.shape[3]
+    configs = [_cut(config, n, k) for config in (SMALL_CONFIGS if m <= SMALL else PRODUCT_CONFIGS)]
+    reach = max(
+        sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True)) for x in (left, right, out)
+    )
+    index = tl.int32 if reach + 2**20 < 2**31 else tl.int64  # a tile may reach beyond the last element
 
     def launch(config: Config) -> None:
         tiles = triton.cdiv(m, config.blocks["BLOCK_M"]) * triton.cdiv(n, config.blocks["BLOCK_N"])
-        product_kernel[(tiles, batch)](
-            left, right, out, m, n, k, *left.stride(), *right.stride(), *out.stride()[:2], ADD=add, **config.options()
+        product_kernel[(tiles * outer * inner,)](
+            left,
+            right,
+            out,
+            m,
+            n,
+            k,
+            inner,
+            *left.stride(),
+            *right.stride(),
+            *out.stride(),
+            ADD=add,
+            INDEX=index,
+            **config.options(),
         )
 
     # Timed without adding, which would add several times over; the first chunk never adds.
-    layout = (left.stride(2) == 1, right.stride(2) == 1)
+    layout = (left.stride(3) == 1, right.stride(3) == 1)
     shape_class = (*(power_of_2(size) for size in (m, n, k)), layout)
-    run_tuned("correlation_product", shape_class, PRODUCT_CONFIGS[:1] if add else PRODUCT_CONFIGS, left, launch)
+    run_tuned("correlation_product", shape_class, configs[:1] if add else configs, left, launch)
+
+
+def _cut(config: Config, n: int, k: int) -> Config:
+    """The configuration with tiles no wider than the matrices."""
+    most = {"BLOCK_N": power_of_2(n, least=16), "BLOCK_K": power_of_2(k, least=16)}
+    return replace(config, blocks={name: min(size, most.get(name, size)) for name, size in config.blocks.items()})
 
 
 @triton.jit
 def product_kernel(
-    left,  # (batch, M, K), read
-    right,  # (batch, K, N), read
-    out,  # (batch, M, N), written, or added to
+    left,  # (outer, inner, M, K), read
+    right,  # (outer, inner, K, N), read
+    out,  # (outer, inner, M, N), written, or added to
     M,  # rows of left and out
     N,  # columns of right and out
     K,  # columns of left, rows of right
-    left_batch,  # stride of left's batch, in elements, as all strides
+    inner,  # products of a batch's inner dimension
+    left_outer,  # stride of left's batch, in elements, as all strides
+    left_inner,  # of its inner dimension
     left_m,  # of its rows
     left_k,  # of its columns
-    right_batch,  # of right's batch
+    right_outer,  # of right's batch
+    right_inner,  # of its inner dimension
     right_k,  # of its rows
     right_n,  # of its columns
-    out_batch,  # of out's batch
-    out_m,  # of its rows; its columns lie side by side
+    out_outer,  # of out's batch
+    out_inner,  # of its inner dimension
+    out_m,  # of its rows
+    out_n,  # of its columns
     ADD: tl.constexpr,  # whether to add to out
+    INDEX: tl.constexpr,  # type of a number that an element's place fits
     BLOCK_M: tl.constexpr,  # rows of a program's tile of out
     BLOCK_N: tl.constexpr,  # its columns
     BLOCK_K: tl.constexpr,  # steps of K that are multiplied at a time
@@ -64,18 +99,20 @@ def product_kernel(
     Products are 3xTF32, which keep float32's bits: 2·M·N·K operations, three times over, bound it.
     """
     across = tl.cdiv(N, BLOCK_N)
-    m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
-    batch = tl.program_id(1)
-    left += batch * left_batch
-    right += batch * right_batch
+    tiles = tl.cdiv(M, BLOCK_M) * across
+    batch, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    m = (tile // across * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    n = (tile % across * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    first, second = (batch // inner).to(INDEX), (batch % inner).to(INDEX)
+    left += first * left_outer + second * left_inner
+    right += first * right_outer + second * right_inner
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = (start + tl.arange(0, BLOCK_K)).to(INDEX)
         x = tl.load(left + m[:, None] * left_m + k[None, :] * left_k, (m[:, None] < M) & (k[None, :] < K), other=0.0)
         y = tl.load(right + k[:, None] * right_k + n[None, :] * right_n, (k[:, None] < K) & (n[None, :] < N), other=0.0)
         total = tl.dot(x, y, acc=total, input_precision="tf32x3")
-    at = out + batch * out_batch + m[:, None] * out_m + n[None, :]
+    at = out + first * out_outer + second * out_inner + m[:, None] * out_m + n[None, :] * out_n
     inside = (m[:, None] < M) & (n[None, :] < N)
     if ADD:
         total += tl.load(at, inside, other=0.0)

@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 DIRECTION_SIZES = [(1, 1, 2, 3), (13, 4, 9, 127), (5, 2, 7, 33)]  # B, N, E, D
-CORRELATION_SIZES = [(1, 2, 3), (3, 5, 17), (7, 3, 65), (8, 7, 33), (2, 9, 20)]  # N, E, D
+CORRELATION_SIZES = [(1, 2, 3), (3, 5, 17), (11, 3, 65), (2, 7, 33)]  # N, E, D
 LAYOUTS = [
     PromptTree(9, (2, 2, 3, 2, 2, 2, 2)),
     PromptTree(1, (11, 10, 13)),  # two blocks in float32, one in half types
@@ -78,15 +78,18 @@ def _one_configuration_is_compiled(monkeypatch):
 
 @pytest.fixture
 def whole_tiles(monkeypatch):
-    """The interpreter's time depends on the number of operations, so it uses few large ones; a GPU keeps its own."""
+    """The interpreter's time depends on the number of operations: few large products; and few empty columns.
+
+    A GPU keeps its own.
+    """
     if INTERPRETED:
         from pcmecl_fast.kernels import correlation, products
         from pcmecl_fast.kernels.common import Config
 
         tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
-        monkeypatch.setattr(correlation, "PAIR_CONFIGS", [Config(blocks={"PART": 64})])
-        monkeypatch.setattr(correlation, "FOLD_CONFIG", Config(blocks={"PART": 64}))
         monkeypatch.setattr(products, "PRODUCT_CONFIGS", [Config(blocks=tiles)])
+        monkeypatch.setattr(products, "SMALL_CONFIGS", [Config(blocks=tiles)])
+        monkeypatch.setattr(correlation, "BLOCK", 8)
 
 
 @dtypes
@@ -168,14 +171,25 @@ def test_correlation_loss(dtype, size, missing, negatives):
     assert_twins(correlation(size, dtype, missing=missing, negatives=negatives))
 
 
+@pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("negatives", ["all", "within", "distinct"])
-def test_correlation_loss_by_chunks_gives_the_same(monkeypatch, negatives):
+def test_the_widest_supported_emotions(negatives):
+    assert_twins(correlation((2, 11, 9), torch.float32, missing=True, negatives=negatives))
+
+
+@pytest.mark.usefixtures("whole_tiles")
+@pytest.mark.parametrize("strips", [1, 2])
+@pytest.mark.parametrize("negatives", ["all", "within", "distinct"])
+def test_correlation_loss_by_chunks_gives_the_same(monkeypatch, negatives, strips):
+    """Three chunks of four rows, the last one filled up; two or three blocks of columns in a strip."""
     from pcmecl_fast.kernels import correlation as kernels
 
-    call = correlation((5, 7, 9), torch.float32, missing=True, negatives=negatives)
+    call = correlation((11, 3, 9), torch.float32, missing=True, negatives=negatives)
     whole, whole_gradients = value_and_gradients(call, call.floats, backend="triton")
-    monkeypatch.setattr(kernels, "CHUNK", 4 * 21 * 42)
-    monkeypatch.setattr(kernels, "STRIPS", 2)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    monkeypatch.setattr(kernels, "CHUNK", 4 * 9 * 12 * 4)
+    monkeypatch.setattr(kernels, "COLUMN_STRIPS", strips)
+    monkeypatch.setattr(kernels, "WARPS", 2)
     parts, gradients = value_and_gradients(call, call.floats, backend="triton")
     for x, x_whole in zip((parts, *gradients), (whole, *whole_gradients), strict=True):
         assert_close_for(torch.float32)(x, x_whole)

@@ -13,18 +13,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler, not its interpreter", allow_module_level=True)
 
 import pcmecl_fast.kernels.correlation_kernels as correlation_kernels
+import pcmecl_fast.kernels.correlation_pair_kernels as correlation_pair_kernels
 import pcmecl_fast.kernels.direction_kernels as direction_kernels
 import pcmecl_fast.kernels.frames as frames
 import pcmecl_fast.kernels.products as products
 import pcmecl_fast.kernels.tree_attention as tree_attention
 from bench import as_launched, triton_resources
+from bench.triton_resources import LOGIT_INSTRUCTIONS
 from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
-MODULES = (products, correlation_kernels, direction_kernels, frames, tree_attention)
-NARROW = {  # they gather single numbers from L2, or add up a few sums
+MODULES = (products, correlation_kernels, correlation_pair_kernels, direction_kernels, frames, tree_attention)
+NARROW = {  # a thread has a column, or a few sums, of its own
     ("correlation_loss", "sums_kernel"),
     ("correlation_loss", "fold_kernel"),
-    ("correlation_loss", "loss_kernel"),
     ("correlation_loss", "log_sums_kernel"),
     ("clip_frames", "weights_kernel"),  # reads nothing
 }
@@ -51,11 +52,9 @@ def test_a_programs_shared_memory_fits(launched):
 
 
 def test_float32_is_multiplied_without_losing_bits(launched):
-    """In 3xTF32, except by fold_kernel: signs, exact in TF32, times numbers that it has split in two parts itself."""
     for workload, launch in launched:
         precisions = re.findall(r"tt\.dot .* inputPrecision = (\w+) : tensor<\w+xf32>", launch.ttir)
-        expected = {"tf32"} if launch.name == "fold_kernel" else {"tf32x3"}
-        assert set(precisions) <= expected, named(workload, launch)
+        assert set(precisions) <= {"tf32x3"}, named(workload, launch)
         if "tf32x3" in precisions:
             products = re.findall(r"tt\.dot |ttng\.warp_group_dot ", launch.compiled.asm["ttgir"])
             assert len(products) == 3 * len(precisions), named(workload, launch)
@@ -67,6 +66,33 @@ def test_rows_are_read_16_bytes_at_a_time(launched):
         aligned = "float32" in workload.label and "64 to" not in workload.label  # a tile there holds too few for it
         if aligned and (workload.operator.name, launch.name) not in NARROW:
             assert re.search(WIDE_LOAD, launch.ptx), named(workload, launch)
+
+
+def test_copies_of_products_are_of_16_bytes(launched):
+    """Rows of S begin at 128 bytes for any number of individuals, so that none is copied by single numbers."""
+    for workload, launch in launched:
+        if launch.name == "product_kernel" and "within" not in workload.label:
+            assert "cp.async.cg" in launch.ptx, named(workload, launch)
+            assert not re.search(r"cp\.async\.ca", launch.ptx), named(workload, launch)
+
+
+def test_a_logit_takes_few_instructions_and_no_barrier(launched):
+    walks = [(workload, launch) for workload, launch in launched if launch.name in LOGIT_INSTRUCTIONS]
+    assert {launch.name for _, launch in walks} == set(LOGIT_INSTRUCTIONS)
+    for workload, launch in walks:
+        loop = launch.loops[0]
+        assert sum("MUFU.EX2" in x for x in loop) >= 2 * launch.options["Q"], named(workload, launch)
+        assert len(loop) <= LOGIT_INSTRUCTIONS[launch.name] * launch.options["Q"], named(workload, launch)
+        assert not any(re.search(r"\b(BAR|LDL|STL|LDS|STS)\b", x) for x in loop), named(workload, launch)
+
+
+def test_a_processor_holds_several_programs(launched):
+    """Eight warps at least, two for each of its four schedulers, and two programs, but of large products."""
+    for workload, launch in launched:
+        if workload.operator.name == "correlation_loss" and launch.compiled.metadata.target.arch == 90:
+            programs = launch.programs_a_processor()
+            assert programs >= (1 if launch.name == "product_kernel" else 2), named(workload, launch)
+            assert programs * launch.warps >= 8, named(workload, launch)
 
 
 def test_every_kernel_is_launched(launched):
