@@ -67,41 +67,71 @@ def launches(kernels: list[Kernel]) -> list[Launch]:
     runs = 4 * MULTIPROCESSORS
     logits, blocks_of_chunk = N * N * Q * Q, ceil(N / 32)
     warps_of_correlation = N * ceil(N / 32)
-    direction = {"blocks": B // 4, "of_one": "sample", "units": B}
-    correlation = {"of_one": "quarter of the logits, 32 at a time", "units": logits / 32}
+    of_logits = "quarter of the logits, 32 at a time"
     found = [
         Launch(
-            "`direction_loss` forward, contrast", forward,
-            forward.issued(B, [B, B * STRIPS, B * STRIPS, B]), bytes=2 * features, **direction,
+            "`direction_loss` forward, contrast",
+            forward,
+            forward.issued(B, [B, B * STRIPS, B * STRIPS, B]),
+            bytes=2 * features,
+            blocks=B // 4,
+            of_one="sample",
+            units=B,
         ),
         Launch(
-            "its backward, features", backward,
+            "its backward, features",
+            backward,
             backward.issued(B, [B, B * STRIPS, B * STRIPS, B, B * STRIPS, B * STRIPS, 0, 0]),
-            bytes=4 * features, **direction,
+            bytes=4 * features,
+            blocks=B // 4,
+            of_one="sample",
+            units=B,
         ),
         Launch(
-            "its backward, bank", run, run.issued_around(4 * runs, 4 * B / 2),
-            blocks=runs, shared=4 * E * E, bytes=2 * features, of_one="sample", units=B,
+            "its backward, bank",
+            run,
+            run.issued_around(4 * runs, 4 * B / 2),
+            blocks=runs,
+            shared=4 * E * E,
+            bytes=2 * features,
+            of_one="sample",
+            units=B,
         ),
         Launch(
-            "`correlation_loss` sums", sums, pairs_issued(sums, warps_of_correlation),
-            blocks=N // 4 * blocks_of_chunk, shared=4 * Q * 128, exponentials=2 * logits, **correlation,
+            "`correlation_loss` sums",
+            sums,
+            pairs_issued(sums, warps_of_correlation),
+            blocks=N // 4 * blocks_of_chunk,
+            shared=4 * Q * 128,
+            exponentials=2 * logits,
+            of_one=of_logits,
+            units=logits / 32,
         ),
         Launch(
-            "its gradient of S", fold, pairs_issued(fold, warps_of_correlation),
-            blocks=N // 4 * blocks_of_chunk, shared=4 * (Q + E * E) * 128, exponentials=2 * logits, **correlation,
+            "its gradient of S",
+            fold,
+            pairs_issued(fold, warps_of_correlation),
+            blocks=N // 4 * blocks_of_chunk,
+            shared=4 * (Q + E * E) * 128,
+            exponentials=2 * logits,
+            of_one=of_logits,
+            units=logits / 32,
         ),
-    ]  # fmt: skip
+    ]
     for way, trips, numbers in (("forward", [6, 3], 4), ("backward", [6, 3, 6, 3], 8)):
         kernel, heads = of[f"{way}_kernel<BFloat16, 8, false> of Tree"], TREES * HEADS
         # A warp of the backward takes one of two ways through the code: as often as there are tiles, each.
         found.append(
             Launch(
-                f"`tree_attention` {way}, bfloat16", kernel, kernel.issued(2 * heads, [heads * each for each in trips]),
+                f"`tree_attention` {way}, bfloat16",
+                kernel,
+                kernel.issued(2 * heads, [heads * each for each in trips]),
                 blocks=heads * 2 // 4 * (1 if way == "forward" else 2),
-                bytes=2.0 * numbers * heads * TOKENS * WIDTH, of_one="head of a tree", units=heads,
+                bytes=2.0 * numbers * heads * TOKENS * WIDTH,
+                of_one="head of a tree",
+                units=heads,
             )
-        )  # fmt: skip
+        )
     return found
 
 
