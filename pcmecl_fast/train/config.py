@@ -221,9 +221,10 @@ class EditingOptions:
     """Stage 2: which generator, and how it is trained."""
 
     generator: str = "warp-fields"
-    """warp-fields (built in), or your own as package.module:Class: docs/generators.md shows how to write one."""
+    """warp-fields or warp-paint (built in), or your own as package.module:Class: docs/generators.md shows how to write
+    one."""
     generator_options: dict[str, Any] = field(default_factory=dict)
-    """The generator's own options: docs/generators.md lists those of warp-fields."""
+    """The generator's own options: docs/generators.md lists those of the built-in ones."""
     batch: int = 24
     """Frames a step, over all ranks."""
     accumulate: int = 1
