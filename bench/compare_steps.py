@@ -127,6 +127,10 @@ def stage2_criterion_frames(device: torch.device, dtype: torch.dtype) -> Compari
     )
 
 
+_COMPARED: dict[str, Any] = {"generator": "warp-fields", "w_emotion": 0.0, "average": 0.0}
+"""The generator and the critic that the plain loops train: what surrounds them is compared."""
+
+
 @dataclass
 class _Work:
     """What all sides of a step are given."""
@@ -147,7 +151,9 @@ def _steps(clip: Clip, options: dict[str, Any]) -> Comparison:
     lengths = torch.full((len(faces.emotions),) * 2, 0.3)
 
     def trainer(views: int) -> Step:
-        config = TrainConfig(**options, lr=0.0, critic_lr=0.0, views=views, seed=SEED, out=Path(tempfile.mkdtemp()))
+        config = TrainConfig(
+            **options, **_COMPARED, lr=0.0, critic_lr=0.0, views=views, seed=SEED, out=Path(tempfile.mkdtemp())
+        )
         criterion = PCMECLCriterion(
             clip,
             bank,
@@ -163,10 +169,11 @@ def _steps(clip: Clip, options: dict[str, Any]) -> Comparison:
         return step
 
     ours, keeping = trainer(0), trainer(VIEWS)
+    critic = _critic_of(ours)
     batch = _drawn(ours, faces)
     work = _Work(
         clip, ours.terms_of.config, prompts, conditions, bank, lengths.to(clip.device), batch,
-        ours.players.generator, ours.players.critic,
+        ours.players.generator, critic,
     )  # fmt: skip
     published, careful = (_Plain(work, careful=careful) for careful in (False, True))  # before any run moves a buffer
     run, keep = _run_of(ours, batch), _run_of(keeping, batch)
@@ -222,8 +229,14 @@ def _make_visible(generator: Generator) -> None:
     generator.shade.mul_(30)
 
 
+def _critic_of(step: Step) -> PatchDiscriminator:
+    assert step.players.critic is not None
+    assert step.players.critic.patches is not None
+    return step.players.critic.patches
+
+
 def _run_of(step: Step, batch: Batch) -> Callable[[str], list[Tensor]]:
-    start = _PowerIterations(step.players.critic)
+    start = _PowerIterations(_critic_of(step))
 
     def run(backend: str) -> list[Tensor]:
         start.restore()

@@ -169,7 +169,7 @@ def test_another_generator_on_the_command_line_does_not_get_the_files_options(tm
     ("options", "says"),
     [
         (["--generator", "warp-feilds"], "no generator is called 'warp-feilds'; did you mean warp-fields? --generator"),
-        (["--generator", "mine"], "--generator takes warp-fields or your own as package.module:Class"),
+        (["--generator", "mine"], "--generator takes warp-fields, warp-paint or your own as package.module:Class"),
         (
             ["--generator", "nowhere:Net"],
             "--generator nowhere:Net takes a module in the current folder or on PYTHONPATH; there is no nowhere",
@@ -294,7 +294,10 @@ def test_a_generator_without_options_has_none():
     assert dataclasses.asdict(Nothing(EMOTIONS, 32).config) == {}
 
 
-def test_the_document_lists_the_options_of_the_built_in_one():
-    section = DOCUMENT.read_text().split("## warp-fields")[1]
+@pytest.mark.parametrize("name", list(BUILT_IN))
+def test_the_document_lists_the_options_of_the_built_in_ones(name):
+    section = DOCUMENT.read_text().split(f"## {name}\n")[1].split("\n## ")[0]
     listed = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-    assert listed == [field.name for field in dataclasses.fields(WarpFieldsConfig)]
+    own = [field.name for field in dataclasses.fields(generator_class(name).Config)]
+    shared = [field.name for field in dataclasses.fields(WarpFieldsConfig)]
+    assert listed == (own if name == "warp-fields" else [field for field in own if field not in shared])

@@ -29,6 +29,7 @@ from pcmecl_fast.prompts import load_prompts
 from pcmecl_fast.run import open_data, run_evaluate, run_train
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train import generator as stage_two
+from pcmecl_fast.train import players
 from pcmecl_fast.train import prompts as stage_one
 from pcmecl_fast.train.batches import FramesByEmotion
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
@@ -306,6 +307,38 @@ def test_a_frozen_clip_is_untouched_by_both_stages(clip, tmp_path):
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
     assert not generator.training
     assert not any(p.requires_grad for p in generator.parameters())
+
+
+def test_what_is_trained_is_averaged_and_saved(clip, stage1, tmp_path):
+    bank, data = bank_and_data(clip, stage1)
+    averaged, _ = train_generator(clip, bank, data, train_config(tmp_path / "averaged", average=0.9))
+    last, _ = train_generator(clip, bank, data, train_config(tmp_path / "last", average=0.0))
+    states = torch.load(tmp_path / "averaged" / "stage-2.ckpt", weights_only=True)["states"]
+    assert_bitwise_equal(states["average"]["weights"], averaged.state_dict())
+    assert_bitwise_equal(states["generator"], last.state_dict())
+    assert not torch.equal(averaged.flow, last.flow)
+
+
+def test_a_term_without_a_weight_is_not_computed(clip, stage1, tmp_path, monkeypatch):
+    bank, data = bank_and_data(clip, stage1)
+    plain = {"w_adversarial": 0.5, "w_emotion": 0.0}
+    _, loop = train_generator(clip, bank, data, train_config(tmp_path / "patches", **plain))
+    assert {"stage 2/adversarial", "stage 2/critic"} <= loop.curves.keys()
+    assert "stage 2/emotion" not in loop.curves
+    _, loop = train_generator(clip, bank, data, train_config(tmp_path / "emotion", w_adversarial=0.0, w_emotion=1.0))
+    assert {"stage 2/emotion", "stage 2/critic"} <= loop.curves.keys()
+    assert "stage 2/adversarial" not in loop.curves
+
+    def never(*of, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(players, "Critics", never)
+    monkeypatch.setattr(type(clip), "encode_image", never)
+    none = {"w_adversarial": 0.0, "w_emotion": 0.0, "w_pcmecl": 0.0, "w_reconstruction": 0.0, "w_person": 0.0}
+    config = train_config(tmp_path / "none", **none, w_speech=0.0, strength=0.0, w_identity=0.0)
+    _, loop = train_generator(clip, bank, data, config)
+    terms = {name.partition("/")[2] for name in loop.curves}
+    assert terms == {"loss", "recognition", "mouth", "smooth", "folding", "shading"}
 
 
 def test_the_mouth_loss_looks_at_the_mouth():

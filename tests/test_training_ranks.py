@@ -31,6 +31,17 @@ def test_stage_1_ends_with_the_same_prompts_on_any_number_of_ranks(crew, tmp_pat
             assert_same(others, curves)
 
 
+def test_the_painting_generator_and_the_critic_of_emotions_are_the_same_on_any_number_of_ranks(crew, tmp_path):
+    options = {"generator": "warp-paint", "emotion": 1.0}
+    expected, curves = crew(1, partial(train, **options), tmp_path / "1", 1, 0.0)[0]
+    for count, accumulate in ((2, 1), (1, 2), (2, 2)):
+        for weights, others in crew(
+            count, partial(train, **options), tmp_path / f"{count}-{accumulate}", accumulate, 0.0
+        ):
+            assert_same(weights, expected)
+            assert_same(others, curves, rtol=3e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("adversarial", [0.5, 0.0])
 def test_stage_2_ends_with_the_same_generator_on_any_number_of_ranks_and_in_parts(crew, tmp_path, adversarial):
     expected, curves = crew(1, train, tmp_path / "1", 1, adversarial)[0]
@@ -121,7 +132,7 @@ class InFloat64(SyntheticFaces):
 
 def train(
     out: Path, accumulate: int, adversarial: float = 0.5, *, batch: int = 8, generator: str = "warp-fields",
-    views: int = 0, backend: str = "reference",
+    views: int = 0, backend: str = "reference", emotion: float = 0.0,
 ):  # fmt: skip
     torch.set_default_dtype(torch.float64)
     try:
@@ -134,6 +145,7 @@ def train(
         config = TrainConfig(
             out=out, steps=6, batch=batch, accumulate=accumulate, size=32, strength=0.0, w_cycle=1.0, w_person=0.0,
             w_speech=0.0, w_adversarial=adversarial, checkpoint_every=4, generator=generator, views=views,
+            w_emotion=emotion,
         )  # fmt: skip
         with ops.use_backend(backend):
             trained, loop = stage2.train_generator(clip, bank, data, config)

@@ -26,7 +26,10 @@ from pcmecl_fast.files import load_tensors, naming_damage, save_tensors
 from pcmecl_fast.options import from_options, plain_options
 from pcmecl_fast.wording import did_you_mean
 
-BUILT_IN = {"warp-fields": "pcmecl_fast.models.warp_fields:WarpFields"}
+BUILT_IN = {
+    "warp-fields": "pcmecl_fast.models.warp_fields:WarpFields",
+    "warp-paint": "pcmecl_fast.models.warp_paint:WarpPaint",
+}
 """Generators with a short name."""
 
 

@@ -110,8 +110,8 @@ class WarpFields(Generator):
         mix = self.mix(torch.cat([seen, change], 1)) - self.mix(torch.cat([seen, torch.zeros_like(change)], 1))
         flow_mix, shade_mix = mix.chunk(2, dim=1)  # (B, K) each
         grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), height, width)
-        flow = _lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, "bicubic")
-        shade = _lay(torch.einsum("bk,kchw->bchw", shade_mix, self.shade), grid, "bilinear")
+        flow = lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, "bicubic")
+        shade = lay(torch.einsum("bk,kchw->bchw", shade_mix, self.shade), grid, "bilinear")
         window = soft_window(height, width, self.config.window).to(frames)
         flow = window * 2 * self.config.reach * torch.tanh(flow)
         shade = window * self.config.shading * torch.tanh(shade)
@@ -161,7 +161,7 @@ def warp(
     """Each pixel takes the colour at its own position plus `flow`, bilinearly; NaN where the flow is."""
     theta = torch.eye(2, 3, device=frames.device, dtype=frames.dtype).expand(len(frames), 2, 3)
     grid = F.affine_grid(theta, list(frames.shape), align_corners=False) + flow.movedim(1, -1)
-    return _sample(frames, grid)
+    return sample(frames, grid)
 
 
 def pose_grid(
@@ -192,16 +192,17 @@ def folding(
     return torch.stack([F.relu(step - free).mean() for step in steps]).sum()
 
 
-def _lay(
+def lay(
     fields: Tensor,  # (B, C, h, w), coarse
     grid: Tensor,  # (B, H, W, 2)
     smoothly: str,
+    *,
+    fine: tuple[int, int] | None = None,
 ) -> Tensor:  # (B, C, H, W)
-    height, width = (
-        _interpolation(coarse, fine, smoothly, fields)
-        for coarse, fine in zip(fields.shape[-2:], grid.shape[1:3], strict=True)
-    )
-    return _sample(height @ fields @ width.T, grid)
+    """Fields interpolated to a frame's size, that of the grid by default, and sampled at the grid's positions."""
+    sizes = zip(fields.shape[-2:], fine or grid.shape[1:3], strict=True)
+    height, width = (_interpolation(coarse, size, smoothly, fields) for coarse, size in sizes)
+    return sample(height @ fields @ width.T, grid)
 
 
 def _interpolation(coarse: int, fine: int, smoothly: str, like: Tensor) -> Tensor:  # (fine, coarse)
@@ -211,7 +212,7 @@ def _interpolation(coarse: int, fine: int, smoothly: str, like: Tensor) -> Tenso
     return F.interpolate(each, (fine, 1), mode=smoothly, align_corners=False)[0, :, :, 0].T.to(like.dtype)
 
 
-def _sample(
+def sample(
     images: Tensor,  # (B, C, h, w)
     grid: Tensor,  # (B, H, W, 2)
 ) -> Tensor:  # (B, C, H, W)

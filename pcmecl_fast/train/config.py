@@ -54,8 +54,8 @@ size individuals clips frames_per_clip n_ctx batch batch_individuals steps promp
 checkpoint_every every accumulate
 """
 _NOT_NEGATIVE = """
-missing workers around_seeds prompt_lr lr critic_lr lambda_diff contrast min_change strength w_pcmecl w_adversarial
-w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
+missing workers around_seeds prompt_lr lr critic_lr emotion_lr emotion_fakes lambda_diff contrast min_change strength
+w_pcmecl w_adversarial w_emotion w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
 """
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
@@ -67,6 +67,7 @@ LIMITS: dict[str, Range] = {
     "fps": Range(1, 240),
     "crf": Range(0, 51),
     "mouth_box": Range(0, 1),
+    "average": Range(0, 0.99999),
     "views": Range(0),
     "seed": Range(0, 2**32 - 1),
     "smooth": Range(0, 1),
@@ -221,9 +222,10 @@ class EditingOptions:
     """Stage 2: which generator, and how it is trained."""
 
     generator: str = "warp-fields"
-    """warp-fields (built in), or your own as package.module:Class: docs/generators.md shows how to write one."""
+    """warp-fields or warp-paint (built in), or your own as package.module:Class: docs/generators.md shows how to write
+    one."""
     generator_options: dict[str, Any] = field(default_factory=dict)
-    """The generator's own options: docs/generators.md lists those of warp-fields."""
+    """The generator's own options: docs/generators.md lists those of the built-in ones."""
     batch: int = 24
     """Frames a step, over all ranks."""
     accumulate: int = 1
@@ -231,7 +233,13 @@ class EditingOptions:
     lr: float = 3e-3
     """Learning rate of the generator (Adam)."""
     critic_lr: float = 4e-4
-    """Learning rate of the critic (Adam)."""
+    """Learning rate of the critic of patches (Adam)."""
+    emotion_lr: float = 2e-3
+    """Learning rate of the critic that knows the emotion (Adam)."""
+    emotion_fakes: float = 0.25
+    """How far edits count against their target in that critic's loss; 0: it learns from real frames alone."""
+    average: float = 0.95
+    """Decay of the running average of the generator's weights, which is evaluated and saved; 0: the last weights."""
     contrast: float = 0.5
     """Weight of the contrast with other emotions inside PCMECL's loss."""
     min_change: float = 0.1
@@ -249,6 +257,9 @@ class EditingOptions:
     """Weight of PCMECL's loss."""
     w_adversarial: float = 0.5
     """Weight of looking like a real frame."""
+    w_emotion: float = 0.0
+    """Weight of being named as the target emotion by a critic that learns it from the labelled frames; `demo` takes
+    3, which is measured on drawn faces alone."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
@@ -309,6 +320,10 @@ class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
 class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in a few minutes on a laptop."""
 
+    steps: int = 800
+    """Optimiser steps of the generator."""
+    w_emotion: float = 3.0
+    """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     out: Path = Path("runs/demo")
     """Output folder."""
 
@@ -343,6 +358,8 @@ class AblateConfig(TrainConfig):
     """Weight of the penalty on edits that fall short of real changes; `train` keeps the mouth still instead."""
     w_speech: float = 45.0
     """Drawn faces: weight of unchanged speech to the frozen reader, as used for the committed results."""
+    average: float = 0.0
+    """Decay of the running average of the generator's weights; the committed results are of the last weights."""
     w_direct: float = 60.0
     """w_pcmecl under direct similarity, whose gradients are smaller."""
     out: Path = Path("runs/ablation")

@@ -1,0 +1,118 @@
+"""The critic that knows emotions, the running average of a generator, and terms without a weight."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcmecl_fast.models import Average, Critics, EmotionCritic, PatchDiscriminator, make_generator
+from pcmecl_fast.models.discriminator import emotion_loss, naming_loss, realism_loss, score_of
+from pcmecl_fast.synthetic import SyntheticFaces
+
+EMOTIONS = ["neutral", "happy", "sad"]
+
+
+def scores(*rows):
+    return torch.tensor(rows, requires_grad=True)
+
+
+def test_the_losses_are_those_of_their_formulas():
+    real, fake = scores([2.0, -3.0, 0.0], [0.5, -1.0, 0.0]), scores([0.0, 1.0, 9.0], [-2.0, 9.0, 9.0])
+    shown, target = torch.tensor([0, 1]), torch.tensor([1, 0])
+    first = 0.0 + (0.0 + 1.0) / 2 + 0.5 * 2.0
+    second = 2.0 + (1.5 + 1.0) / 2 + 0.5 * 0.0
+    loss = emotion_loss(real, shown, fake, target, fakes=0.5)
+    torch.testing.assert_close(loss, torch.tensor((first + second) / 2))
+    torch.testing.assert_close(naming_loss(real, shown), torch.tensor((0.5 + 3.25) / 2))
+    loss.backward()
+    assert real.grad[0].tolist() == [0.0, 0.0, 0.25]  # its own is beyond the margin, as is one of the others
+    assert fake.grad[0].tolist() == [0.0, 0.25, 0.0]  # of the edits' scores the target's alone
+    patches = realism_loss(torch.tensor([[2.0, 0.5]]), torch.tensor([[-2.0, 0.5]]))
+    torch.testing.assert_close(patches, torch.tensor(0.25 + 0.75))
+    assert score_of(real, shown).tolist() == [2.0, -1.0]
+
+
+def test_one_emotion_alone_has_no_others():
+    loss = emotion_loss(torch.zeros(2, 1), torch.zeros(2).long(), torch.zeros(2, 1), torch.zeros(2).long(), fakes=1)
+    assert loss == 2.0
+
+
+def test_the_critic_learns_to_name_emotions_and_to_tell_edits_from_them():
+    faces = SyntheticFaces(6, emotions=EMOTIONS, clips=1, frames_per_clip=2, size=32)
+    real, shown = faces.frames(range(len(faces))), faces.emotion_index
+    target = (shown + 1) % 3
+    fake = F.avg_pool2d(real, 5, stride=1, padding=2)
+    torch.manual_seed(0)
+    critic = EmotionCritic(3)
+    optimizer = torch.optim.Adam(critic.parameters(), 2e-3)
+    for _ in range(60):
+        loss = emotion_loss(critic(real), shown, critic(fake), target, fakes=0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (critic(real).argmax(1) == shown).float().mean() > 0.9
+    assert (score_of(critic(real), shown) > score_of(critic(fake), target)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 48), (16, 16)])
+def test_frames_of_any_size_are_scored(size):
+    torch.manual_seed(0)
+    assert EmotionCritic(5)(torch.randn(2, 3, *size)).shape == (2, 5)
+
+
+def test_only_the_wanted_critics_are_made():
+    frames = torch.randn(2, 3, 32, 32)
+    both, patches, emotion = (
+        Critics(3, patches=p, emotion=e)(frames) for p, e in ((True, True), (True, False), (False, True))
+    )
+    assert both.patches.shape == (2, 1, 4, 4)
+    assert both.emotion.shape == (2, 3)
+    assert patches.emotion is None
+    assert emotion.patches is None
+    assert not any(isinstance(x, PatchDiscriminator) for x in Critics(3, patches=False, emotion=True).modules())
+
+
+# The running average
+
+
+def generators(count):
+    torch.manual_seed(0)
+    return [
+        make_generator("warp-paint", EMOTIONS, 32, {"fields": 2, "opacities": 4, "hidden": 8}) for _ in range(count)
+    ]
+
+
+def test_the_average_is_at_first_a_mean_and_then_exponential():
+    models = generators(4)
+    average = Average(models[0], 0.6)
+    seen = [model.flow.detach() for model in models]
+    expected = [seen[0], (seen[0] + seen[1]) / 2]
+    for model in models[2:]:
+        expected.append(expected[-1] + 0.4 * (model.flow.detach() - expected[-1]))
+    for model, flow in zip(models, expected, strict=True):
+        average.update(model)
+        torch.testing.assert_close(average.generator.flow, flow)
+    assert not any(x.requires_grad for x in average.generator.parameters())
+    assert all(x.requires_grad for model in models for x in model.parameters())
+
+
+def test_the_average_goes_on_from_its_state():
+    models = generators(4)
+    whole, cut = Average(models[0], 0.6), Average(models[0], 0.6)
+    for model in models[:3]:
+        whole.update(model)
+    for model in models[:2]:
+        cut.update(model)
+    resumed = Average(models[3], 0.6)
+    resumed.load_state_dict(cut.state_dict())
+    resumed.update(models[2])
+    for one, other in zip(whole.generator.parameters(), resumed.generator.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_decay_the_average_is_the_generator_itself():
+    (model,) = generators(1)
+    average = Average(model, 0.0)
+    average.update(model)
+    assert average.generator is model
+    average.load_state_dict(average.state_dict())
+    assert all(x.requires_grad for x in model.parameters())

@@ -1,0 +1,162 @@
+"""The built-in generator paints what moving skin cannot make, and nothing where an edit is zero."""
+
+import pytest
+import torch
+
+from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
+from pcmecl_fast.models.warp_fields import move_and_shade
+from pcmecl_fast.models.warp_paint import Box, _Bounded
+
+EMOTIONS = ["neutral", "happy", "sad"]
+
+
+def generator(**options):
+    torch.manual_seed(0)
+    return WarpPaint(
+        EMOTIONS, 32, WarpPaintConfig(**{"fields": 4, "opacities": 9, "paints": 3, "hidden": 16} | options)
+    )
+
+
+def painting(**options):
+    """One that moves, shades and paints visibly."""
+    model = generator(**options)
+    with torch.no_grad():
+        model.opacity_mix.weight.normal_()
+        model.flow.mul_(30)
+        model.shade.mul_(30)
+    return model
+
+
+def frames(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("config", [WarpPaintConfig(), WarpPaintConfig(paints=2, opacities=5)])
+def test_it_starts_near_the_identity_and_without_paint(config):
+    torch.manual_seed(0)
+    model, source, target = WarpPaint(EMOTIONS, 32, config), frames(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    plan = model.plan(source, target)
+    assert (plan[:, 3:] == 0).all()
+    change = (model(source, target) - source).abs()
+    assert 0 < change.mean() < 0.02
+
+
+def test_a_gradient_reaches_the_opacities_from_the_start_and_everything_after_a_step():
+    model, source, target = generator(), frames(3, 3, 32, 32), torch.tensor([0, 1, 2])
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        edit = model.edit(source, target)
+        loss = (edit.frames - source.flip(-1)).square().mean()
+        (loss + torch.nn.functional.cross_entropy(edit.shown, torch.tensor([2, 0, 1]))).backward()
+        assert model.opacity_mix.weight.grad.norm() > 0
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.norm() > 0, name
+
+
+def test_it_paints_what_no_move_or_shade_of_a_frame_can_make():
+    model, source = generator(w_paint=0.0), torch.full((2, 3, 32, 32), -0.9)  # dark all over
+    truth, target = source.clone(), torch.tensor([0, 1])
+    truth[1, :, 16:20, 12:20] = 1.0
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(80):
+        loss = (model(source, target) - truth).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    edited = model(source, target)
+    assert edited[1, :, 16:20, 12:20].mean() > 0
+    assert edited[0].mean() < -0.8
+    moved = move_and_shade(source, *(torch.rand(2, c, 32, 32) - 0.5 for c in (2, 1)))
+    assert moved.max() < -0.8
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (37, 29)])
+def test_a_plan_of_zeros_and_what_is_outside_the_window_stay_to_the_bit(size):
+    model, source, target = painting(), frames(2, 3, *size), torch.tensor([1, 2])
+    plan = model.plan(source, target)
+    assert torch.equal(model.carry_out(source, torch.zeros_like(plan)), source)
+    edited, box = model(source, target), Box.around(model.config.window, *size)
+    changed = (edited != source).any(1).any(0)
+    assert changed[box.rows, box.columns].any()
+    changed[box.rows, box.columns] = False
+    assert not changed.any()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (37, 29)])
+def test_at_its_own_size_it_carries_out_what_it_edits(size):
+    model, source, target = painting(), frames(2, 3, *size), torch.tensor([1, 2])
+    plan = model.plan(source, target)
+    assert plan[:, 3].max() > 0.1
+    assert torch.equal(model.carry_out(source, plan), model(source, target))
+
+
+def test_a_plan_is_carried_out_at_any_size_and_strength():
+    model, source = painting(), frames(2, 3, 32, 32)
+    plan = model.plan(source, torch.tensor([1, 2]))
+    large = torch.nn.functional.interpolate(source, (128, 96), mode="bilinear")
+    for strength in (0.5, 1.0, 1.5):
+        edited = model.carry_out(large, strength * plan)
+        assert edited.shape == large.shape
+        assert edited.abs().max() <= 1
+
+
+def test_paint_covers_in_proportion_and_never_more_than_all():
+    model, source = generator(), torch.full((1, 3, 8, 8), -0.5)
+    plan = torch.zeros(1, 7, 8, 8)
+    plan[:, 3], plan[:, 4:] = 0.8, 0.8 * 0.5  # opacity, and colour 0.5 times it
+    for strength, expected in ((0.5, 0.6 * -0.5 + 0.4 * 0.5), (1.0, 0.2 * -0.5 + 0.8 * 0.5), (1.5, 0.5)):
+        edited = model.carry_out(source, strength * plan)
+        torch.testing.assert_close(edited, torch.full_like(edited, expected))
+
+
+def test_opacities_and_colours_are_bounded_and_their_sum_covers_once():
+    model, source = painting(), frames(4, 3, 32, 32)
+    with torch.no_grad():
+        model.opacity_mix.weight.mul_(1000)
+    _, opacity, paint = model.plan(source, torch.tensor([0, 1, 2, 0])).split([3, 1, 3], dim=1)
+    assert 0 <= opacity.min() <= opacity.max() <= 1.0 + 1e-6
+    assert (paint.abs() <= opacity + 1e-6).all()
+    assert opacity.max() > 0.99
+
+
+def test_paint_takes_its_colour_from_the_frame():
+    model, source = painting(), frames(1, 3, 32, 32)
+    with torch.no_grad():
+        model.own.fill_(-100.0)
+        red = torch.full((1, 3, 32, 32), -1.0)
+        red[:, 0] = 0.5
+        colours = model._colours(red)
+    torch.testing.assert_close(colours, torch.tensor([0.5, -1.0, -1.0]).expand(1, 3, 3))
+    assert (model._colours(source) - colours).abs().max() > 0.1
+
+
+def test_what_is_outside_its_bounds_can_come_back_but_is_not_pushed_further():
+    x = torch.tensor([-0.5, -0.5, 0.0, 0.5, 1.5, 1.5], requires_grad=True)
+    bounded = _Bounded.apply(x)
+    assert bounded.tolist() == [0.0, 0.0, 0.0, 0.5, 1.0, 1.0]
+    bounded.backward(torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0, -1.0]))
+    assert x.grad.tolist() == [0.0, -1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_its_own_emotion_as_target_changes_nothing():
+    model, source = painting(), frames(2, 3, 32, 32)
+    with torch.no_grad():
+        model.shown[-1].weight.zero_()
+        model.shown[-1].bias.copy_(torch.tensor([0.0, 200.0, 0.0]))  # confidently recognises a happy face
+        assert torch.equal(model(source, torch.tensor([1, 1])), source)
+        assert not torch.equal(model(source, torch.tensor([2, 2])), source)
+
+
+@pytest.mark.parametrize("driven_by", ["emotion", "reference"])
+def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
+    model = painting(driven_by=driven_by)
+    save_generator(tmp_path / "model", model)
+    again = load_generator(tmp_path / "model")
+    assert isinstance(again, WarpPaint)
+    assert again.config == model.config
+    source = frames(2, 3, 32, 32)
+    target = torch.tensor([1, 2]) if driven_by == "emotion" else frames(2, 3, 32, 32, seed=1)
+    assert torch.equal(again(source, target), model.eval()(source, target))
