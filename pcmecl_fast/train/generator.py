@@ -203,7 +203,8 @@ class _Terms:
                 known, read = self._seen_in(views[0], batch)
             if self.weights["pcmecl"]:
                 terms["pcmecl"] = self.criterion(*views, batch.row, batch.source, batch.target, source_features=known)
-            terms |= self.players.of_critic(edit.frames, batch.target) | edit.penalties
+            terms |= self.players.of_critic(edit.frames, batch.target)
+            terms |= {name: penalty.reshape(()) for name, penalty in edit.penalties.items()}
         if self.reader is None:
             terms |= self._pixels(batch.frames, edit.frames.float())
         else:

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 
-def fused_adam(parameters: Iterable[nn.Parameter], **options: Any) -> torch.optim.Adam:
+def fused_adam(*groups: Iterable[nn.Parameter], **options: Any) -> torch.optim.Adam:
     """`torch.optim.Adam` in one pass over memory where all parameters are real, which is what it takes.
 
     On a CPU the pass goes through memory without a look at strides. States that are loaded are therefore laid out as
     their parameters are: a checkpoint made on another device has its own layout.
 
     Args:
-        parameters: what it optimises.
+        groups: the parameters of each group, which has a rate of its own.
         options: Adam's.
     """
-    parameters = list(parameters)
-    adam = torch.optim.Adam(parameters, fused=all(x.is_floating_point() for x in parameters), **options)
+    listed = [{"params": list(parameters)} for parameters in groups]
+    real = all(x.is_floating_point() for group in listed for x in group["params"])
+    adam = torch.optim.Adam(listed, fused=real, **options)
     adam.register_load_state_dict_post_hook(_lay_out)
     return adam
 

@@ -16,6 +16,7 @@ from pcmecl_fast.models.discriminator import Scores, emotion_loss, naming_loss, 
 from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Stateful
+from pcmecl_fast.train.optimizers import fused_adam
 from pcmecl_fast.wording import name_some
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,7 +57,7 @@ class Players:
         self.generator = generator
         self.average = Average(generator, config.average)
         self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
-        self.optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99), fused=True)
+        self.optimizer = fused_adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
         self._rates = {self.optimizer: [config.lr]}
         self.critic: Critics | None = None
         self._fakes = config.emotion_fakes
@@ -66,10 +67,10 @@ class Players:
             )
             self.critic = laid_out(critic.to(device))
             self._judging = _over_ranks(_Judging(self.critic))
-            rates = {self.critic.patches: config.critic_lr, self.critic.emotion: config.emotion_lr}
-            groups = [{"params": x.parameters(), "lr": rate} for x, rate in rates.items() if x is not None]
-            self.critic_optimizer = torch.optim.Adam(groups, betas=(0.5, 0.99), fused=True)
-            self._rates[self.critic_optimizer] = [group["lr"] for group in self.critic_optimizer.param_groups]
+            rates = ((self.critic.patches, config.critic_lr), (self.critic.emotion, config.emotion_lr))
+            critics = [(x, rate) for x, rate in rates if x is not None]
+            self.critic_optimizer = fused_adam(*(x.parameters() for x, _ in critics), betas=(0.5, 0.99))
+            self._rates[self.critic_optimizer] = [rate for _, rate in critics]
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(device.type, dtype=half, enabled=config.amp != "none")
