@@ -57,7 +57,7 @@ class Players:
         self.generator = generator
         self.average = Average(generator, config.average)
         self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
-        self.optimizer = fused_adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.99))
+        self.optimizer = fused_adam(generator.parameters(), betas=(0.5, 0.99))
         self._rates = {self.optimizer: [config.lr]}
         self.critic: Critics | None = None
         self._fakes = config.emotion_fakes
@@ -71,6 +71,7 @@ class Players:
             critics = [(x, rate) for x, rate in rates if x is not None]
             self.critic_optimizer = fused_adam(*(x.parameters() for x, _ in critics), betas=(0.5, 0.99))
             self._rates[self.critic_optimizer] = [rate for _, rate in critics]
+        self.set_rates(1.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(device.type, dtype=half, enabled=config.amp != "none")
