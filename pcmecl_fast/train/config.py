@@ -322,7 +322,7 @@ class DemoConfig(TrainConfig):
 
     steps: int = 800
     """Optimiser steps of the generator."""
-    w_emotion: float = 3.0
+    w_emotion: float = 1.5
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     out: Path = Path("runs/demo")
     """Output folder."""
