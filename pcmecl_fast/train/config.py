@@ -259,7 +259,7 @@ class EditingOptions:
     """Weight of looking like a real frame."""
     w_emotion: float = 0.0
     """Weight of being named as the target emotion by a critic that learns it from the labelled frames; `demo` takes
-    3, which is measured on drawn faces alone."""
+    1.5, which is measured on drawn faces alone."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
