@@ -266,6 +266,25 @@ def test_the_page_shows_the_hosts_time_where_it_was_measured():
     assert [line.split(" | ")[-1] for line in with_host[2:6]] == ["host |", with_host[3], "80 µs |", " |"]
 
 
+def test_the_page_leads_with_the_fastest_of_the_other_sides(tmp_path, monkeypatch):
+    ratios = {
+        "open_clip": (1.7, 1.2),
+        "with F.sdpa": (0.98, None),
+        "ours, recomputed": (0.9, None),
+        "ours": (1.0, None),
+    }
+    rows = [
+        {"side": name, "note": "", "ratio": ratio, "target": target, "peak_mb": 2.0}
+        for name, (ratio, target) in ratios.items()
+    ]
+    results = {"tower float32": {"what": "a tower", "disagreement": None, "rows": rows}}
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "machine" / "compare.json").write_text(json.dumps(results))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    against = [line.split(" | ")[1:3] for line in report.overview_table()[2:]]
+    assert against == [["with F.sdpa", "0.98×"], ["open_clip", "1.70×"]]
+
+
 @pytest.mark.parametrize(("module", "measuring", "kept"), [(steps, "measure", "rows"), (scaling, "timer", "points")])
 def test_a_run_that_is_cut_off_keeps_what_it_has(module, measuring, kept, monkeypatch, tmp_path):
     whole, calls = getattr(module, measuring), []
