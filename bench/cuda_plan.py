@@ -1,29 +1,53 @@
-"""What an H100 would need for the CUDA kernels, predicted from their machine code: no measurement.
+"""What an H100 and an A100 would need for the CUDA kernels, predicted from their machine code: no measurement.
 
-    python -m bench.cuda_plan            print the table
-    python -m bench.cuda_plan --write    and put it into docs/kernels-cuda.md
+    python -m bench.cuda_plan            print the tables
+    python -m bench.cuda_plan --write    and put them into docs/kernels-cuda.md
 
-A launch's time is the longest of: its bytes at the memory's rate; its instructions at one a cycle and scheduler, in
-whole waves of the blocks that a multiprocessor holds; its exponentials at 16 a cycle and multiprocessor. The floor is
-the longest of the bytes and the exponentials alone. Neither counts latency, the launch itself or what misses a cache.
-Needs what bench.cuda_resources needs, built for sm_90.
+A launch's time is the longest of: its bytes at the memory's rate; its instructions at one a cycle and scheduler, on the
+multiprocessor that has most of them, in whole waves of the blocks that one holds; its exponentials at 16 a cycle and
+multiprocessor. The floor is the longest of the bytes and the exponentials alone. Neither counts latency, the launch
+itself, what misses a cache, nor that an A100's float32 units take two cycles for a warp. Needs what
+bench.cuda_resources needs, built for sm_80 and sm_90.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
-from bench.cuda_resources import Kernel, cuobjdump, read, write_between
+from bench.cuda_resources import DOCUMENT, Kernel, cuobjdump, read, write_between
 from pcmecl_fast.ops.backends import extension
 
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
-MULTIPROCESSORS, CLOCK, BYTES = 132, 1.98e9, 3.35e12  # of an H100 SXM, by its data sheet
 B, D, E, N = 65536, 512, 7, 512  # as bench/cases.py has them on a GPU
 Q = E * (E - 1) // 2
 STRIPS = D // 128  # of a warp's loads of four float32 numbers a lane
+STRETCHES = B // 1024  # of samples that are counted at once
 TREES, HEADS, TOKENS, WIDTH = 64, 8, 30, 64  # a prefix of nine, seven segments of three
+SEARCH = 3  # steps to find a token's segment
+PLANES, LARGE, SMALL, TAPS = 3 * 16, 256, 224, 6  # frames, bicubic
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by its data sheet; clocks and bandwidths as bench/triton_plans.py has them."""
+
+    name: str
+    arch: str
+    multiprocessors: int
+    clock: float  # Hz
+    bandwidth: float  # bytes/s
+    lanes: int  # float32 units of a multiprocessor
+
+    @property
+    def float32(self) -> float:
+        """Operations a second."""
+        return 2 * self.lanes * self.multiprocessors * self.clock
+
+
+DEVICES = (Device("H100", "sm_90", 132, 1.755e9, 3.35e12, 128), Device("A100", "sm_80", 108, 1.41e9, 1.94e12, 64))
 
 
 @dataclass
@@ -31,129 +55,283 @@ class Launch:
     """A launch, how many instructions its warps issue, and what else it needs."""
 
     what: str
+    device: Device
     kernel: Kernel
     instructions: float
     blocks: int
+    of_one: str  # the unit of work
+    units: float
     threads: int = 128
     shared: int = 0
     bytes: float = 0
     exponentials: float = 0
-    of_one: str = ""  # the unit of work
-    units: float = 1
+    bound: str = ""  # what a launch is bound by that may take more than twice its floor
+
+    @property
+    def held(self) -> int:
+        return self.kernel.blocks(self.threads, self.shared)
+
+    @property
+    def waves(self) -> float:
+        return self.blocks / (self.held * self.device.multiprocessors)
 
     def seconds(self) -> dict[str, float]:
-        at_once = self.kernel.blocks(self.threads, self.shared) * MULTIPROCESSORS
-        waves = ceil(self.blocks / at_once) * at_once / self.blocks if self.blocks > at_once else 1.0
+        device = self.device
+        on_busiest = ceil(self.waves) * self.held if self.waves > 1 else ceil(self.blocks / device.multiprocessors)
+        schedulers = min(4, ceil(self.threads / 32) * min(on_busiest, self.held))
         return {
-            "issue": self.instructions / (4 * MULTIPROCESSORS * CLOCK) * waves,
-            "memory": self.bytes / BYTES,
-            "exp2": self.exponentials / (16 * MULTIPROCESSORS * CLOCK),
+            "issue": self.instructions / self.blocks * on_busiest / (schedulers * device.clock),
+            "memory": self.bytes / device.bandwidth,
+            "exp2": self.exponentials / (16 * device.multiprocessors * device.clock),
         }
+
+    def predicted(self) -> float:
+        return max(self.seconds().values())
 
     def floor(self) -> float:
         times = self.seconds()
         return max(times["memory"], times["exp2"])
 
 
-def launches(kernels: list[Kernel]) -> list[Launch]:
-    of = {kernel.name: kernel for kernel in kernels if kernel.arch == "sm_90"}
-    features = 4.0 * B * D
-    forward, backward = of["forward_kernel<float, 4, 7> of Direction"], of["backward_kernel<float, 4, 7> of Direction"]
-    run, sums, fold = (
-        of["run_kernel<float, 4, 7> of Direction"],
-        of["sums_kernel<7, false> of Correlation"],
-        of["gradients_kernel<7, false> of Correlation"],
-    )
-    runs = 4 * MULTIPROCESSORS
-    logits, blocks_of_chunk = N * N * Q * Q, ceil(N / 32)
-    warps_of_correlation = N * ceil(N / 32)
-    of_logits = "quarter of the logits, 32 at a time"
-    found = [
-        Launch(
-            "`direction_loss` forward, contrast",
-            forward,
-            forward.issued(B, [B, B * STRIPS, B * STRIPS, B]),
-            bytes=2 * features,
-            blocks=B // 4,
-            of_one="sample",
-            units=B,
+def launches(kernels: list[Kernel], device: Device) -> list[Launch]:
+    """Of every operator, in the order of a call; those that bench's sizes have no use for are left out."""
+    of = {kernel.name: kernel for kernel in kernels if kernel.arch == device.arch}
+
+    def launch(what: str, name: str, count: Callable[[Kernel], float], **needs: object) -> Launch:
+        return Launch(what, device, of[name], count(of[name]), **needs)  # type: ignore[arg-type]
+
+    return [*_direction(launch, device), *_correlation(launch), *_tree(launch), *_frames(launch)]
+
+
+def _direction(launch: Callable[..., Launch], device: Device) -> list[Launch]:
+    features, runs, sample = 4.0 * B * D, 4 * device.multiprocessors, {"of_one": "sample", "units": B}
+    table = 4.0 * (runs + N) * E * D
+    strips = B * STRIPS
+
+    def trips(*each: float) -> Callable[[Kernel], float]:
+        return lambda kernel: kernel.issued(B, each)
+
+    return [
+        launch(
+            "`direction_loss` with contrast, `direction_logits`",
+            "forward_kernel<float, 4, 7> of Direction",
+            trips(B, strips, strips, B),
+            **sample, blocks=B // 4, bytes=2 * features,
         ),
-        Launch(
-            "its backward, features",
-            backward,
-            backward.issued(B, [B, B * STRIPS, B * STRIPS, B, B * STRIPS, B * STRIPS, 0, 0]),
-            bytes=4 * features,
-            blocks=B // 4,
-            of_one="sample",
-            units=B,
+        launch(
+            "`direction_loss` without contrast",
+            "forward_kernel<float, 4, 1> of Direction",
+            trips(B, strips, strips),
+            **sample, blocks=B // 4, bytes=2 * features,
         ),
-        Launch(
-            "its backward, bank",
-            run,
-            run.issued_around(4 * runs, 4 * B / 2),
-            blocks=runs,
-            shared=4 * E * E,
-            bytes=2 * features,
-            of_one="sample",
-            units=B,
+        launch(
+            "sum of the losses",
+            "parts_kernel of DirectionResult",
+            lambda kernel: kernel.issued(B / 128, [B / 128] * 6),
+            **sample, blocks=B // 1024, threads=256, bytes=20.0 * B,
         ),
-        Launch(
-            "`correlation_loss` sums",
-            sums,
-            pairs_issued(sums, warps_of_correlation),
-            blocks=N // 4 * blocks_of_chunk,
-            shared=4 * Q * 128,
-            exponentials=2 * logits,
-            of_one=of_logits,
-            units=logits / 32,
+        launch(
+            "gradient of the features, with contrast",
+            "backward_kernel<float, 4, 7> of Direction",
+            trips(B, strips, strips, B, strips, strips, 0, 0),
+            **sample, blocks=B // 4, bytes=4 * features,
         ),
-        Launch(
-            "its gradient of S",
-            fold,
-            pairs_issued(fold, warps_of_correlation),
-            blocks=N // 4 * blocks_of_chunk,
-            shared=4 * (Q + E * E) * 128,
-            exponentials=2 * logits,
-            of_one=of_logits,
-            units=logits / 32,
+        launch(
+            "the same without",
+            "backward_kernel<float, 4, 1> of Direction",
+            trips(B, strips, strips, strips, strips, 0, 0),
+            **sample, blocks=B // 4, bytes=4 * features,
         ),
-    ]
-    for way, trips, numbers in (("forward", [6, 3], 4), ("backward", [6, 3, 6, 3], 8)):
-        kernel, heads = of[f"{way}_kernel<BFloat16, 8, false> of Tree"], TREES * HEADS
-        # A warp of the backward takes one of two ways through the code: as often as there are tiles, each.
+        launch(
+            "samples of each individual counted",
+            "count_kernel of BankOrder",
+            lambda kernel: kernel.issued(STRETCHES, [0, STRETCHES * N / 128, 0, B / 128]),
+            **sample, blocks=STRETCHES, threads=32, bytes=8.0 * B + 4 * N * STRETCHES,
+            bound="a warp a multiprocessor, one step after the other",
+        ),
+        launch(
+            "counts added up",
+            "scan_kernel of BankOrder",
+            lambda kernel: kernel.issued(32, [0, 32 * 8, 0, 0, 32 * 31, 0, N * STRETCHES / 128]),
+            **sample, blocks=1, threads=1024, bytes=12.0 * N * STRETCHES,
+            bound="one block",
+        ),
+        launch(
+            "samples put in order",
+            "place_kernel of BankOrder",
+            lambda kernel: kernel.issued(STRETCHES, [0, B / 128]),
+            **sample, blocks=STRETCHES, threads=32, bytes=12.0 * B + 4 * N * STRETCHES,
+            bound="a warp a multiprocessor, one step after the other",
+        ),
+        launch(
+            "gradient of the bank",
+            "run_kernel<float, 4, 7> of Direction",
+            lambda kernel: kernel.issued_around(4 * runs, 4 * B / 2),
+            **sample, blocks=runs, shared=4 * E * E, bytes=2 * features + table,
+        ),
+        launch(
+            "its runs added up",
+            "add_runs_kernel<float> of BankOrder",
+            lambda kernel: kernel.issued(N * E * D / 32, [N * E * D / 32 * 3, 0]),
+            **sample, blocks=N * E * D // 128, bytes=table + 4.0 * N * E * D,
+        ),
+    ]  # fmt: skip
+
+
+def _correlation(launch: Callable[..., Launch]) -> list[Launch]:
+    logits, column_blocks, features = N * N * Q * Q, ceil(N / 32), 4.0 * N * E * D
+    warps = N * column_blocks
+    quarter = {"of_one": "quarter of the logits, 32 at a time", "units": logits / 32, "exponentials": 2.0 * logits}
+    individual = {"of_one": "individual", "units": N}
+    centred = (0, 16 * N, 48 * N, 0, 16 * N, 48 * N, 16 * N)
+    return [
+        launch(
+            "`correlation_loss`: differences prepared",
+            "changes_kernel<float, 4> of Changes",
+            lambda kernel: kernel.issued(4 * N, [*centred, *centred, 84 * N, 21 * N, 28 * N]),
+            **individual, blocks=N, bytes=4 * features,
+            bound="arithmetic of indices; instructions that branches skip are counted",
+        ),
+        launch(
+            "sums",
+            "sums_kernel<7, false> of Correlation",
+            lambda kernel: _pairs_issued(kernel, warps),
+            **quarter, blocks=N // 4 * column_blocks, shared=4 * Q * 128, bytes=4.0 * (N * E) ** 2,
+        ),
+        launch(
+            "the loss of the sums",
+            "result_kernel of CorrelationResult",
+            lambda kernel: kernel.issued(32, [N * Q / 32, *[32] * 7]),
+            **individual, blocks=1, threads=1024, bytes=24.0 * N * Q,
+            bound="one block",
+        ),
+        launch(
+            "gradient of S",
+            "gradients_kernel<7, false> of Correlation",
+            lambda kernel: _pairs_issued(kernel, warps),
+            **quarter, blocks=N // 4 * column_blocks, shared=4 * (Q + E * E) * 128, bytes=8.0 * (N * E) ** 2,
+        ),
+        launch(
+            "lengths and positives",
+            "finish_kernel<float> of CorrelationFinish",
+            lambda kernel: kernel.issued(4 * N, [21 * N, 21 * N, 28 * N, 112 * N, 112 * N, 16 * N]),
+            **individual, blocks=N, shared=12 * E * E, bytes=6 * features,
+            bound="arithmetic of indices; instructions that branches skip are counted",
+        ),
+    ]  # fmt: skip
+
+
+def _tree(launch: Callable[..., Launch]) -> list[Launch]:
+    heads, tiles = TREES * HEADS, TREES * HEADS * 2
+    # Sixteen tokens see one step of keys, the others two; as keys, two and one.
+    head = {"of_one": "head of a tree", "units": heads}
+    rows = float(heads * TOKENS * WIDTH)
+    half, single = "{}_kernel<BFloat16, 8, false> of Tree", "{}_kernel<4, 8> of Tree"
+    # Steps of four keys for each token, of four queries for each key; a warp of a backward takes one of two ways.
+    of_queries = heads * sum(ceil((token + 1 if token < 9 else 10 + token % 3) / 4) for token in range(TOKENS))
+    of_keys = heads * sum(ceil((TOKENS - token if token < 9 else 3 - token % 3) / 4) for token in range(TOKENS))
+    search = heads * SEARCH * (TOKENS - 9)
+    by_ones = ceil(heads * TOKENS / 4)
+
+    def issued(warps: float, *trips: float) -> Callable[[Kernel], float]:
+        return lambda kernel: kernel.issued(warps, trips)
+
+    return [
+        launch(
+            "`tree_attention` in bfloat16",
+            half.format("forward"),
+            issued(tiles, tiles * SEARCH, heads * 3),
+            **head, blocks=tiles // 4, bytes=8 * rows,
+        ),
+        launch(
+            "⟨grad, out⟩ of its queries",
+            half.format("means"),
+            issued(tiles, tiles * SEARCH, heads * 5),
+            **head, blocks=tiles // 4, bytes=8 * rows,
+        ),
+        launch(
+            "its gradient in bfloat16",
+            half.format("backward"),
+            issued(tiles, tiles * SEARCH, heads * 3, tiles * SEARCH, heads * 3),
+            **head, blocks=tiles // 4 * 2, bytes=14 * rows,
+        ),
+        launch(
+            "`tree_attention` in float32",
+            single.format("forward"),
+            issued(heads * TOKENS, search, of_queries),
+            **head, blocks=by_ones, bytes=16 * rows,
+            bound="a warp a token: half of it sets up",
+        ),
+        launch(
+            "its gradient in float32",
+            single.format("backward"),
+            issued(heads * TOKENS, search, of_queries, search, of_keys),
+            **head, blocks=2 * by_ones, bytes=32 * rows,
+            bound="a warp a token: half of it sets up",
+        ),
+    ]  # fmt: skip
+
+
+def _frames(launch: Callable[..., Launch]) -> list[Launch]:
+    found = []
+    for what, after in (("`clip_frames`", SMALL), ("its gradient", LARGE)):
+        blocks = PLANES * ceil(after / 16) * ceil(after / 64)
+        warps = 8 * blocks  # each mixes two rows of 128 old columns, then adds up its new columns
+        # Sixteen taps at a time, then four; as many of columns.
+        trips = [0, 2 * warps * (TAPS // 16), 2 * warps * (TAPS % 16 // 4), 2 * warps, warps * (TAPS // 4), warps]
         found.append(
-            Launch(
-                f"`tree_attention` {way}, bfloat16",
-                kernel,
-                kernel.issued(2 * heads, [heads * each for each in trips]),
-                blocks=heads * 2 // 4 * (1 if way == "forward" else 2),
-                bytes=2.0 * numbers * heads * TOKENS * WIDTH,
-                of_one="head of a tree",
-                units=heads,
+            launch(
+                what,
+                "resize_kernel<float, 4> of Frames",
+                lambda kernel, warps=warps, trips=trips: kernel.issued(warps, trips),
+                of_one="16 × 64 pixels", units=blocks, blocks=blocks, threads=256, shared=16 * 132 * 4,
+                bytes=4.0 * PLANES * (LARGE**2 + SMALL**2),
+                bound="arithmetic of indices; instructions that branches skip are counted",
             )
-        )
+        )  # fmt: skip
     return found
 
 
-def pairs_issued(kernel: Kernel, warps: int) -> float:
+def _pairs_issued(kernel: Kernel, warps: int) -> float:
     """Of the kernels over S: two loops inside each other over pairs of emotions, then those that write parts."""
     inside, around = kernel.loops()[:2]
     return warps * (Q * inside + (E - 1) * (around - inside) + len(kernel._addresses()) - sum(kernel.loops()[1:]))
 
 
 def table(found: list[Launch]) -> str:
+    device = found[0].device
     lines = [
-        "| launch | registers | blocks | instructions of one | issue | memory | exp2 | predicted | floor |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"### {device.name}, {device.arch}\n",
+        "| launch | registers | blocks | waves | instructions of one | issue | memory | exp2 | predicted | floor |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:
-        times = one.seconds()
-        shown = [f"{1e6 * time:.1f} µs" if time else "–" for time in times.values()]
-        predicted = f"{1e6 * max(times.values()):.1f} µs | {1e6 * one.floor():.1f} µs |"
+        shown = [_time(time) for time in one.seconds().values()]
         per_unit = f"{one.instructions / one.units:.4g} a {one.of_one}"
-        held = one.kernel.blocks(one.threads, one.shared)
-        lines.append(f"| {one.what} | {one.kernel.registers} | {held} | {per_unit} | {' | '.join(shown)} | {predicted}")
+        bound = f" ({one.bound})" if one.predicted() > 2 * one.floor() else ""
+        lines.append(
+            f"| {one.what} | {one.kernel.registers} | {one.held} | {one.waves:.2g} | {per_unit} | "
+            f"{' | '.join(shown)} | {_time(one.predicted())}{bound} | {_time(one.floor())} |"
+        )
+    operations = 2 * (N * E) ** 2 * D
+    product = max(operations / device.float32, 4 * ((N * E) ** 2 + 2 * N * E * D) / device.bandwidth)
+    lines.append(
+        f"| each product of `correlation_loss`: V Tᵀ, dS T, dSᵀ V | cuBLAS's | | | | | | | – | {_time(product)} |"
+    )
     return "\n".join(lines) + "\n"
+
+
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f} µs" if seconds >= 5e-8 else f"{1e6 * seconds:.2f} µs" if seconds else "–"
+
+
+def tables(kernels: list[Kernel]) -> str:
+    return "\n".join(table(launches(kernels, device)) for device in DEVICES)
+
+
+def written() -> str:
+    """What the document holds."""
+    return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
 
 
 def main(arguments: list[str]) -> int:
@@ -161,7 +339,7 @@ def main(arguments: list[str]) -> int:
     if path is None or tool is None:
         print("needs the built CUDA extension and cuobjdump", file=sys.stderr)
         return 1
-    text = table(launches(read(path, tool)))
+    text = tables(read(path, tool))
     if "--write" in arguments:
         write_between(BEGIN, END, text)
     else:

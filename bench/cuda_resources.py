@@ -38,10 +38,11 @@ class Kernel:
     code: str = field(repr=False, default="")
 
     def blocks(self, threads: int, shared: int = 0) -> int:
-        """How many blocks of as many threads an H100's multiprocessor holds, with bytes of requested shared memory."""
+        """How many blocks of as many threads a multiprocessor of an A100 (sm_80) or H100 (sm_90) holds, with bytes of
+        requested shared memory."""
         of_warp = (self.registers * 32 + 255) // 256 * 256
         by_registers = 65536 // of_warp // ((threads + 31) // 32)
-        by_shared = (228 << 10) // (shared + self.shared + 1024)
+        by_shared = ((164 if self.arch == "sm_80" else 228) << 10) // (shared + self.shared + 1024)
         return min(by_registers, by_shared, 2048 // threads, 32)
 
     def loops(self) -> list[int]:
@@ -82,7 +83,8 @@ class Kernel:
     def _spans(self) -> list[tuple[int, int]]:
         """The addresses where loops begin and end."""
         lines, end = self._lines()
-        branch = re.compile(r"@!?U?P\w+ BRA(?:\.U)?(?: !?U?P\w+,)? `?\(?(0x[0-9a-f]+)")
+        # In sm_80's code a loop may also end in a conditional way out and a branch back without a condition.
+        branch = re.compile(r"(?:@!?U?P\w+ )?BRA(?:\.U)?(?: !?U?P\w+,)? `?\(?(0x[0-9a-f]+)")
         found = [(branch.match(text), address) for address, text in lines[:end]]
         return [(int(target[1], 16), address) for target, address in found if target and int(target[1], 16) <= address]
 

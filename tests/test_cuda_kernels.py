@@ -6,8 +6,9 @@ import torch
 from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation
 from modes import Seen
 from operators import make, seed, value_and_gradients
-from tolerances import assert_close_for
+from tolerances import TOLERANCES, assert_close_for
 from torch import Tensor
+from torch.testing import assert_close
 
 from pcmecl_fast.ops import PromptTree, correlation_loss, tree_attention
 from pcmecl_fast.ops.backends.cuda import direction
@@ -33,24 +34,42 @@ TREES = [(1, (40,)), (16, (1,) * 20), (17, (15, 17, 1)), (40, (3, 5)), (1, (1,))
 @pytest.mark.parametrize(("prefix", "segments"), TREES, ids=str)
 def test_tiles_of_a_tree_end_anywhere(prefix, segments, width, dtype):
     layout = PromptTree(prefix, segments)
-    qkv = make("tree_attention", people=2, heads=3, layout=layout, width=width, dtype=dtype).floats[0]
-    out = tree_attention(qkv, layout, backend="cuda")
-    grad = torch.randn(out.shape, generator=seed(1), dtype=torch.float64).to(dtype)
-    (gradient,) = torch.autograd.grad(out, qkv, grad)
-    expected, expected_gradient = attention_in_float64(qkv.detach(), layout, grad, out.detach())
-    assert_close_for(dtype)(out, expected)
-    assert_close_for(dtype)(gradient, expected_gradient)
+    qkv = make("tree_attention", people=2, heads=3, layout=layout, width=width, dtype=dtype).floats[0].detach()
+    grad = torch.randn(2, layout.length, 3, width, generator=seed(1), dtype=torch.float64)
+    check_attention(qkv, layout, grad.to(dtype))
 
 
-def attention_in_float64(qkv, layout, grad, rounded):
-    """The result, and the gradient by the result as it was rounded, whose errors add up over the queries of a key."""
-    q, k, v = qkv.double().permute(2, 0, 3, 1, 4)
-    grad, rounded = (x.double().transpose(1, 2) for x in (grad, rounded))
-    logits = (q @ k.transpose(-1, -2)) / q.shape[-1] ** 0.5
-    weights = logits.masked_fill(~layout.mask(), -torch.inf).softmax(-1)
-    of_logits = weights * (grad @ v.transpose(-1, -2) - (grad * rounded).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
-    gradients = of_logits @ k, of_logits.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
-    return (weights @ v).transpose(1, 2), torch.stack(gradients).permute(1, 3, 0, 2, 4)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_a_key_that_many_see_do_not_add_up_what_the_result_was_rounded_by(dtype):
+    layout = PromptTree(3, (2,) * 120)
+    qkv = make("tree_attention", people=1, heads=1, layout=layout, width=16).floats[0].detach()
+    qkv[:, :, 2] += 20  # what all values share takes the result's bits, and has no gradient
+    check_attention(qkv.to(dtype), layout, torch.ones(1, layout.length, 1, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 300.0])
+@pytest.mark.parametrize("width", [16, 72])
+def test_in_float16_gradients_of_logits_may_lie_beyond_its_range(width, size):
+    layout = PromptTree(3, (20, 3, 1))
+    qkv = make("tree_attention", people=2, heads=2, layout=layout, width=width).floats[0].detach()
+    qkv[:, :, :2] *= 1e-3 / size  # gradients of queries and keys are within the range again
+    qkv[:, :, 2] *= 200
+    grad = size * torch.randn(2, layout.length, 2, width, generator=seed(1))
+    grad[:, ::5] *= 20  # some queries' are far larger than those of the others
+    check_attention(qkv.half(), layout, grad.half(), least=max(size * 1e-5, 1e-6))
+
+
+def check_attention(qkv: Tensor, layout: PromptTree, grad: Tensor, least: float = 0.0) -> None:
+    """Result and gradient are the reference's in float64 from the same inputs, the gradient up to `least` if given."""
+    out = tree_attention(qkv.requires_grad_(), layout, backend="cuda")
+    exact = qkv.detach().double().requires_grad_()
+    expected = tree_attention(exact, layout, backend="reference")
+    assert_close_for(qkv.dtype)(out, expected)
+    (gradient,), (exact_gradient,) = (
+        torch.autograd.grad(y, x, grad.to(y.dtype)) for y, x in ((out, qkv), (expected, exact))
+    )
+    tolerances = {**TOLERANCES[qkv.dtype], **({"atol": least} if least else {})}
+    assert_close(gradient.double(), exact_gradient, **tolerances)
 
 
 @pytest.mark.parametrize(("people", "emotions", "width"), [(1, 7, 140), (3, 7, 1040), (2, 20, 33), (60, 2, 8)])

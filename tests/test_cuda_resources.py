@@ -3,7 +3,6 @@
 Needs no GPU.
 """
 
-import re
 from math import ceil
 
 import pytest
@@ -26,9 +25,8 @@ def test_every_operator_is_there_for_every_architecture(kernels):
         assert {(arch, name) for name in ("Direction", "Correlation", "Tree", "Frames")} <= of
 
 
-def test_only_heads_wider_than_128_spill(kernels):
-    spilled = {kernel.name for kernel in kernels if kernel.spills}
-    assert all(re.fullmatch(r"backward_kernel<\d, 32> of Tree", name) for name in spilled), spilled
+def test_only_unaligned_heads_wider_than_128_spill(kernels):
+    assert {kernel.name for kernel in kernels if kernel.spills} <= {"backward_kernel<1, 32> of Tree"}
 
 
 @pytest.mark.parametrize("name", ["forward_kernel<{}> of Direction", "backward_kernel<{}> of Direction"])
@@ -100,7 +98,7 @@ def test_attention_on_tensor_cores_fills_a_multiprocessor(kernels, of):
         assert kernel.spills == kernel.atomics == 0
         assert kernel.blocks(128) >= (3 if "forward" in kernel.name else 2), kernel
         if "8, " in kernel.name:
-            assert kernel.wide_loads >= kernel.loads * 0.8, kernel
+            assert kernel.wide_loads >= kernel.loads * 0.75, kernel
 
 
 def test_nothing_is_added_up_by_atomics(kernels):
@@ -131,10 +129,45 @@ def test_a_logit_of_the_correlations_takes_few_instructions(kernels, emotions, n
     assert gradients.stores_in_loop(1) == 1
 
 
-def test_what_the_plan_predicts_is_within_twice_the_floor(kernels):
-    if not any(kernel.arch == "sm_90" for kernel in kernels):
-        pytest.skip("the bounds are for sm_90")
-    for launch in cuda_plan.launches(kernels):
-        assert max(launch.seconds().values()) <= 2 * launch.floor(), launch.what
-        assert launch.kernel.spills == 0
-        assert launch.kernel.blocks(launch.threads, launch.shared) >= 2
+@pytest.fixture(scope="module", params=cuda_plan.DEVICES, ids=lambda device: device.name)
+def planned(request, kernels):
+    """The launches on a device."""
+    if not any(kernel.arch == request.param.arch for kernel in kernels):
+        pytest.skip(f"the extension has no code for {request.param.arch}")
+    return cuda_plan.launches(kernels, request.param)
+
+
+def test_what_the_plan_predicts_is_within_twice_the_floor_or_says_what_it_is_bound_by(planned):
+    for launch in planned:
+        predicted, floor = launch.predicted(), launch.floor()
+        if launch.bound:
+            assert predicted <= max(4 * floor, 8e-6), launch.what
+        else:
+            assert predicted <= 2 * floor, launch.what
+
+
+def test_every_main_kernel_keeps_its_registers_and_shares_a_multiprocessor(planned):
+    for launch in planned:
+        assert launch.kernel.spills == 0, launch.what
+        assert launch.kernel.blocks(launch.threads, launch.shared) >= 2, launch.what
+        if "Frames" in launch.kernel.name:
+            assert launch.kernel.registers <= 100
+        if "BFloat16" in launch.kernel.name:
+            assert launch.kernel.tensor
+
+
+def test_the_document_holds_the_plan_of_the_built_extension(kernels):
+    missing = {device.arch for device in cuda_plan.DEVICES} - {kernel.arch for kernel in kernels}
+    if missing:
+        pytest.skip(f"the extension has no code for {', '.join(sorted(missing))}")
+    assert cuda_plan.written() == cuda_plan.tables(kernels).strip(), "run python -m bench.cuda_plan --write"
+
+
+def test_a_loop_may_end_in_a_branch_without_a_condition():
+    code = "".join(
+        f"/*{address:04x}*/  {text} ;\n"
+        for address, text in enumerate(["MOV", "ISETP", "@P0 CALL.REL.NOINC 0x4", "BRA 0x1", "EXIT", "BRA 0x5"])
+    )
+    kernel = cuda_resources.Kernel("sm_80", "loop", 32, 0, 0, 0, 0, 0, 0, code)
+    assert kernel.loops() == [3]
+    assert kernel.issued(1, [10]) == 2 + 3 * 10

@@ -292,11 +292,12 @@ struct Own {
   // step(x, y, xy, along the row?) for this thread's rows and columns.
   template <typename Step>
   __device__ void for_lines(Step&& step) const {
-    for (int x = 0, pair = 0; x < emotions; ++x)
-      for (int y = x + 1; y < emotions; ++y, ++pair) {
-        if (2 * pair % kThreads == int(threadIdx.x)) step(x, y, pair, true);
-        if ((2 * pair + 1) % kThreads == int(threadIdx.x)) step(x, y, pair, false);
-      }
+    for (int line = int(threadIdx.x); line < 2 * pairs; line += kThreads) {
+      const int pair = line % pairs;
+      int x = 0, first = 0;  // pairs from emotion x on
+      while (pair >= first + emotions - 1 - x) first += emotions - 1 - x++;
+      step(x, x + 1 + pair - first, pair, line < pairs);
+    }
   }
 
   // Σ over a row, or a column, of f(logit, ab, cd).

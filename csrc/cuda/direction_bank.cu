@@ -19,6 +19,26 @@ constexpr int kThreads = 128;       // of the bank's kernel at most
 constexpr int kScanThreads = 1024;  // of the block that adds counts up
 constexpr int kGroup = 8;           // emotions of a block, at most
 
+// Which lanes hold the same number as this one, a bit each.
+__device__ __forceinline__ unsigned lanes_with(int number) {
+#ifdef __CUDA_ARCH__
+  return __match_any_sync(kAllLanes, number);
+#else
+  unsigned lanes = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    lanes |= unsigned(__shfl_sync(kAllLanes, number, lane) == number) << lane;
+  return lanes;
+#endif
+}
+
+__device__ __forceinline__ int count_bits(unsigned bits) {
+#ifdef __CUDA_ARCH__
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
 // A warp's stretch of the samples, 32 at a time: step(sample, individual, rank, size) with the lane's place among those
 // lanes that hold the same individual, and their number. Lanes behind the end have the individual −1.
 template <typename Step>
@@ -28,14 +48,8 @@ __device__ void for_stretch(const BankOrder& order, Step&& step) {
   for (int first = begin; first < end; first += kWarpSize) {
     const int sample = first + lane_of_thread();
     const int individual = sample < end ? int(order.individual[sample]) : -1;
-    int rank = 0, size = 0;
-#pragma unroll
-    for (int lane = 0; lane < kWarpSize; ++lane) {
-      const bool same = __shfl_sync(kAllLanes, individual, lane) == individual;
-      rank += same && lane < lane_of_thread();
-      size += same;
-    }
-    step(sample, individual, rank, size);
+    const unsigned same = lanes_with(individual), below = (1u << lane_of_thread()) - 1;
+    step(sample, individual, count_bits(same & below), count_bits(same));
     __syncwarp();  // the counts are what the next ones begin from
   }
 }
@@ -75,11 +89,13 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(const BankOrder orde
   __syncthreads();
   int place = up_to - own;
   for (int warp = 0; warp < warp_of_thread(); ++warp) place += warps[warp];
+  int individual = int(begin / order.stretches), stretch = int(begin % order.stretches);
   for (int64_t at = begin; at < end; ++at) {
-    if (at % order.stretches == 0) order.first[at / order.stretches] = place;
+    if (stretch == 0) order.first[individual] = place;
     const int count = order.counts[at];
     order.counts[at] = place;
     place += count;
+    if (++stretch == order.stretches) stretch = 0, ++individual;
   }
   if (threadIdx.x == 0) order.first[order.individuals] = order.samples;
 }

@@ -217,10 +217,11 @@ struct Tree {
   int64_t people;
   int heads, width;  // width at most 256
   const T* qkv;      // (N, S, 3, H, d)
-  T* out;            // (N, S, H, d), in the backward an input
+  T* out;            // (N, S, H, d), in the backward an input, of float32 alone
   float* lse;        // (N, H, S), likewise
   const T* grad;     // (N, S, H, d)
   T* grad_qkv;       // (N, S, 3, H, d)
+  float* means;      // (N, H, S): ⟨grad, out⟩ of each query, made on the way; half types only, else null
 };
 
 template <typename T>

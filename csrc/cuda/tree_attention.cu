@@ -66,6 +66,21 @@ __device__ __forceinline__ float dot(const float (&x)[P], const float (&y)[P]) {
   return sum_over<kGroup>(total);
 }
 
+// The same with a row that is read on the way and takes no registers.
+template <int V, int P>
+__device__ __forceinline__ float dot_with(const float (&x)[P], const float* row, int width, bool wanted) {
+  float total = 0;
+#pragma unroll
+  for (int part = 0; part < P / V; ++part) {
+    const int k = (part * kGroup + lane_of_thread() % kGroup) * V;
+    float values[V] = {};
+    if (wanted && k < width) load(row + k, values);
+#pragma unroll
+    for (int v = 0; v < V; ++v) total += x[part * V + v] * values[v];
+  }
+  return sum_over<kGroup>(total);
+}
+
 template <int P>
 __device__ __forceinline__ void add(float (&to)[P], float by, const float (&x)[P]) {
 #pragma unroll
@@ -159,11 +174,10 @@ __device__ void write_query(const Item& item) {
   const Tree<float>& args = item.args;
   const Keys keys(item.layout, item.token);
   const float scale = 1 / sqrtf(float(args.width)), lse = args.lse[item.of_lse(item.token)] * kLog2e;
-  float query[P], grad[P], out[P], sums[P] = {};
+  float query[P], grad[P], sums[P] = {};
   load_row<V>(args.qkv + item.packed(item.token, 0), args.width, true, query);
   load_row<V>(args.grad + item.plain(item.token), args.width, true, grad);
-  load_row<V>(args.out + item.plain(item.token), args.width, true, out);
-  const float mean = dot(grad, out);
+  const float mean = dot_with<V>(grad, args.out + item.plain(item.token), args.width, true);
   for (int first = 0; first < keys.count; first += kGroups) {
     const bool seen = first + group_of_thread() < keys.count;
     const int token = seen ? keys[first + group_of_thread()] : 0;
@@ -187,13 +201,12 @@ __device__ void write_key(const Item& item) {
   for (int first = item.token; first < end; first += kGroups) {
     const bool sees = first + group_of_thread() < end;
     const int token = sees ? first + group_of_thread() : item.token;
-    float query[P], grad[P], out[P];
-    load_row<V>(args.qkv + item.packed(token, 0), args.width, sees, query);
+    float query[P], grad[P];
     load_row<V>(args.grad + item.plain(token), args.width, sees, grad);
-    load_row<V>(args.out + item.plain(token), args.width, sees, out);
+    const float of_weight = dot(grad, value) - dot_with<V>(grad, args.out + item.plain(token), args.width, sees);
+    load_row<V>(args.qkv + item.packed(token, 0), args.width, sees, query);
     const float lse = args.lse[item.of_lse(token)] * kLog2e;
     const float weight = exp2_fast(dot(query, key) * (scale * kLog2e) - lse);
-    const float of_weight = dot(grad, value) - dot(grad, out);
     add(to_value, sees ? weight : 0.0f, grad);
     add(to_key, sees ? weight * of_weight : 0.0f, query);
   }

@@ -6,12 +6,15 @@
 // eight neighbours of a row; the result is one along the keys, whose columns are free, so that they are again. Every
 // row is read and written 16 bytes at a time, straight from and to memory: nothing is shared, nothing waits.
 //
-// Backward, one launch: half of the warps own tokens as queries and write their dQ, half own them as keys: they visit
-// the queries that see them, and write dK and dV. Nothing is atomic. ⟨grad, out⟩ of a query is recomputed where it is
-// needed. Softmax and sums are in float32; weights and their gradients enter products as two numbers of the type.
+// Backward, two launches. The first writes each query's ⟨grad, out⟩ as Σ weight · ⟨grad, value⟩: by the result that was
+// rounded, a query's gradients of logits would not add up to 0, and what they err by adds up over the queries of a key.
+// In the second, half of the warps own tokens as queries and write their dQ, half own them as keys: they visit the
+// queries that see them, and write dK and dV. Nothing is atomic. Softmax and sums are in float32; weights and their
+// gradients enter products as two numbers of the type, in float16 times a power of two (`Range`).
 //
 // Bytes: q, k, v once from memory (the keys again from the cache), out. Of 16 queries against 16 keys, 64 features
-// wide: 32 products of 16×8×16 forward, 40 + 48 backward. Bound by the latency of the cache at a prompt tree's size.
+// wide: 32 products of 16×8×16 forward, 16 + 32 + 48 backward. Bound by the latency of the cache at a prompt tree's
+// size.
 #include "kernels.h"
 #include "scale.h"
 #include "tensor_cores.h"
@@ -28,7 +31,7 @@ constexpr int kFeatures = 64;     // of a warp's result
 constexpr int kStep = 32;         // features that a load by a warp takes of each row
 constexpr float kNoKey = -1e30f;  // finite, so that no difference is NaN
 
-int parts_of(int width) { return (width + kFeatures - 1) / kFeatures; }
+__host__ __device__ inline unsigned parts_of(int width) { return unsigned(width + kFeatures - 1) / kFeatures; }
 
 int tiles_of(int tokens) { return (tokens + kTokens - 1) / kTokens; }
 
@@ -52,9 +55,9 @@ struct Tile {
   int head, token, column;  // the first of its tokens and of its features
   bool inside;
 
-  __device__ Tile(const Tree<T>& args, const TreeLayout& layout, unsigned block, unsigned blocks_of_person)
+  __device__ Tile(
+      const Tree<T>& args, const TreeLayout& layout, unsigned block, unsigned blocks_of_person, unsigned parts)
       : args(args), layout(layout), person(block / blocks_of_person) {
-    const unsigned parts = unsigned(args.width + kFeatures - 1) / kFeatures;
     const unsigned tiles = unsigned(layout.tokens + kTokens - 1) / kTokens;
     const unsigned number = (block - person * blocks_of_person) * kWarps + warp_of_thread();
     const unsigned rest = number / parts;
@@ -134,16 +137,6 @@ struct Left {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ float dot(const Eight& x, const Eight& y, float total) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    total += lower<T>(x.values[k]) * lower<T>(y.values[k]);
-    total += upper<T>(x.values[k]) * upper<T>(y.values[k]);
-  }
-  return total;
-}
-
 // The four rows that a lane holds of sixteen, as the right side of products along the tokens.
 template <typename T, int V>
 struct Right {
@@ -220,7 +213,7 @@ struct Keys {
 template <typename T, int V, bool wide>
 __global__ void __launch_bounds__(kThreads, V == 8 ? 4 : 3)
     forward_kernel(const Tree<T> args, const TreeLayout layout, unsigned blocks_of_person) {
-  const Tile<T> tile(args, layout, blockIdx.x, blocks_of_person);
+  const Tile<T> tile(args, layout, blockIdx.x, blocks_of_person, parts_of(args.width));
   if (!tile.inside) return;
   const Left<T, V, wide> queries(tile.packed(args.qkv, 0), tile.token, layout.tokens, args.width);
   const Rows<const T> key_rows = tile.packed(args.qkv, 1), value_rows = tile.packed(args.qkv, 2);
@@ -277,52 +270,127 @@ __global__ void __launch_bounds__(kThreads, V == 8 ? 4 : 3)
   write<V>(tile.plain(args.out), tile, sums, inverse);
 }
 
+// Sixteen queries with their gradients, as both launches of the backward know them.
+template <typename T, int V, bool wide>
+struct Queries {
+  Left<T, V, wide> rows, grads;
+  Rows<const T> key_rows, value_rows;
+  Keys keys;
+  float scale, lse[2];
+
+  __device__ __forceinline__ explicit Queries(const Tile<T>& tile)
+      : rows(tile.packed(tile.args.qkv, 0), tile.token, tile.layout.tokens, tile.args.width),
+        grads(tile.plain(tile.args.grad), tile.token, tile.layout.tokens, tile.args.width),
+        key_rows(tile.packed(tile.args.qkv, 1)), value_rows(tile.packed(tile.args.qkv, 2)),
+        keys(tile.layout, tile.token), scale(kLog2e / sqrtf(float(tile.args.width))) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) lse[row] = tile.args.lse[of_lse(tile, row)] * kLog2e;
+  }
+
+  __device__ static int64_t of_lse(const Tile<T>& tile, int row) {
+    return tile.of_lse(at_most(tile.token + group_of_lane() + 8 * row, tile.layout.tokens - 1));
+  }
+
+  // Of the eight keys from `first` on: their weights, 0 where a query does not see them, and the weights' gradients.
+  __device__ __forceinline__ void measure(int first, float (&weights)[4], float (&grad_weights)[4]) const {
+    const int token = keys.token(first + group_of_lane());
+    rows.times(key_rows[token], weights);
+    grads.times(value_rows[token], grad_weights);
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+      const float weight = exp2_fast(weights[at] * scale - lse[at / 2]);
+      weights[at] = keys.sees(at / 2, first + 2 * pair_of_lane() + at % 2) ? weight : 0.0f;
+    }
+  }
+};
+
+template <typename T, int V, bool wide>
+__global__ void __launch_bounds__(kThreads, V == 8 ? 4 : 3)
+    means_kernel(const Tree<T> args, const TreeLayout layout, unsigned blocks_of_person) {
+  const Tile<T> tile(args, layout, blockIdx.x, blocks_of_person, 1);
+  if (!tile.inside) return;
+  const Queries<T, V, wide> queries(tile);
+  float mean[2] = {}, total[2] = {};
+  for (int first = 0; first < queries.keys.count; first += kTokens / 2) {
+    float weights[4] = {}, grad_weights[4] = {};
+    queries.measure(first, weights, grad_weights);
+#pragma unroll
+    for (int at = 0; at < 4; ++at) {
+      if (weights[at] == 0) continue;  // what is not seen may be anything
+      mean[at / 2] += weights[at] * grad_weights[at];
+      total[at / 2] += weights[at];
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    mean[row] = sum_over<4>(mean[row]) / sum_over<4>(total[row]);  // the weights' sum is 1 but for the rounding of lse
+    if (pair_of_lane() == 0 && tile.token + group_of_lane() + 8 * row < layout.tokens)
+      args.means[Queries<T, V, wide>::of_lse(tile, row)] = mean[row];
+  }
+}
+
+// Float16 ends at 65504 and has few bits near 0, where gradients of logits may lie: they enter products times a power
+// of two for each row, which follows the largest so far, and so do the sums. Other types have float's exponents.
+template <typename T>
+struct Range {
+  static constexpr bool kNeeded = std::is_same_v<T, Half>;
+  int exponent[2] = {253, 253};  // as float has it, 127 for 1; of this lane's two rows
+
+  __device__ __forceinline__ void fit(float (&numbers)[2][4], float (&sums)[8][4]) {
+    if constexpr (!kNeeded) return;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float most = 0;
+#pragma unroll
+      for (int at = 0; at < 4; ++at) most = fmaxf(most, fabsf(numbers[at / 2][2 * row + at % 2]));
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+      const int fitting = 127 + 14 - (int(bits_of(most) >> 23) - 127), before = exponent[row];
+      exponent[row] = at_most(before, fitting);
+      const float by = power(exponent[row]), change = power(exponent[row] - before + 127);
+#pragma unroll
+      for (int at = 0; at < 4; ++at) numbers[at / 2][2 * row + at % 2] *= by;
+#pragma unroll
+      for (int t = 0; t < 8; ++t) sums[t][2 * row] *= change, sums[t][2 * row + 1] *= change;
+    }
+  }
+
+  // What the sums of a row have to be multiplied with.
+  __device__ __forceinline__ float inverse(int row) const { return kNeeded ? power(254 - exponent[row]) : 1.0f; }
+
+  __device__ static float power(int exponent) { return float_of(uint32_t(exponent > 0 ? exponent : 0) << 23); }
+};
+
 // dQ of sixteen queries.
 template <typename T, int V, bool wide>
 __device__ __forceinline__ void write_queries(const Tile<T>& tile) {
   const Tree<T>& args = tile.args;
-  const int tokens = tile.layout.tokens;
-  const Left<T, V, wide> queries(tile.packed(args.qkv, 0), tile.token, tokens, args.width);
-  const Left<T, V, wide> grads(tile.plain(args.grad), tile.token, tokens, args.width);
-  const Rows<const T> key_rows = tile.packed(args.qkv, 1), value_rows = tile.packed(args.qkv, 2);
-  const Keys keys(tile.layout, tile.token);
+  const Queries<T, V, wide> queries(tile);
+  const Keys& keys = queries.keys;
   const float scale = 1 / sqrtf(float(args.width));
-  const Left<T, V, true> outs(tile.plain(static_cast<const T*>(args.out)), tile.token, tokens, args.width);
-  float lse[2], mean[2] = {}, sums[8][4] = {};
-  grads.for_steps([&](int step, const Eight(&grad)[2]) {
-    Eight out[2];
-    outs.read(step, out);
+  float mean[2], sums[8][4] = {};
+  Range<T> range;
 #pragma unroll
-    for (int row = 0; row < 2; ++row) mean[row] = dot<T>(grad[row], out[row], mean[row]);
-  });
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const int token = at_most(tile.token + group_of_lane() + 8 * row, tokens - 1);
-    mean[row] = sum_over<4>(mean[row]);
-    lse[row] = args.lse[tile.of_lse(token)] * kLog2e;
-  }
+  for (int row = 0; row < 2; ++row) mean[row] = args.means[Queries<T, V, wide>::of_lse(tile, row)];
 
   for (int first = 0; first < keys.count; first += kTokens) {
-    const Right<T, V> of_keys(tile.column, args.width, [&](int k) { return key_rows[keys.token(first + k)]; });
+    const Right<T, V> of_keys(tile.column, args.width, [&](int k) { return queries.key_rows[keys.token(first + k)]; });
     float grad_logits[2][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (first + 8 * half >= keys.count) continue;
-      const int token = keys.token(first + 8 * half + group_of_lane());
-      float logits[4] = {}, grad_weights[4] = {};
-      queries.times(key_rows[token], logits);
-      grads.times(value_rows[token], grad_weights);
+      float grad_weights[4] = {};
+      queries.measure(first + 8 * half, grad_logits[half], grad_weights);
 #pragma unroll
       for (int at = 0; at < 4; ++at) {
-        const int row = at / 2;
-        const bool seen = keys.sees(row, first + 8 * half + 2 * pair_of_lane() + at % 2);
-        const float weight = exp2_fast(logits[at] * (scale * kLog2e) - lse[row]);
-        grad_logits[half][at] = seen ? weight * (grad_weights[at] - mean[row]) * scale : 0.0f;
+        float& number = grad_logits[half][at];
+        number = number == 0 ? 0.0f : number * (grad_weights[at] - mean[at / 2]);
       }
     }
+    range.fit(grad_logits, sums);
     of_keys.add_to(sums, Split<T>(grad_logits));
   }
-  write<V>(tile.packed(args.grad_qkv, 0), tile, sums, {1, 1});
+  write<V>(tile.packed(args.grad_qkv, 0), tile, sums, {scale * range.inverse(0), scale * range.inverse(1)});
 }
 
 // dK and dV of sixteen keys. Products are the other way round: their rows are keys, their columns queries.
@@ -334,9 +402,11 @@ __device__ __forceinline__ void write_keys(const Tile<T>& tile) {
   const Left<T, V, wide> keys(tile.packed(args.qkv, 1), tile.token, tokens, args.width);
   const Left<T, V, wide> values(tile.packed(args.qkv, 2), tile.token, tokens, args.width);
   const Rows<const T> query_rows = tile.packed(args.qkv, 0), grad_rows = tile.plain(args.grad);
-  const Rows<const T> out_rows = tile.plain(static_cast<const T*>(args.out));
+  // Weights enter their product times 2^14, so that small ones keep their bits in float16, too.
+  constexpr float kLift = Range<T>::kNeeded ? 14.0f : 0.0f, kLower = Range<T>::kNeeded ? 1.0f / (1 << 14) : 1.0f;
   const float scale = 1 / sqrtf(float(args.width));
   float to_key[8][4] = {}, to_value[8][4] = {};
+  Range<T> range;
 
   // One past the last query that sees a key, which is the first.
   const int of_lane = tile.token + lane_of_thread() % kTokens;
@@ -360,36 +430,31 @@ __device__ __forceinline__ void write_keys(const Tile<T>& tile) {
     for (int half = 0; half < 2; ++half) {
       if (first + 8 * half >= end) continue;
       const int of_group = token(8 * half + group_of_lane());
-      const T *grad_row = grad_rows[of_group], *out_row = out_rows[of_group];
-      float logits[4] = {}, grad_weights[4] = {}, mean_of_group = 0;
+      float logits[4] = {}, grad_weights[4] = {};
       keys.times(query_rows[of_group], logits);
-      values.times(grad_row, grad_weights);
-      values.for_steps([&](int step, const Eight(&)[2]) {
-        const int at = step * kStep + 8 * pair_of_lane();
-        mean_of_group =
-            dot<T>(load_any<V>(grad_row, at, args.width), load_eight<V>(out_row, at, args.width), mean_of_group);
-      });
-      mean_of_group = sum_over<4>(mean_of_group);
-      const float lse_of_group = args.lse[tile.of_lse(of_group)] * kLog2e;
+      values.times(grad_rows[of_group], grad_weights);
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const int lane = (2 * pair_of_lane() + column) * 4, query = first + 8 * half + 2 * pair_of_lane() + column;
-        const float mean = from_lane(mean_of_group, lane), lse = from_lane(lse_of_group, lane);
+        const int query = first + 8 * half + 2 * pair_of_lane() + column;
+        const int64_t of_query = tile.of_lse(at_most(query, end - 1));
+        const float mean = args.means[of_query], lse = args.lse[of_query] * kLog2e - kLift;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const int at = 2 * row + column;
           const bool seen = query >= own[row] && query < end_of[row];
           const float weight = seen ? exp2_fast(logits[at] * (scale * kLog2e) - lse) : 0.0f;
           weights[half][at] = weight;
-          grad_logits[half][at] = seen ? weight * (grad_weights[at] - mean) * scale : 0.0f;
+          grad_logits[half][at] = seen ? weight * (grad_weights[at] - mean) : 0.0f;
         }
       }
     }
+    range.fit(grad_logits, to_key);
     of_grads.add_to(to_value, Split<T>(weights));
     of_queries.add_to(to_key, Split<T>(grad_logits));
   }
-  write<V>(tile.packed(args.grad_qkv, 1), tile, to_key, {1, 1});
-  write<V>(tile.packed(args.grad_qkv, 2), tile, to_value, {1, 1});
+  const float of_keys = scale * kLower;
+  write<V>(tile.packed(args.grad_qkv, 1), tile, to_key, {of_keys * range.inverse(0), of_keys * range.inverse(1)});
+  write<V>(tile.packed(args.grad_qkv, 2), tile, to_value, {kLower, kLower});
 }
 
 template <typename T, int V, bool wide>
@@ -397,7 +462,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     backward_kernel(const Tree<T> args, const TreeLayout layout, unsigned blocks_of_person) {
   const unsigned half = gridDim.x / 2;  // the longer ones, those of the prefix as keys, begin early
   const bool of_keys = blockIdx.x < half;
-  const Tile<T> tile(args, layout, of_keys ? blockIdx.x : blockIdx.x - half, blocks_of_person);
+  const Tile<T> tile(args, layout, of_keys ? blockIdx.x : blockIdx.x - half, blocks_of_person, parts_of(args.width));
   if (!tile.inside) return;
   if (of_keys)
     write_keys<T, V, wide>(tile);
@@ -405,8 +470,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     write_queries<T, V, wide>(tile);
 }
 
-unsigned blocks_of_person(const TreeLayout& layout, int heads, int width) {
-  return blocks(int64_t(heads) * tiles_of(layout.tokens) * parts_of(width), kWarps);
+unsigned blocks_of_person(const TreeLayout& layout, int heads, unsigned parts) {
+  return blocks(int64_t(heads) * tiles_of(layout.tokens) * parts, kWarps);
 }
 
 // f(V, wide), both known to the compiler. Rows that are not aligned take registers: none are held.
@@ -421,7 +486,7 @@ void for_shape(int width, bool vector, F&& f) {
 
 template <typename T>
 void tree_forward(const Tree<T>& args, const TreeLayout& layout) {
-  const unsigned of_person = blocks_of_person(layout, args.heads, args.width);
+  const unsigned of_person = blocks_of_person(layout, args.heads, parts_of(args.width));
   for_shape(args.width, aligned(args.width, args.qkv, args.out), [&](auto vector, auto wide) {
     launch(
         forward_kernel<T, vector(), wide()>, {unsigned(args.people * of_person)}, kThreads, 0, args, layout, of_person);
@@ -430,9 +495,13 @@ void tree_forward(const Tree<T>& args, const TreeLayout& layout) {
 
 template <typename T>
 void tree_backward(const Tree<T>& args, const TreeLayout& layout) {
-  const unsigned of_person = blocks_of_person(layout, args.heads, args.width);
-  const bool vector = aligned(args.width, args.qkv, args.out, args.grad, args.grad_qkv);
+  const unsigned of_person = blocks_of_person(layout, args.heads, parts_of(args.width));
+  const unsigned whole_of_person = blocks_of_person(layout, args.heads, 1);
+  const bool vector = aligned(args.width, args.qkv, args.grad, args.grad_qkv);
   for_shape(args.width, vector, [&](auto vector, auto wide) {
+    launch(
+        means_kernel<T, vector(), wide()>, {unsigned(args.people * whole_of_person)}, kThreads, 0, args, layout,
+        whole_of_person);
     launch(
         backward_kernel<T, vector(), wide()>, {unsigned(2 * args.people * of_person)}, kThreads, 0, args, layout,
         of_person);

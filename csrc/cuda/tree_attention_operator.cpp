@@ -33,20 +33,23 @@ void tree_attention(
   const TreeLayout layout = layout_of(prefix, segment_lengths);
   for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    tree_forward(Tree<T>{people, heads, width, qkv.of<T>(), out.of<T>(), lse.of<float>(), nullptr, nullptr}, layout);
+    tree_forward(
+        Tree<T>{people, heads, width, qkv.of<T>(), out.of<T>(), lse.of<float>(), nullptr, nullptr, nullptr}, layout);
   });
 }
 
 void tree_attention_backward(
     int device, Address stream, int dtype, int64_t people, int heads, int width, int64_t prefix,
-    const std::vector<int64_t>& segment_lengths, Address qkv, Address out, Address lse, Address grad,
-    Address grad_qkv) {
+    const std::vector<int64_t>& segment_lengths, Address qkv, Address out, Address lse, Address grad, Address grad_qkv,
+    Address means) {
   const On on(device, stream.value);
   const TreeLayout layout = layout_of(prefix, segment_lengths);
   for_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     tree_backward(
-        Tree<T>{people, heads, width, qkv.of<T>(), out.of<T>(), lse.of<float>(), grad.of<T>(), grad_qkv.of<T>()},
+        Tree<T>{
+            people, heads, width, qkv.of<T>(), out.of<T>(), lse.of<float>(), grad.of<T>(), grad_qkv.of<T>(),
+            means.of<float>()},
         layout);
   });
 }

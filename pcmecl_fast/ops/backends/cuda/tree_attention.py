@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pcmecl_fast.ops.backends.cuda.driver import place
-from pcmecl_fast.ops.backends.native import DTYPE, Driver
+from pcmecl_fast.ops.backends.native import DTYPE, Driver, address
 
 
 class TreeAttention(Driver):
@@ -38,7 +38,8 @@ class TreeAttention(Driver):
     ) -> list[Tensor | None]:
         people, _, _, heads, width = qkv.shape
         of_qkv = torch.empty_like(qkv)
-        pointers = qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), grad.data_ptr(), of_qkv.data_ptr()
+        means = None if qkv.dtype == torch.float32 else torch.empty_like(lse)
+        pointers = qkv.data_ptr(), out.data_ptr(), lse.data_ptr(), grad.data_ptr(), of_qkv.data_ptr(), address(means)
         self._module.tree_attention_backward(
             *place(qkv), DTYPE[qkv.dtype], people, heads, width, prefix, segment_lengths, *pointers
         )
