@@ -29,7 +29,7 @@ struct Address {
 
 // What Python and a module agree on, said again by pcmecl_fast/ops/backends/extension.py: counted up where a function's
 // arguments change, so that a module that was left from another version is known.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 using Binding = void (*)(pybind11::module_&);
 

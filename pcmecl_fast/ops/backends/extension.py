@@ -19,7 +19,7 @@ from pcmecl_fast.ops.backends.native import Driver
 from pcmecl_fast.ops.operator import Backend, Limits, Operator
 
 NAME, CUDA_NAME = "pcmecl_fast._C", "pcmecl_fast._C_cuda"
-INTERFACE = 3  # as csrc/common/binding.h has it
+INTERFACE = 4  # as csrc/common/binding.h has it
 PACKAGE = Path(__file__).parents[2]
 REBUILD = "`make build` in the clone, or pip install --no-deps --force-reinstall ."
 
