@@ -171,6 +171,11 @@ def _check_applicable(config: AblateConfig) -> None:
         raise ValueError(
             f"prompts: the ablation learns the prompts of each training run; takes none, got {config.prompts}"
         )
+    known = [each.name for each in (MAIN if config.quick else (*MAIN, *AROUND))]
+    unknown = sorted({*(config.only or ())} - {*known})
+    if unknown or config.only == []:
+        quickly = " with --quick" if config.quick else ""
+        raise ValueError(f"only: takes some of {', '.join(map(repr, known))}{quickly}, got {unknown or 'none'}")
     open_data(config)  # which refuses emotions that cannot be drawn
     beside, missing = len({*(config.emotions or EMOTIONS)} - {"neutral"}), max(REGIMES.values())
     if beside <= missing:
@@ -187,6 +192,7 @@ def _train_all(config: AblateConfig, folder: RunFolder) -> list[dict[str, Any]]:
     if not config.quick:
         around = seeds[: config.around_seeds]
         plan += [(next(iter(REGIMES)), each, seed) for seed in around for each in AROUND]
+    plan = [run for run in plan if config.only is None or run[1].name in config.only]
     jobs = [_Job(config, *each) for each in plan]
     measured: dict[int, dict[str, float]] = {}
     for index, measures in tqdm(_measured(config, jobs), total=len(jobs), desc="ablation", unit="training"):

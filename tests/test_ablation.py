@@ -68,6 +68,29 @@ def test_supervisions_with_the_same_prompts_learn_them_once(tmp_path, monkeypatc
     assert len(learned) == len(set(learned)) == 2  # by individual and by frame
 
 
+def test_some_supervisions_alone_are_trained(tmp_path, monkeypatch):
+    measures = {**dict.fromkeys(MEASURES, 0.5), **{f"unseen_{name}": 0.5 for name in MEASURES}}
+    monkeypatch.setattr(ablation, "train_and_judge", lambda *_: dict(measures))
+    only = ["none", "contrast 0", "personalized, differencing"]
+    rows = run_ablate(small(tmp_path, quick=False, seeds=2, only=only))
+    assert [(row["regime"], row["supervision"], row["seeds"]) for row in rows] == [
+        ("every emotion", "none", 2),
+        ("every emotion", "personalized, differencing", 2),
+        ("every emotion", "contrast 0", 2),
+        ("scarcity", "none", 2),
+        ("scarcity", "personalized, differencing", 2),
+    ]
+
+
+def test_a_critic_of_emotions_supervises_alone_where_nothing_else_does(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(ablation, "train_and_judge", lambda config, *_: trained.append(config) or {"m": 0.5})
+    config = small(tmp_path, w_emotion=1.5)
+    job = ablation._Job(config, "scarcity", next(each for each in MAIN if each.nothing), 0)
+    ablation._kept(job)
+    assert (trained[0].w_pcmecl, trained[0].w_emotion, trained[0].missing) == (0.0, 1.5, 2)
+
+
 def test_a_generator_driven_by_a_reference_is_rejected_before_training(tmp_path):
     with pytest.raises(ValueError, match="generator: the ablation judges generators driven by an emotion"):
         run_ablate(small(tmp_path / "out", generator_options={"driven_by": "reference"}))
@@ -79,9 +102,11 @@ def test_a_generator_driven_by_a_reference_is_rejected_before_training(tmp_path)
     [
         (("--data", "."), r"--data: the ablation judges drawn faces, .*; takes synthetic, got \."),
         (("--missing", "1"), "--missing: the ablation trains with 0 and 2 missing emotions .*; takes no other, got 1"),
+        (("--only", "nothing"), r"--only: takes some of 'none', 'generic, direct', .*, got \['nothing'\]"),
+        (("--only", "contrast 0", "--quick"), r"--only: takes some of 'none', .* with --quick, got \['contrast 0'\]"),
         (("--prompts", "."), r"--prompts: the ablation learns the prompts .*; takes none, got \."),
     ],
-    ids=["data", "missing", "prompts"],
+    ids=["data", "missing", "only", "only quick", "prompts"],
 )
 def test_an_option_that_it_cannot_follow_is_refused_before_training(options, says, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ablation, "_train_all", lambda *_: pytest.fail("trained"))

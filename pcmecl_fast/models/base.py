@@ -56,11 +56,13 @@ class Generator(nn.Module, ABC):
 
     Attributes:
         Config: a dataclass of options, each with a default: numbers, strings, or lists of them.
+        before: values of options in files that do not name them, since they were written before there were any.
         driven_by: how the target is given; set it in the class or in the constructor.
         crop: how the faces were cut that it is trained on; None where nothing says. The trainer sets it.
     """
 
     Config: ClassVar[type] = NoOptions
+    before: ClassVar[Mapping[str, Any]] = {}
     driven_by: Literal["emotion", "reference"] = "emotion"
     config: Any
     crop: Crop | None = None
@@ -217,8 +219,9 @@ def load_generator(
     with naming_damage(path):
         known = {k: header[k] for k in ("emotions", "size", "options")} | {"crop": header.get("crop")}
         made_with = from_options(_MadeWith, known, source="header")
+    options = {**generator_class(name).before, **made_with.options}
     try:
-        loaded = make_generator(name, made_with.emotions, made_with.size, made_with.options)
+        loaded = make_generator(name, made_with.emotions, made_with.size, options)
         loaded.load_state_dict(state)
         loaded.crop = made_with.crop
     except (ValueError, RuntimeError, ArithmeticError) as error:

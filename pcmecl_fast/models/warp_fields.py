@@ -14,9 +14,9 @@ expression. The weights start so close to zero that the untrained generator is t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class WarpFieldsConfig:
 
     fields: int = 48
     """K: the number of learned fields that move a face, and of those that shade it."""
+    cells: int = 32
+    """How many values a side the fields have that move a face: with 16, a lid of two pixels takes the iris along."""
     hidden: int = 128
     """Width of the network that mixes them."""
     reach: float = 0.09
@@ -53,6 +55,7 @@ class WarpFields(Generator):
     """Moves and shades a face by fields shared by everyone; frames may have any size."""
 
     Config = WarpFieldsConfig
+    before: ClassVar[Mapping[str, Any]] = {"cells": 16}
     config: WarpFieldsConfig
 
     def __init__(self, emotions: Sequence[str], size: int, config: WarpFieldsConfig | None = None) -> None:
@@ -75,7 +78,7 @@ class WarpFields(Generator):
         self.pose = nn.Linear(64, 4)
         nn.init.normal_(self.pose.weight, std=0.01)
         nn.init.zeros_(self.pose.bias)
-        self.flow = nn.Parameter(0.01 * torch.randn(config.fields, 2, 16, 16))
+        self.flow = nn.Parameter(0.01 * torch.randn(config.fields, 2, config.cells, config.cells))
         self.shade = nn.Parameter(0.01 * torch.randn(config.fields, 1, 48, 48))
 
     def edit(self, frames: Tensor, target: Tensor) -> Edit:

@@ -336,6 +336,8 @@ class AblateConfig(TrainConfig):
 
     quick: bool = False
     """The five main supervisions, one seed, few steps: a first look."""
+    only: list[str] | None = None
+    """Some of the supervisions, by their names in the table: none "personalized, differencing". By default all."""
     seed: int = 0
     """The first of the seeds."""
     seeds: int = 6
