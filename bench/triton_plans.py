@@ -85,7 +85,7 @@ def _predicted(device: Device, launch: Launch, launches: int, chunks: int) -> Pr
     micro = 1e6 / device.processors / device.clock  # microseconds for something that a processor does in a clock
     feature_bytes = 4 * N * E * D
     per_unit, times, floor = 0.0, {}, 0.0
-    loop = len(launch.loops[0])
+    loop = len(launch.loops[0]) if launch.loops else 0
     if launch.name in ("sums_kernel", "fold_kernel"):
         logits = N * N * Q * Q
         per_unit = loop / Q

@@ -177,6 +177,28 @@ def test_the_widest_supported_emotions(negatives):
     assert_twins(correlation((2, 11, 9), torch.float32, missing=True, negatives=negatives))
 
 
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("k", "processors", "shares"), [(100, 1, 1), (100, 5, 4), (1000, 8, 8), (48, 8, 2)])
+def test_programs_of_a_correlation_share_a_long_product(monkeypatch, k, processors, shares, add):
+    from pcmecl_fast.kernels import products
+    from pcmecl_fast.kernels.common import Config
+
+    tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
+    monkeypatch.setattr(products, "PRODUCT_CONFIGS", [Config(blocks=tiles)])
+    monkeypatch.setattr(products, "START", 1)
+    monkeypatch.setattr(products, "SHARED_NUMBER", 0)
+    monkeypatch.setattr(products, "programs_for", lambda x, work, per_processor: processors)
+    assert products.shares_of(k, 32, 1, 0.0, processors) == shares
+    generator = torch.Generator().manual_seed(0)
+    left, right, out = (torch.randn(size, generator=generator).to(DEVICE) for size in ((k, 29), (k, 30), (29, 30)))
+    expected = left.double().T @ right.double() + (out.double() if add else 0.0)
+    results = [out.clone() for _ in range(2)]
+    for result in results:
+        products.multiply(left.T[None, None], right[None, None], result[None, None], add=add)
+    assert_close_for(torch.float32)(results[0], expected)
+    assert torch.equal(*results)
+
+
 @pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("strips", [1, 2])
 @pytest.mark.parametrize("negatives", ["all", "within", "distinct"])
