@@ -39,7 +39,16 @@ LAYOUTS = [
     PromptTree(1, (1,)),
     PromptTree(5, (30, 21, 14)),  # blocks that no query of another sees
 ]
-FRAMES = [(1, 45, 31, 16), (2, 20, 33, 48), (1, 64, 64, 64), (1, 7, 5, 4), (1, 150, 3, 20)]  # B, H, W, size
+FRAMES = [  # B, H, W, size
+    (1, 45, 31, 16),
+    (2, 20, 33, 48),
+    (1, 64, 64, 64),
+    (1, 7, 5, 4),
+    (1, 150, 3, 20),
+    (1, 3, 150, 20),  # old columns in two turns
+    (1, 1, 1, 5),
+    (1, 40, 9, 1),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -312,17 +321,32 @@ def test_a_frame_of_one_brightness_keeps_it(dtype):
     assert_close_for(torch.float32)(resized.float().mean(), torch.tensor(0.75))
 
 
-@pytest.mark.parametrize(("old", "new"), [(256, 224), (64, 224), (7, 4), (300, 20), (31, 31)])
+@pytest.mark.parametrize(("old", "new"), [(256, 224), (64, 224), (7, 4), (300, 20), (31, 31), (9, 1)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_the_resize_is_torchs(old, new, interpolation):
-    from pcmecl_fast.kernels.frames import resize_weights
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_frames_resize_is_torchs(old, new, interpolation, transposed):
+    from pcmecl_fast.kernels.frames import RADIUS, make_bands
 
     line = torch.eye(old, dtype=torch.float64)[None, None]
     expected = torch.nn.functional.interpolate(
         line, (new, old), mode=interpolation, antialias=True, align_corners=False
-    )
-    weights = resize_weights(torch.empty(0, device=DEVICE), old, new, interpolation)
-    assert_close_for(torch.float32)(weights, expected[0, 0])
+    )[0, 0]
+    x = torch.empty(0, device=DEVICE)
+    if transposed:
+        first, weights = make_bands(x, new, old, RADIUS[interpolation], transposed=True)
+        expected = expected.T
+    else:
+        first, weights = make_bands(x, old, new, RADIUS[interpolation], transposed=False)
+    band = first[None, :] + torch.arange(len(weights), device=DEVICE)[:, None]
+    whole = torch.zeros(expected.T.shape, device=DEVICE).scatter_(0, band.long(), weights)
+    assert_close_for(torch.float32)(whole.T, expected)
+
+
+def test_half_frames_lose_no_bits_of_their_weights():
+    """They are resized as those of float32 are, and rounded once."""
+    frames = torch.rand(1, 3, 45, 70, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    resized = clip_frames(frames, 48, MEAN, STD, backend="triton")
+    assert torch.equal(resized, clip_frames(frames.float(), 48, MEAN, STD, backend="triton").half())
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
