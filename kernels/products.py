@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcmecl_fast.kernels.common import Config, power_of_2, programs_for, run_tuned
+from pcmecl_fast.kernels.common import Config, add_shares, power_of_2, programs_for, run_tuned
 
 # Each individual's products with itself: a program has one.
 SMALL_CONFIGS = [Config(warps=2, stages=2, blocks={"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64})]
@@ -23,7 +23,6 @@ PRODUCT_CONFIGS = [
 SHARES = 8  # programs of a tile, at most
 START = 128  # as long as so much of K takes a program to begin and to store its tile
 SHARED_NUMBER = 44  # as long as so much of K takes one number of a tile to be written by a share and added up
-SUM = 1024  # numbers of a program that adds shares up
 
 
 def multiply(
@@ -69,7 +68,7 @@ def multiply(
             **config.options(),
         )
         if shares > 1:
-            sum_kernel[(triton.cdiv(m * n, SUM),)](partial, out, m * n, SHARES=shares, ADD=add, SIZE=SUM, num_warps=4)
+            add_shares(partial, out, add=add)
 
     # Timed without adding, which would add several times over; the first chunk never adds.
     layout = (left.stride(3) == 1, right.stride(3) == 1)
@@ -156,22 +155,3 @@ def product_kernel(
     if ADD:
         total += tl.load(at, inside, other=0.0)
     tl.store(at, total, inside)
-
-
-@triton.jit
-def sum_kernel(
-    partial,  # (SHARES, numbers) float32, read
-    out,  # (numbers,) float32, written, or added to
-    numbers,  # of one share
-    SHARES: tl.constexpr,  # programs that shared a tile's walk along K
-    ADD: tl.constexpr,  # whether to add to out
-    SIZE: tl.constexpr,  # numbers of a program
-):
-    """A program owns SIZE numbers and adds their shares up in order. Bytes, which lie within L2, bound it."""
-    at = tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE)
-    total = tl.load(partial + at, at < numbers, other=0.0)
-    for share in tl.static_range(1, SHARES):
-        total += tl.load(partial + tl.cast(share, tl.int64) * numbers + at, at < numbers, other=0.0)
-    if ADD:
-        total += tl.load(out + at, at < numbers, other=0.0)
-    tl.store(out + at, total, at < numbers)
