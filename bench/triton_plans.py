@@ -11,7 +11,7 @@ out: waiting for memory that other warps do not hide, bandwidth of L2, launching
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -277,14 +277,15 @@ NEEDS: dict[tuple[str, str], Callable[..., Needs]] = {
 }
 
 
-def table() -> str:
+def table(plans: Iterable[tuple[Device, Iterable[Prediction]]] | None = None) -> str:
     """One row for each kernel and device."""
     rows = [
-        "| kernel | launches | programs | registers | a processor holds | waves | instructions | MB "
+        "| kernel | launches | programs | registers | programs a processor holds | waves | instructions | MB "
         "| limits, µs | predicted, µs | floor, µs |",
         f"|{' --- |' * 11}",
     ]
-    rows += [_row(device, x) for device in DEVICES for x in predictions(device)]
+    plans = plans or ((device, predictions(device)) for device in DEVICES)
+    rows += [_row(device, x) for device, predicted in plans for x in predicted]
     return "\n".join(rows)
 
 
@@ -302,7 +303,7 @@ def _row(device: Device, x: Prediction) -> str:
         x.launch.usage["REG"],
         x.resident,
         f"{programs / device.processors / x.resident:.2f}",
-        f"{x.per_unit:.4g} a {x.needs.of_one}",
+        f"{x.per_unit:,.{1 if x.per_unit < 1000 else 0}f} per {x.needs.of_one}",
         f"{x.needs.bytes / 1e6:.0f}" if x.needs.bytes > 5e5 else "",
         ", ".join(f"{limit} {time:.1f}" for limit, time in x.times.items()),
         f"{x.predicted:.1f}",

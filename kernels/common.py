@@ -72,6 +72,11 @@ def programs_for(x: Tensor, work: int, per_processor: int) -> int:
     return max(1, min(work, processors * per_processor))
 
 
+def major_capability(x: Tensor) -> int:
+    """The first number of the compute capability of x's device: 8 of an A100, 12 of an RTX 5090; 0 of a CPU."""
+    return torch.cuda.get_device_properties(x.device).major if x.is_cuda else 0
+
+
 def counter_for(x: Tensor) -> Tensor:
     """A zeroed integer on x's device for `sum_over_grid`, which leaves it zeroed.
 

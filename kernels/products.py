@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcmecl_fast.kernels.common import Config, add_shares, power_of_2, programs_for, run_tuned
+from pcmecl_fast.kernels.common import Config, add_shares, major_capability, power_of_2, programs_for, run_tuned
 
 # Each individual's products with itself: a program has one.
 SMALL_CONFIGS = [Config(warps=2, stages=2, blocks={"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64})]
@@ -35,7 +35,10 @@ def multiply(
     """out = left · right, or out += left · right, float32 in 3xTF32. Its sums have a fixed order on a device."""
     outer, inner, m, k = left.shape
     n = right.shape[3]
-    configs = [_cut(config, n, k) for config in (SMALL_CONFIGS if m <= SMALL else PRODUCT_CONFIGS)]
+    candidates = SMALL_CONFIGS if m <= SMALL else PRODUCT_CONFIGS
+    if major_capability(left) >= 12:
+        candidates = candidates[1:] + candidates[:1]  # the first spills there
+    configs = [_cut(config, n, k) for config in candidates]
     reach = max(
         sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True)) for x in (left, right, out)
     )
