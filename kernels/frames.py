@@ -28,8 +28,8 @@ from pcmecl_fast.kernels.common import Config, power_of_2, run, run_tuned
 
 # Of a program's tile: parts, one after the other, new rows of each, new columns, and old ones at a time, at most. The
 # first whose old columns hold the tile's band is taken.
-TILES = ((4, 8, 32, 64), (2, 16, 16, 128))
-FEW, STEP = 8, 4  # so many taps are written out one after another; of more there is a loop over so many
+TILES = ((4, 8, 32, 64), (4, 8, 16, 128))
+FEW, STEP = 8, 2  # so many taps are written out one after another; of more there is a loop over so many
 CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
 RADIUS = {"bicubic": 2, "bilinear": 1}  # of the filters, in new pixels, or old ones where those are larger
 
