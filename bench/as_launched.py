@@ -151,7 +151,7 @@ def on(
             launch(config)
         return configs[0]
 
-    properties = SimpleNamespace(multi_processor_count=PROCESSORS[capability])
+    properties = SimpleNamespace(multi_processor_count=PROCESSORS[capability], major=capability // 10)
     with ExitStack() as stack:
         for owner, name, replacement in (
             (driver, "_active", _Driver(capability)),

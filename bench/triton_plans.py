@@ -1,32 +1,42 @@
-"""Predicts the times of correlation_loss's Triton kernels from their compiled code; no GPU, nothing is measured.
+"""Predicts the times of the Triton kernels from their compiled code; no GPU, nothing is measured.
 
     python -m bench.triton_plans            print the table
     python -m bench.triton_plans --write    and put it into docs/kernels.md
 
-A launch takes as long as its slowest limit: the instructions of its innermost loop at one a clock and scheduler, its
-exponentials, its products on tensor cores, its bytes. The busiest processor counts, which has a whole number of
-programs. What is left out: waiting for memory that other warps do not hide, bandwidth of L2, launching.
+A launch takes as long as its slowest limit: its instructions at one a clock and scheduler, its exponentials, its
+products on tensor cores, its bytes. The busiest processor counts, which has a whole number of programs. What is left
+out: waiting for memory that other warps do not hide, bandwidth of L2, launching.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench import as_launched
 from bench.as_launched import PROCESSORS, Launch
-from bench.triton_resources import D, _correlation
+from bench.triton_resources import MEAN, STD, D, Workload, _attention, _correlation, _cuda
 from pcmecl_fast.ops.correlation import CORRELATION_LOSS
+from pcmecl_fast.ops.direction import DIRECTION_LOSS
+from pcmecl_fast.ops.frames import CLIP_FRAMES
+from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
-N, E = 512, 7
+B, N, E = 65_536, 512, 7  # samples of direction_loss, individuals of correlation_loss, emotions
 Q = E * (E - 1) // 2
+PEOPLE = 48  # individuals of direction_loss's bank
+TREES, TOKENS, HEADS, WIDTH = 64, 30, 8, 64
+FRAMES, OLD, NEW = 16, 256, 224
 SCHEDULERS, EXPONENTIALS = 4, 16  # of a processor: instructions of a warp, and exponentials, a clock
+REGISTERS, SHARED = 64 << 10, {90: 227 << 10, 80: 163 << 10}
 
 
 @dataclass(frozen=True)
@@ -37,96 +47,269 @@ class Device:
     capability: int
     clock: float  # Hz, boosted
     bandwidth: float  # bytes/s of its memory
-    tf32: float  # dense operations/s
+    products: dict[int, float]  # dense operations/s of tensor cores by the bytes of a number; float32 as TF32
 
     @property
     def processors(self) -> int:
         return PROCESSORS[self.capability]
 
 
-DEVICES = (Device("H100", 90, 1.755e9, 3.35e12, 495e12), Device("A100", 80, 1.41e9, 1.94e12, 156e12))
-REGISTERS, SHARED = 64 << 10, {90: 227 << 10, 80: 163 << 10}
+DEVICES = (
+    Device("H100", 90, 1.755e9, 3.35e12, {4: 495e12, 2: 989e12}),
+    Device("A100", 80, 1.41e9, 1.94e12, {4: 156e12, 2: 312e12}),
+)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What all launches of a kernel in a call do."""
+
+    instructions: float = 0.0  # that their warps issue
+    of_one: str = ""  # unit of work, of which `units` are done
+    units: float = 1.0
+    bytes: float = 0.0  # of memory
+    operations: float = 0.0  # on tensor cores
+    number: int = 4  # bytes of a number of a product
+    exponentials: float = 0.0
+    uneven: float = 1.0  # the units of the busiest program over the average
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of all launches of a kernel in a call, in microseconds; the floor has no instructions but the unavoidable."""
+    """Of all launches of a kernel in a call, in microseconds; the floor has neither instructions nor a busiest one."""
 
+    call: str
     launch: Launch
     launches: int
-    per_unit: float  # instructions a logit, or in a step of a product
+    needs: Needs
     resident: int  # programs of a processor
-    busiest: float  # of processors: its programs over the average
-    times: dict[str, float]  # by limit
-    floor: float
+    times: dict[str, float] = field(default_factory=dict)  # by limit
+    floor: float = 0.0
 
     @property
     def predicted(self) -> float:
         return max(self.times.values())
 
+    @property
+    def per_unit(self) -> float:
+        return self.needs.instructions / self.needs.units
+
+
+def calls() -> Iterator[tuple[str, Workload]]:
+    """A forward and backward of every operator at the sizes of docs/performance.md."""
+    of_sample = (True, True, False, False)
+    for contrast in (0.0, 0.3):
+        loss, label = partial(_loss, contrast), f"direction_loss, contrast {contrast}"
+        yield f"{label}, bank frozen", Workload("", DIRECTION_LOSS, loss, needs=of_sample)
+        yield f"{label}, deterministic", Workload("", DIRECTION_LOSS, loss, deterministic=True)
+    yield "correlation_loss", Workload("", CORRELATION_LOSS, partial(_correlation, E, "all", torch.float32))
+    for word, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        yield f"tree_attention, {word}", Workload("", TREE_ATTENTION, partial(_attention, TOKENS, WIDTH, dtype))
+    frames = (_cuda, (FRAMES, 3, OLD, OLD), (NEW, MEAN, STD, "bicubic"))
+    yield "clip_frames", Workload("", CLIP_FRAMES, lambda: (frames[0](*frames[1]), *frames[2]))
+
+
+def _loss(contrast: float) -> tuple[Any, ...]:
+    features = (_cuda(B, D), _cuda(B, D), _cuda(PEOPLE, E, D))
+    return (*features, *(_cuda(B, dtype=torch.int64) for _ in range(3)), None, 20.0, contrast, True, 0.0, "mean")
+
 
 def predictions(device: Device) -> Iterator[Prediction]:
-    """Of every kernel that correlation_loss launches for a square of N individuals, forward and backward, in order."""
-    with as_launched.on(device.capability, repeats=True) as launched:
-        as_launched.run(CORRELATION_LOSS, _correlation(E, "all", torch.float32))
-    groups: dict[tuple[str, tuple[int, ...]], list[Launch]] = {}
-    for launch in launched:
-        groups.setdefault((launch.name, launch.grid), []).append(launch)
-    chunks = sum(launch.name == "sums_kernel" for launch in launched)
-    for launches in groups.values():
-        yield _predicted(device, launches[0], len(launches), chunks)
+    """Of every kernel that the calls launch, in order; each with the first call that launches it."""
+    known = set()
+    for call, workload in calls():
+        with as_launched.on(device.capability, repeats=True) as launched:
+            workload.run(workload.arguments())
+        groups: dict[tuple[str, tuple[int, ...]], list[Launch]] = {}
+        for launch in launched:
+            groups.setdefault((launch.name, launch.grid), []).append(launch)
+        for key, launches in groups.items():
+            if (key, launches[0].compiled.hash) not in known:
+                known.add((key, launches[0].compiled.hash))
+                yield _predicted(device, call, launches, launched)
 
 
-def _predicted(device: Device, launch: Launch, launches: int, chunks: int) -> Prediction:
-    programs = 1
-    for size in launch.grid:
-        programs *= size
-    busiest = -(-programs // device.processors) * device.processors / programs
+def _predicted(device: Device, call: str, launches: list[Launch], of_call: list[Launch]) -> Prediction:
+    launch = launches[0]
+    needs = NEEDS[call.split(",")[0], launch.name](call, launches, of_call)
+    programs = prod(launch.grid)
+    busiest = -(-programs // device.processors) * device.processors / programs * needs.uneven
     micro = 1e6 / device.processors / device.clock  # microseconds for something that a processor does in a clock
-    feature_bytes = 4 * N * E * D
-    per_unit, times, floor = 0.0, {}, 0.0
-    loop = len(launch.loops[0])
-    if launch.name in ("sums_kernel", "fold_kernel"):
-        logits = N * N * Q * Q
-        per_unit = loop / Q
-        floor = 2 * logits / EXPONENTIALS * micro
-        times = {"issue": logits / 32 * per_unit / SCHEDULERS * micro * busiest, "exp2": floor * busiest}
-    elif launch.name == "product_kernel":
-        options = launch.options
-        # Each of the four products, forward and backward, is launched once a chunk.
-        operations = 3 * 2 * (N * E) ** 2 * D * launches / chunks
-        step = 2 * 3 * options["BLOCK_M"] * options["BLOCK_N"] * options["BLOCK_K"]
-        per_unit = loop * launch.warps
-        floor = operations / device.tf32 * 1e6
-        issue = operations / step * per_unit / SCHEDULERS * micro * busiest
-        times = {"issue": issue, "tensor cores": floor * busiest}
-    else:
-        moved = {"prepare_kernel": 4 * feature_bytes, "gradient_kernel": 6 * feature_bytes}.get(launch.name, 0)
-        floor = moved / device.bandwidth * 1e6 * launches
-        times = {"bytes": floor}
+    floors = {
+        "bytes": needs.bytes / device.bandwidth * 1e6,
+        "tensor cores": needs.operations / device.products[needs.number] * 1e6,
+        "exp2": needs.exponentials / EXPONENTIALS * micro,
+    }
+    times = {"issue": needs.instructions / SCHEDULERS * micro * busiest, "bytes": floors["bytes"]}
+    times |= {limit: floors[limit] * busiest for limit in ("tensor cores", "exp2")}
     resident = launch.programs_a_processor(REGISTERS, SHARED[device.capability])
-    return Prediction(launch, launches, per_unit, resident, busiest, times, floor)
+    used = {limit: time for limit, time in times.items() if time > 0}
+    return Prediction(call, launch, len(launches), needs, resident, used, max(floors.values()))
 
 
-def table() -> str:
+def _executed(launch: Launch, trips: float) -> float:
+    """Instructions that the warps of all programs issue, if the longest innermost loop is gone round so often."""
+    code = [x for x in launch.instructions if not x.startswith("NOP")]
+    return (
+        prod(launch.grid)
+        * launch.warps
+        * (len(code) + (trips - 1) * len(launch.loops[0]) if launch.loops else len(code))
+    )
+
+
+def _of_samples(rows: int, writes: int) -> Callable[..., Needs]:
+    """A walk over samples that reads so many features of each, and writes so many."""
+
+    def needs(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+        launch, programs = launches[0], launches[0].grid[0]
+        return Needs(
+            instructions=B * launch.warps * len(launch.loops[0]),
+            of_one="sample",
+            units=B,
+            bytes=4 * B * D * (rows + writes),
+            exponentials=0 if "contrast 0.0" in call else B * E,
+            uneven=-(-B // programs) * programs / B,
+        )
+
+    return needs
+
+
+def _of_bank(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+    launch = launches[0]
+    walks = launch.grid[1]  # of all samples
+    executed = B * walks * launch.warps * len(launch.loops[0])
+    return Needs(executed, "sample", B, bytes=4 * B * D * 2)
+
+
+def _of_pairs(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+    logits = N * N * Q * Q
+    loop = len(launches[0].loops[0])
+    return Needs(logits / 32 * loop / Q, "32 logits", logits / 32, exponentials=2 * logits)
+
+
+def _of_product(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+    launch, options = launches[0], launches[0].options
+    chunks = sum(x.name == "sums_kernel" for x in of_call)
+    # Each of the four products, forward and backward, is launched once a chunk.
+    operations = 3 * 2 * (N * E) ** 2 * D * len(launches) / chunks
+    step = 2 * 3 * options["BLOCK_M"] * options["BLOCK_N"] * options["BLOCK_K"]
+    return Needs(
+        instructions=operations / step * len(launch.loops[0]) * launch.warps,
+        of_one="2¹⁸ multiply-adds",
+        units=operations / 6 / 2**18,
+        operations=operations,
+    )
+
+
+def _of_features(moved: int, trips: Callable[[Launch], float]) -> Callable[..., Needs]:
+    """A walk over individuals that moves all features so often."""
+
+    def needs(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+        instructions = sum(_executed(x, trips(x)) for x in launches)
+        return Needs(instructions, "individual", N * len(launches), bytes=4 * N * E * D * moved * len(launches))
+
+    return needs
+
+
+def _of_shares(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+    x = launches[0]
+    numbers = prod(x.grid) * x.options["SIZE"] * len(launches)
+    return Needs(_executed(x, 1) * len(launches), "number", numbers, bytes=4 * numbers * (x.options["SHARES"] + 1))
+
+
+def _of_log_sums(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+    grid = next(x.grid for x in of_call if x.name == "sums_kernel")
+    strips = sum(grid)
+    at_once = sum("LDG" in x for x in launches[0].loops[0])  # strips, which the compiler writes out
+    executed = _executed(launches[0], strips / 2 / at_once)
+    return Needs(executed, "row or column", 2 * N * Q, bytes=4 * N * Q * strips)
+
+
+def _of_trees(moved: int, products: int) -> Callable[..., Needs]:
+    """A program a head of a tree, which moves so many of q, k, v, out and their gradients, in so many products."""
+
+    def needs(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+        number = 2 if "bfloat16" in call else 4
+        numbers = TREES * HEADS * TOKENS * WIDTH
+        return Needs(
+            instructions=_executed(launches[0], 1),
+            of_one="head of a tree",
+            units=TREES * HEADS,
+            bytes=number * numbers * moved,
+            operations=2 * products * TREES * HEADS * TOKENS**2 * WIDTH * (3 if number == 4 else 1),
+            number=number,
+            exponentials=TREES * HEADS * TOKENS**2,
+        )
+
+    return needs
+
+
+def _of_pixels(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+    launch = launches[0]
+    pixels = FRAMES * 3 * (NEW**2 if launch is next(x for x in of_call if x.name == launch.name) else OLD**2)
+    executed = _executed(launch, launch.options["PARTS"])
+    return Needs(executed, "32 pixels", pixels / 32, bytes=4 * FRAMES * 3 * (OLD**2 + NEW**2))
+
+
+def _of_bands(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
+    launch, options = launches[0], launches[0].options
+    pixels = prod(launch.grid) * options["BLOCK"]
+    # The loop goes over the taps of a new pixel: five of 256 on 224, one more than a gradient's.
+    return Needs(_executed(launch, 5), "pixel of a side", pixels, bytes=4 * pixels * (options["TAPS"] + 1))
+
+
+NEEDS: dict[tuple[str, str], Callable[..., Needs]] = {
+    ("direction_loss", "loss_kernel"): _of_samples(2, 0),
+    ("direction_loss", "backward_kernel"): _of_samples(2, 2),
+    ("direction_loss", "bank_kernel"): _of_bank,
+    ("direction_loss", "sum_kernel"): _of_shares,
+    ("correlation_loss", "prepare_kernel"): _of_features(4, lambda x: D / x.options["BLOCK_D"]),
+    ("correlation_loss", "product_kernel"): _of_product,
+    ("correlation_loss", "sum_kernel"): _of_shares,
+    ("correlation_loss", "sums_kernel"): _of_pairs,
+    ("correlation_loss", "log_sums_kernel"): _of_log_sums,
+    ("correlation_loss", "fold_kernel"): _of_pairs,
+    ("correlation_loss", "gradient_kernel"): _of_features(6, lambda x: 1),
+    ("tree_attention", "forward_kernel"): _of_trees(4, 2),
+    ("tree_attention", "backward_kernel"): _of_trees(7, 5),
+    ("clip_frames", "weights_kernel"): _of_bands,
+    ("clip_frames", "resample_kernel"): _of_pixels,
+}
+
+
+def table(plans: Iterable[tuple[Device, Iterable[Prediction]]] | None = None) -> str:
     """One row for each kernel and device."""
     rows = [
-        "| device, kernel | launches | programs, of which a processor holds | instructions | limits, µs "
-        "| predicted, µs | floor, µs |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| kernel | launches | programs | registers | programs a processor holds | waves | instructions | MB "
+        "| limits, µs | predicted, µs | floor, µs |",
+        f"|{' --- |' * 11}",
     ]
-    for device in DEVICES:
-        for x in predictions(device):
-            if x.floor > 0:
-                limits = ", ".join(f"{name} {time:.0f}" for name, time in x.times.items())
-                programs = "×".join(str(size) for size in x.launch.grid)
-                unit = {"product_kernel": " a step"}.get(x.launch.name, " a logit")
-                instructions = f"{x.per_unit:.1f}{unit}" if x.per_unit else ""
-                rows.append(
-                    f"| {device.name}, `{x.launch.name}` | {x.launches} | {programs}, {x.resident} | {instructions} "
-                    f"| {limits} | {x.predicted:.0f} | {x.floor:.0f} |"
-                )
+    plans = plans or ((device, predictions(device)) for device in DEVICES)
+    rows += [_row(device, x) for device, predicted in plans for x in predicted]
     return "\n".join(rows)
+
+
+def written() -> str:
+    """The table as the document has it."""
+    return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+
+def _row(device: Device, x: Prediction) -> str:
+    programs = prod(x.launch.grid)
+    cells = [
+        f"{device.name}, {x.call}: `{x.launch.name}`",
+        x.launches,
+        programs,
+        x.launch.usage["REG"],
+        x.resident,
+        f"{programs / device.processors / x.resident:.2f}",
+        f"{x.per_unit:,.{1 if x.per_unit < 1000 else 0}f} per {x.needs.of_one}",
+        f"{x.needs.bytes / 1e6:.0f}" if x.needs.bytes > 5e5 else "",
+        ", ".join(f"{limit} {time:.1f}" for limit, time in x.times.items()),
+        f"{x.predicted:.1f}",
+        f"{x.floor:.1f}",
+    ]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main(arguments: list[str]) -> int:

@@ -145,13 +145,26 @@ def _cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def main() -> None:
     """Print the table: what is launched first, or with the argument `all` everything that is ever tried."""
     everything = sys.argv[1:] == ["all"]
-    columns = [list(launches(capability, workloads(), every_config=everything)) for capability in CAPABILITIES]
+    columns = [_by_name(launches(capability, workloads(), every_config=everything)) for capability in CAPABILITIES]
     print("| | " + " | ".join(f"sm_{c}: registers, shared bytes, instructions" for c in CAPABILITIES) + " |")
     print("| --- |" + " --- |" * len(CAPABILITIES))
-    for row in zip(*columns, strict=True):
-        workload, launch = row[0]
-        cells = (f"{x.usage['REG']}, {x.shared}, {len(x.instructions)}" + ", SPILLS" * (x.spilled > 0) for _, x in row)
-        print(f"| {workload.label}: {_described(launch)} | {' | '.join(cells)} |", flush=True)
+    for key in dict.fromkeys(key for column in columns for key in column):
+        found = [column.get(key) for column in columns]
+        cells = ("" if x is None else _cell(x) for x in found)
+        print(f"| {key[0]}: {_described(next(x for x in found if x))} | {' | '.join(cells)} |", flush=True)
+
+
+def _by_name(found: Iterable[tuple[Workload, Launch]]) -> dict[tuple[str, str, int], Launch]:
+    """Launches by workload, kernel and how many of it the workload has had: grids differ by device."""
+    rows: dict[tuple[str, str, int], Launch] = {}
+    for workload, launch in found:
+        number = sum(key[:2] == (workload.label, launch.name) for key in rows)
+        rows[workload.label, launch.name, number] = launch
+    return rows
+
+
+def _cell(x: Launch) -> str:
+    return f"{x.usage['REG']}, {x.shared}, {len(x.instructions)}" + ", SPILLS" * (x.spilled > 0)
 
 
 def _described(launch: Launch) -> str:

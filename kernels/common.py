@@ -19,6 +19,7 @@ ROUNDING_SQUARED = tl.constexpr(1e-12)  # the same between unit vectors, compute
 EPSILON_SQUARED = tl.constexpr(1e-16)  # ε², ε = 1e-8 as in `ops/reference.py`
 ROUNDS, LAUNCHES = 5, 10  # of tuning: each configuration is timed so many times, over so many launches
 BUSY_CYCLES = 2_000_000  # of the device's clock: about a millisecond, longer than LAUNCHES take the host
+SUM = 1024  # numbers of a program that adds shares up
 CLEARLY = 0.95  # of the first configuration's time: what takes more is no better
 
 logger = logging.getLogger("pcmecl_fast")
@@ -71,6 +72,11 @@ def programs_for(x: Tensor, work: int, per_processor: int) -> int:
     return max(1, min(work, processors * per_processor))
 
 
+def major_capability(x: Tensor) -> int:
+    """The first number of the compute capability of x's device: 8 of an A100, 12 of an RTX 5090; 0 of a CPU."""
+    return torch.cuda.get_device_properties(x.device).major if x.is_cuda else 0
+
+
 def counter_for(x: Tensor) -> Tensor:
     """A zeroed integer on x's device for `sum_over_grid`, which leaves it zeroed.
 
@@ -78,6 +84,17 @@ def counter_for(x: Tensor) -> Tensor:
     memory, which torch.compile's graphs take back, and two graphs that replay side by side would share it.
     """
     return torch.zeros((), dtype=torch.int32, device=x.device)
+
+
+def add_shares(
+    partial: Tensor,  # (shares, *) float32, contiguous
+    out: Tensor,  # (*) float32, contiguous
+    *,
+    add: bool = False,
+) -> None:
+    """Write the sum over shares, or add it, in order. Call it inside `run`."""
+    numbers = out.numel()
+    sum_kernel[(triton.cdiv(numbers, SUM),)](partial, out, numbers, SHARES=len(partial), ADD=add, SIZE=SUM, num_warps=4)
 
 
 def power_of_2(number: int, least: int = 1) -> int:
@@ -172,3 +189,22 @@ def sum_over_grid(partial, counter, first, second, BLOCK: tl.constexpr):
             seconds += tl.load(partial + programs + index, inside, other=0.0, volatile=True)
         tl.store(counter, 0)
     return last, tl.sum(firsts), tl.sum(seconds)
+
+
+@triton.jit
+def sum_kernel(
+    partial,  # (SHARES, numbers) float32, read
+    out,  # (numbers,) float32, written, or added to
+    numbers,  # of one share
+    SHARES: tl.constexpr,  # sums of each number
+    ADD: tl.constexpr,  # whether to add to out
+    SIZE: tl.constexpr,  # numbers of a program
+):
+    """A program owns SIZE numbers and adds their shares up in order. Bytes, which lie within L2, bound it."""
+    at = tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE)
+    total = tl.load(partial + at, at < numbers, other=0.0)
+    for share in tl.static_range(1, SHARES):
+        total += tl.load(partial + tl.cast(share, tl.int64) * numbers + at, at < numbers, other=0.0)
+    if ADD:
+        total += tl.load(out + at, at < numbers, other=0.0)
+    tl.store(out + at, total, at < numbers)

@@ -321,7 +321,7 @@ def _prepare(
             D=plan.width,
             BLOCK_E=power_of_2(plan.emotions),
             BLOCK_Q=power_of_2(plan.pairs),
-            BLOCK_D=min(power_of_2(plan.width), 64),
+            BLOCK_D=min(power_of_2(plan.width), 128),
             num_warps=PREPARE_WARPS,
         ),
     )

@@ -9,7 +9,8 @@ with an assertion where one is out of range.
 
 The bank's gradient is a scatter, samples of one individual adding to the same rows. It goes by float32 atomics, or,
 under `torch.use_deterministic_algorithms`, in the samples' order: the backward leaves the two coefficients that each
-row's gradient is made of, and a second launch adds them up, one program per individual and tile of D.
+row's gradient is made of, and a second launch adds them up, one program per individual, part of its samples and tile of
+D. A third adds the parts up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pcmecl_fast.kernels.common import Config, counter_for, power_of_2, programs_for, run, run_tuned
+from pcmecl_fast.kernels.common import Config, add_shares, counter_for, power_of_2, programs_for, run, run_tuned
 from pcmecl_fast.kernels.direction_kernels import (
     ATOMICS,
     CHECKED,
@@ -33,8 +34,10 @@ from pcmecl_fast.kernels.direction_kernels import (
     loss_kernel,
 )
 
-CONFIGS = [Config(warps=4), Config(warps=2), Config(warps=8)]
-TILE = 4096  # numbers of the bank a program holds at once: 32 registers a thread at 4 warps, E rows of D = 512 at E ≤ 8
+CONFIGS = [Config(warps=1), Config(warps=2), Config(warps=4)]  # of one: sums over features need no barrier
+TILE = 1024  # numbers of the bank a program holds at once: 32 registers a thread of one warp, 128 features at E ≤ 8
+PROGRAMS = 32  # of a processor: more than it holds at a time, so that those that begin late take over no more than that
+BANK_PROGRAMS, BANK_PARTS = 16, 8  # of a processor that add the bank's gradient up; of an individual's samples, at most
 
 
 class _Samples(NamedTuple):
@@ -63,7 +66,7 @@ def direction_logits_forward(
     if batch == 0:
         return (cosines,)
     shape = _shape(bank, everything=True)
-    programs = programs_for(source, batch, per_processor=16)
+    programs = programs_for(source, batch, per_processor=PROGRAMS)
 
     def launch(config: Config) -> None:
         arguments = (source, edited, bank, individual, source_emotion, cosines, min_change, batch, people)
@@ -109,7 +112,7 @@ def direction_loss_forward(
     loss = source.new_empty(batch if reduction == "none" else (), dtype=torch.float32)
     divisor = source.new_empty((), dtype=torch.float32)
     shape = _shape(bank, everything=contrast > 0)
-    programs = programs_for(source, batch, per_processor=16)
+    programs = programs_for(source, batch, per_processor=PROGRAMS)
     over_grid = _sums_over_grid(source, programs) if reduction != "none" else (None, None)
 
     def launch(config: Config) -> None:
@@ -179,7 +182,7 @@ def _backward(
     grad_scale = torch.empty_like(scale) if need_scale and scale is not None else None
     batch = source.shape[0]
     coefficients = source.new_empty(batch, 2 * shape["BLOCK_E"] + 2, dtype=torch.float32) if in_order else None
-    programs = programs_for(source, batch, per_processor=16)
+    programs = programs_for(source, batch, per_processor=PROGRAMS)
     over_grid = _sums_over_grid(source, programs) if grad_scale is not None else (None, None)
 
     def launch(config: Config) -> None:
@@ -229,9 +232,12 @@ def _add_in_order(
     grad_bank = torch.empty_like(bank, dtype=torch.float32)
     all_rows = power_of_2(emotions)
     tile = bank_tile(width, all_rows)
+    tiles = triton.cdiv(width, tile)
+    parts = bank_parts(len(source), people, programs_for(source, 1 << 30, BANK_PROGRAMS) // (people * tiles))
+    partial = grad_bank if parts == 1 else grad_bank.new_empty(parts, *grad_bank.shape)
     run(
         source,
-        lambda: bank_kernel[(people, triton.cdiv(width, tile))](
+        lambda: bank_kernel[(people, tiles, parts)](
             coefficients,
             source,
             edited,
@@ -240,21 +246,28 @@ def _add_in_order(
             target_emotion if shape["BLOCK_E"] == 1 else None,
             order,
             starts,
-            grad_bank,
+            partial,
             E=emotions,
             D=width,
             ALL_E=all_rows,
             BLOCK_E=shape["BLOCK_E"],
             BLOCK_D=tile,
-            num_warps=4,
+            num_warps=1,
         ),
     )
+    if parts > 1:
+        run(source, lambda: add_shares(partial, grad_bank))
     return grad_bank
 
 
 def bank_tile(width: int, rows: int) -> int:
-    """Columns of the bank that a program adds samples up on: small, so that few individuals fill a GPU."""
-    return min(power_of_2(width), max(TILE // 4 // rows, 16))
+    """Columns of the bank that a program adds samples up on."""
+    return min(power_of_2(width), max(TILE // rows, 16))
+
+
+def bank_parts(samples: int, people: int, most: int) -> int:
+    """Programs that share an individual's samples: no more than fill the GPU, and of a few samples each at least."""
+    return max(1, min(most, BANK_PARTS, samples // (4 * max(people, 1))))
 
 
 def _shape(bank: Tensor, *, everything: bool) -> dict[str, int]:

@@ -96,7 +96,7 @@ def loss_kernel(
     if REDUCTION == "none":
         tl.store(divisor, 1.0)
     else:
-        last, total, count = sum_over_grid(partial, counter, total, count, 1024)
+        last, total, count = sum_over_grid(partial, counter, total, count, 512)
         if last:
             divide_by = tl.maximum(count, 1.0) if REDUCTION == "mean" else 1.0
             tl.store(loss, total / divide_by)
@@ -185,13 +185,15 @@ def backward_kernel(
         along = 0.0
         further = tl.where(inv_square_delta == 0.0, tl.sum(g * c), 0.0) if NORMALIZE else 0.0
         if NORMALIZE:
+            along_source = tl.zeros([BLOCK_D], tl.float32)
             for start in range(0, D, BLOCK_D):
                 column = start + tl.arange(0, BLOCK_D)
                 delta = _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D)
                 d = _directions(bank, person, e, a, column, E, D)
                 grad_delta = tl.sum(d * weight[:, None], axis=0) - shrink * delta
                 v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
-                along += tl.sum(grad_delta * (v * inv_norm_source))
+                along_source += grad_delta * (v * inv_norm_source)
+            along = tl.sum(along_source)
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
             delta = _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D)
@@ -226,7 +228,7 @@ def backward_kernel(
             tl.store(sample_coefficients + 2 * BLOCK_E, inv_norm_source)
             tl.store(sample_coefficients + 2 * BLOCK_E + 1, inv_norm_edited)
     if grad_scale is not None:
-        last, scale_gradient, _ = sum_over_grid(partial, counter, scale_gradient, 0.0, 1024)
+        last, scale_gradient, _ = sum_over_grid(partial, counter, scale_gradient, 0.0, 512)
         if last:
             tl.store(grad_scale, scale_gradient)
 
@@ -241,21 +243,31 @@ def bank_kernel(
     target_emotion,  # (B,) int64, or None where all rows have coefficients; read
     order,  # (B,) int64: samples sorted by individual, read
     starts,  # (N + 1,) int64: where in order each individual begins, read
-    grad_bank,  # (N, E, D) float32, written
+    grad_bank,  # (parts, N, E, D) float32, written
     E: tl.constexpr,  # emotions
     D: tl.constexpr,  # features
     ALL_E: tl.constexpr,  # E rounded up to a power of two
     BLOCK_E: tl.constexpr,  # rows that coefficients are kept for: ALL_E, or 1
     BLOCK_D: tl.constexpr,  # features that are worked on at a time
 ):
-    """A program owns one individual and a tile of D, and adds the individual's samples up in their order."""
+    """A program owns a part of one individual's samples and a tile of D, and adds the samples up in their order.
+
+    A sample from a has d[e] = t[e] − t[a]: weight[e]·δ − shrink[e]·d[e] is added to row e and taken from row a. The
+    first is one multiply-add for each number, row a's weight being −Σ weight. Of the second only shrink is added up, by
+    e and a: what it is multiplied by is the bank's.
+    """
     person = tl.cast(tl.program_id(0), tl.int64)
+    part, parts = tl.program_id(2), tl.num_programs(2)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     e = tl.arange(0, ALL_E)
     inside = (e[:, None] < E) & (column[None, :] < D)
-    offset = (person * E + e[:, None]) * D + column[None, :]
+    begin, end = tl.load(starts + person), tl.load(starts + person + 1)
+    share = tl.cdiv(end - begin, parts)
+    begin += part * share
+    end = tl.minimum(begin + share, end)
     total = tl.zeros([ALL_E, BLOCK_D], tl.float32)
-    for position in range(tl.load(starts + person), tl.load(starts + person + 1)):
+    shrinks = tl.zeros([ALL_E, ALL_E], tl.float32)
+    for position in range(begin, end):
         sample = tl.load(order + position)
         a = tl.load(source_emotion + sample)
         sample_coefficients = coefficients + sample * (2 * BLOCK_E + 2)
@@ -266,31 +278,36 @@ def bank_kernel(
             b = tl.load(target_emotion + sample)
             weight = tl.where(e == b, tl.load(sample_coefficients), 0.0)
             shrink = tl.where(e == b, tl.load(sample_coefficients + BLOCK_E), 0.0)
+        weight = tl.where(e == a, -tl.sum(tl.where(e == a, 0.0, weight)), weight)
         inv_norm_source = tl.load(sample_coefficients + 2 * BLOCK_E)
         inv_norm_edited = tl.load(sample_coefficients + 2 * BLOCK_E + 1)
         delta = _change(source, edited, sample * D, inv_norm_source, inv_norm_edited, column, D)
+        total += tl.where(weight[:, None] == 0.0, 0.0, weight[:, None] * delta[None, :])
+        shrinks += tl.where(e[None, :] == a, shrink[:, None], 0.0)
+    shrinks += tl.trans(shrinks)
+    for a in range(E):
+        shrink = tl.sum(tl.where(e[None, :] == a, shrinks, 0.0), axis=1)
         d = _directions(bank, person, e, a, column, E, D)
-        grad_d = weight[:, None] * delta[None, :] - shrink[:, None] * d
-        grad_d = tl.where((weight == 0.0)[:, None] & (shrink == 0.0)[:, None], 0.0, grad_d)
-        total += tl.where(e[:, None] == a, -tl.sum(grad_d, axis=0)[None, :], grad_d)
-    tl.store(grad_bank + offset, total, inside)
+        total -= tl.where(shrink[:, None] == 0.0, 0.0, shrink[:, None] * d)
+    row = (tl.cast(part, tl.int64) * tl.num_programs(0) + person) * E + e
+    tl.store(grad_bank + row[:, None] * D + column[None, :], total, inside)
 
 
 @triton.jit
 def _inverse_norms(source, edited, row, D: tl.constexpr, BLOCK_D: tl.constexpr, NORMALIZE: tl.constexpr):
     """1 / |source| and 1 / |edited|, or 1 and 1."""
-    source_square = 0.0
-    edited_square = 0.0
     if NORMALIZE:
+        source_square = tl.zeros([BLOCK_D], tl.float32)
+        edited_square = tl.zeros([BLOCK_D], tl.float32)
         for start in range(0, D, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
             v = tl.load(source + row + column, column < D, other=0.0).to(tl.float32)
             w = tl.load(edited + row + column, column < D, other=0.0).to(tl.float32)
-            source_square += tl.sum(v * v)
-            edited_square += tl.sum(w * w)
-        return inverse_norm(source_square), inverse_norm(edited_square)
+            source_square += v * v
+            edited_square += w * w
+        return inverse_norm(tl.sum(source_square)), inverse_norm(tl.sum(edited_square))
     else:  # noqa: RET505
-        return source_square + 1.0, edited_square + 1.0
+        return 1.0, 1.0
 
 
 @triton.jit
@@ -315,19 +332,19 @@ def _cosines(
 
     δ and d are formed before they are multiplied: their low bits are the result.
     """
-    dots = tl.zeros([BLOCK_E], tl.float32)
-    squares = tl.zeros([BLOCK_E], tl.float32)
-    square = 0.0
+    dots = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    squares = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    square = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         delta = _change(source, edited, row, inv_norm_source, inv_norm_edited, column, D)
         d = _directions(bank, person, e, a, column, E, D)
-        dots += tl.sum(d * delta[None, :], axis=1)
-        squares += tl.sum(d * d, axis=1)
-        square += tl.sum(delta * delta)
-    inv_norm_delta, inv_square_delta = inverse_change(square, min_change, NORMALIZE)
-    inv_norm_d = inverse_norm(squares)
-    return dots * inv_norm_d * inv_norm_delta, inv_norm_d, inv_norm_delta, inv_square_delta
+        dots += d * delta[None, :]
+        squares += d * d
+        square += delta * delta
+    inv_norm_delta, inv_square_delta = inverse_change(tl.sum(square), min_change, NORMALIZE)
+    inv_norm_d = inverse_norm(tl.sum(squares, axis=1))
+    return tl.sum(dots, axis=1) * inv_norm_d * inv_norm_delta, inv_norm_d, inv_norm_delta, inv_square_delta
 
 
 @triton.jit

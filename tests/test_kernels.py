@@ -39,7 +39,16 @@ LAYOUTS = [
     PromptTree(1, (1,)),
     PromptTree(5, (30, 21, 14)),  # blocks that no query of another sees
 ]
-FRAMES = [(1, 45, 31, 16), (2, 20, 33, 48), (1, 64, 64, 64), (1, 7, 5, 4), (1, 150, 3, 20)]  # B, H, W, size
+FRAMES = [  # B, H, W, size
+    (1, 45, 31, 16),
+    (2, 20, 33, 48),
+    (1, 64, 64, 64),
+    (1, 7, 5, 4),
+    (1, 150, 3, 20),
+    (1, 3, 150, 20),  # old columns in two turns
+    (1, 1, 1, 5),
+    (1, 40, 9, 1),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +186,28 @@ def test_the_widest_supported_emotions(negatives):
     assert_twins(correlation((2, 11, 9), torch.float32, missing=True, negatives=negatives))
 
 
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("k", "processors", "shares"), [(100, 1, 1), (100, 5, 4), (1000, 8, 8), (48, 8, 2)])
+def test_programs_of_a_correlation_share_a_long_product(monkeypatch, k, processors, shares, add):
+    from pcmecl_fast.kernels import products
+    from pcmecl_fast.kernels.common import Config
+
+    tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}
+    monkeypatch.setattr(products, "PRODUCT_CONFIGS", [Config(blocks=tiles)])
+    monkeypatch.setattr(products, "START", 1)
+    monkeypatch.setattr(products, "SHARED_NUMBER", 0)
+    monkeypatch.setattr(products, "programs_for", lambda x, work, per_processor: processors)
+    assert products.shares_of(k, 32, 1, 0.0, processors) == shares
+    generator = torch.Generator().manual_seed(0)
+    left, right, out = (torch.randn(size, generator=generator).to(DEVICE) for size in ((k, 29), (k, 30), (29, 30)))
+    expected = left.double().T @ right.double() + (out.double() if add else 0.0)
+    results = [out.clone() for _ in range(2)]
+    for result in results:
+        products.multiply(left.T[None, None], right[None, None], result[None, None], add=add)
+    assert_close_for(torch.float32)(results[0], expected)
+    assert torch.equal(*results)
+
+
 @pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("strips", [1, 2])
 @pytest.mark.parametrize("negatives", ["all", "within", "distinct"])
@@ -290,17 +321,32 @@ def test_a_frame_of_one_brightness_keeps_it(dtype):
     assert_close_for(torch.float32)(resized.float().mean(), torch.tensor(0.75))
 
 
-@pytest.mark.parametrize(("old", "new"), [(256, 224), (64, 224), (7, 4), (300, 20), (31, 31)])
+@pytest.mark.parametrize(("old", "new"), [(256, 224), (64, 224), (7, 4), (300, 20), (31, 31), (9, 1)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_the_resize_is_torchs(old, new, interpolation):
-    from pcmecl_fast.kernels.frames import resize_weights
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_frames_resize_is_torchs(old, new, interpolation, transposed):
+    from pcmecl_fast.kernels.frames import RADIUS, make_bands
 
     line = torch.eye(old, dtype=torch.float64)[None, None]
     expected = torch.nn.functional.interpolate(
         line, (new, old), mode=interpolation, antialias=True, align_corners=False
-    )
-    weights = resize_weights(torch.empty(0, device=DEVICE), old, new, interpolation)
-    assert_close_for(torch.float32)(weights, expected[0, 0])
+    )[0, 0]
+    x = torch.empty(0, device=DEVICE)
+    if transposed:
+        first, weights = make_bands(x, new, old, RADIUS[interpolation], transposed=True)
+        expected = expected.T
+    else:
+        first, weights = make_bands(x, old, new, RADIUS[interpolation], transposed=False)
+    band = first[None, :] + torch.arange(len(weights), device=DEVICE)[:, None]
+    whole = torch.zeros(expected.T.shape, device=DEVICE).scatter_(0, band.long(), weights)
+    assert_close_for(torch.float32)(whole.T, expected)
+
+
+def test_half_frames_lose_no_bits_of_their_weights():
+    """They are resized as those of float32 are, and rounded once."""
+    frames = torch.rand(1, 3, 45, 70, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    resized = clip_frames(frames, 48, MEAN, STD, backend="triton")
+    assert torch.equal(resized, clip_frames(frames.float(), 48, MEAN, STD, backend="triton").half())
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
