@@ -76,9 +76,7 @@ def test_only_the_wanted_critics_are_made():
 
 def generators(count):
     torch.manual_seed(0)
-    return [
-        make_generator("warp-paint", EMOTIONS, 32, {"fields": 2, "opacities": 4, "hidden": 8}) for _ in range(count)
-    ]
+    return [make_generator("warp-fields", EMOTIONS, 32, {"fields": 2, "hidden": 8}) for _ in range(count)]
 
 
 def test_the_average_is_at_first_a_mean_and_then_exponential():

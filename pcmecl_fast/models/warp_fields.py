@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from pcmecl_fast.models.base import Edit, Generator, enlarge
 
+STYLE = 64
+"""The length of a style."""
+
 
 @dataclass
 class WarpFieldsConfig:
@@ -60,7 +63,7 @@ class WarpFields(Generator):
 
     def __init__(self, emotions: Sequence[str], size: int, config: WarpFieldsConfig | None = None) -> None:
         super().__init__(emotions, size, config)
-        config, style = self.config, 64
+        config, style = self.config, STYLE
         self.driven_by = config.driven_by
         self.shown: nn.Module | None = None
         if config.driven_by == "emotion":
@@ -107,14 +110,9 @@ class WarpFields(Generator):
             shade: (B, 1, H, W), the logarithm of the factor on brightness.
             shown: (B, E) logits of the emotion that the frames show; None for a generator driven by a reference.
         """
-        height, width = frames.shape[-2:]
-        seen = self.encoder(frames)
         change, shown = self._change(frames, target)
-        mix = self.mix(torch.cat([seen, change], 1)) - self.mix(torch.cat([seen, torch.zeros_like(change)], 1))
-        flow_mix, shade_mix = mix.chunk(2, dim=1)  # (B, K) each
-        grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), height, width)
-        flow = lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, "bicubic")
-        shade = lay(torch.einsum("bk,kchw->bchw", shade_mix, self.shade), grid, "bilinear")
+        flow, shade = self._mixed(frames, change)
+        height, width = frames.shape[-2:]
         window = soft_window(height, width, self.config.window).to(frames)
         flow = window * 2 * self.config.reach * torch.tanh(flow)
         shade = window * self.config.shading * torch.tanh(shade)
@@ -127,6 +125,19 @@ class WarpFields(Generator):
         shown = self.shown(frames)
         # Detached: recognition learns from labels alone, and must not learn to be wrong to suit an edit.
         return self.target(target) - shown.detach().softmax(dim=1) @ self.target.weight, shown
+
+    def _mixed(
+        self,
+        frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+        change: Tensor,  # (B, STYLE)
+    ) -> tuple[Tensor, Tensor]:
+        """Flow, (B, 2, H, W), and shade, (B, 1, H, W), before they are bounded: zero for no change."""
+        seen = self.encoder(frames)
+        mix = self.mix(torch.cat([seen, change], 1)) - self.mix(torch.cat([seen, torch.zeros_like(change)], 1))
+        flow_mix, shade_mix = mix.chunk(2, dim=1)  # (B, K) each
+        grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), *frames.shape[-2:])
+        flow = lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, "bicubic")
+        return flow, lay(torch.einsum("bk,kchw->bchw", shade_mix, self.shade), grid, "bilinear")
 
     def _penalties(self, flow: Tensor, shade: Tensor) -> dict[str, Tensor]:
         return {
@@ -199,11 +210,9 @@ def lay(
     fields: Tensor,  # (B, C, h, w), coarse
     grid: Tensor,  # (B, H, W, 2)
     smoothly: str,
-    *,
-    fine: tuple[int, int] | None = None,
 ) -> Tensor:  # (B, C, H, W)
-    """Fields interpolated to a frame's size, that of the grid by default, and sampled at the grid's positions."""
-    sizes = zip(fields.shape[-2:], fine or grid.shape[1:3], strict=True)
+    """Fields interpolated to a frame's size, that of the grid, and sampled at the grid's positions."""
+    sizes = zip(fields.shape[-2:], grid.shape[1:3], strict=True)
     height, width = (_interpolation(coarse, size, smoothly, fields) for coarse, size in sizes)
     return sample(height @ fields @ width.T, grid)
 

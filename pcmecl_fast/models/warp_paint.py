@@ -1,26 +1,27 @@
-"""The built-in generator: learned fields that move, shade and paint a face, mixed for each frame (ours).
+"""The built-in generator: the learned fields of `warp-fields`, refined and painted over by a network that looks (ours).
 
-    change  = style(target) − style(shown)                               the emotion shown is recognised
-    a, b, c = mix(encoder(frame), change) − mix(encoder(frame), 0)       zero for no change
-    flow    = window · reach · tanh(Σ a_k flow_k),   shade = window · shading · tanh(Σ b_k shade_k)
-    α_p     = window · clamp(Σ c_pk opacity_k, 0, 1)                     one opacity for each of P paints
-    edited  = clamp( (1 − α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + Σ α_p colour_p ),   α = Σ α_p ≤ 1
+    change = style(target) − style(shown)                               the emotion shown is recognised
+    seen   = gate(change) ⊙ U-Net(frame, place; change)                 the change scales and shifts its channels
+    flow', shade', α, c = head(seen)                                    no biases: zero for no change
+    flow   = window · reach · tanh(flow of the fields + flow'),  shade = window · shading · tanh(… + shade')
+    edited = clamp( (1 − α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + α · tanh(c) ),  α = window · clamp(α, 0, 1)
 
-Moved skin has no teeth, no white around the iris and no fold in it: that is painted. A paint's colour is the frame's
-own at a learned place, tinted, or a learned one, or between the two:
+Fields that everyone shares learn soon what a face does, but not where this face has its lids and lips: alone, they
+smear wide eyes. The network alone learns that, and takes twice as many steps to show as much. Moved skin has no teeth,
+no white around the iris and no fold in it: that is painted, with a mask and a colour as in GANimation (Pumarola et al.
+2018), over as little of the face as the penalties leave to it: what the frame has keeps its texture where it is moved.
 
-    colour_p = (1 − own_p) · ((1 + Σ_x place_p(x) frame(x)) · tint_p − 1) + own_p · learned_p
-
-Flow and shade begin so close to zero that the untrained generator is the identity, and opacities at exactly zero. Flow,
-shade, α and Σ α_p colour_p are an edit's plan: halved, it moves half as far and covers half as much. A plan of zeros
-gives the frame back to the bit, and so does every pixel outside the window.
+The network sees the window at `detail` pixels for the whole frame, whatever the frame's size. Flow, shade, α and
+α · tanh(c) are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as much.
+The weights start so close to zero that the untrained generator is the identity, and opacities at exactly zero. A plan
+of zeros gives the frame back to the bit, and so does every pixel outside the window.
 """
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -28,147 +29,131 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.models.base import Edit, enlarge
-from pcmecl_fast.models.warp_fields import (
-    WarpFields,
-    WarpFieldsConfig,
-    lay,
-    pose_grid,
-    sample,
-    soft_window,
-)
+from pcmecl_fast.models.warp_fields import STYLE, WarpFields, WarpFieldsConfig, pose_grid, sample, soft_window
 
 
 @dataclass
 class WarpPaintConfig(WarpFieldsConfig):
-    """The options of `warp-paint`: those of `warp-fields`, and those of the paint."""
+    """The options of `warp-paint`: those of `warp-fields`, and those of the network."""
 
-    paints: int = 6
-    """P: the number of colours."""
-    opacities: int = 48
-    """The number of learned fields that their opacities are mixed of."""
-    features: int = 16
-    """C: the number of local features of the frame that flow, shade and opacities are mixed of beside the fields."""
+    detail: int = 64
+    """Pixels along the longer side of a frame as the network sees and plans it; smaller frames are seen as they are."""
+    widths: list[int] = field(default_factory=lambda: [16, 32, 48, 64])
+    """Channels of the U-Net at full, half, quarter and eighth resolution: multiples of 8."""
     w_paint: float = 40.0
     """Weight of the mean opacity: skin that can be moved or shaded is not painted over."""
 
 
 class WarpPaint(WarpFields):
-    """Moves, shades and paints a face by fields shared by everyone; frames may have any size."""
+    """Moves, shades and paints a face, by fields and by what a network sees; frames may have any size."""
 
     Config = WarpPaintConfig
     config: WarpPaintConfig
 
     def __init__(self, emotions: Sequence[str], size: int, config: WarpPaintConfig | None = None) -> None:
         super().__init__(emotions, size, config)
-        config = self.config
-        paints, opacities = config.paints, config.opacities
-        self.mix = self.mix[:-1]
-        self.features = _Features(config.features)
-        # Without biases, which would cancel.
-        self.static_mix = nn.Linear(config.hidden, 2 * config.fields, bias=False)
-        self.local_mix = nn.Linear(config.hidden, 3 * config.features, bias=False)
-        self.opacity_mix = nn.Linear(config.hidden, paints * (opacities + config.features), bias=False)
-        nn.init.normal_(self.local_mix.weight, std=0.01)
-        nn.init.zeros_(self.opacity_mix.weight)
-        self.opacity = nn.Parameter(_spots(opacities, 48, config.window))
-        self.place = nn.Parameter(torch.randn(paints, 16 * 16))
-        self.tint = nn.Parameter(torch.zeros(paints, 3))
-        self.learned = nn.Parameter(0.5 * torch.randn(paints, 1).expand(paints, 3).clone())
-        self.own = nn.Parameter(torch.zeros(paints, 1))
+        widths = self.config.widths
+        last = 2 * widths[0]
+        self.condition = nn.Sequential(nn.Linear(STYLE, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
+        # Colour and place, x and y.
+        self.down = nn.ModuleList([_Layer(5, widths[0])])
+        self.down.extend(_Layer(i, o, halved=True) for i, o in itertools.pairwise(widths))
+        self.middle = nn.ModuleList(_Layer(widths[-1], widths[-1], 128) for _ in range(2))
+        self.up = nn.ModuleList(
+            _Layer(below + beside, beside, 128) for beside, below in reversed(list(itertools.pairwise(widths[1:])))
+        )
+        self.up.append(_Layer(widths[1] + widths[0], last, 128))
+        # Neither has a bias: no change, no edit.
+        self.gate = nn.Linear(STYLE, last, bias=False)
+        self.head = nn.Conv2d(last, 7, 3, padding=1, bias=False)
+        with torch.no_grad():
+            # Not exactly zero: a zero change has a zero gradient in a directional loss, and training would never start.
+            self.head.weight[:3] *= 0.1
+            self.head.weight[3] = 0
 
     def edit(self, frames: Tensor, target: Tensor) -> Edit:
-        box = Box.around(self.config.window, *frames.shape[-2:])
-        plan, shown = self._plan(frames, target, box)
-        flow, shade, opacity = F.pad(plan[:, :4].float(), box.padding).split([2, 1, 1], dim=1)
+        plan, shown = self._plan(frames, target)
+        flow, shade, opacity, _ = plan.float().split([2, 1, 1, 3], dim=1)
         penalties = self._penalties(flow, shade)
         penalties["paint"] = self.config.w_paint * opacity.mean()
+        box = Box.around(self.config.window, *frames.shape[-2:])
         edited = frames.clone()
-        edited[box.pixels] = _carried_out(frames, plan, box)
+        edited[box.pixels] = _carried_out(frames, enlarge(plan, frames)[box.pixels], box)
         return Edit(edited, penalties, shown)
 
     def plan(self, frames: Tensor, target: Tensor) -> Tensor:  # (B, 7, S, S)
         """Flow, x and y, shade, the paint's opacity, and its colour times opacity."""
         box = Box.around(self.config.window, *frames.shape[-2:])
-        return F.pad(self._plan(frames, target, box)[0], box.padding)
+        return F.pad(enlarge(self._plan(frames, target)[0], frames)[box.pixels], box.padding)
 
     def carry_out(self, frames: Tensor, plan: Tensor) -> Tensor:
-        """The fields enlarged, and the frames' own pixels moved, shaded and covered by them."""
+        """The plan enlarged, and the frames' own pixels moved, shaded and covered by it."""
         return _carried_out(frames, enlarge(plan, frames), Box.whole(*frames.shape[-2:]))
 
-    def _plan(self, frames: Tensor, target: Tensor, box: Box) -> tuple[Tensor, Tensor | None]:
-        """The plan inside the box, outside which it is zero, and the emotion shown."""
-        size = height, width = frames.shape[-2], frames.shape[-1]
+    def _plan(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The plan at the size that the network sees, and the emotion shown."""
         config = self.config
-        seen = self.encoder(frames)
-        change, shown = self._change(frames, target)
-        hidden = self._hidden(seen, change) - self._hidden(seen, torch.zeros_like(change))
-        grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), height, width)[:, box.rows, box.columns]
-        window = soft_window(height, width, config.window).to(frames)[box.rows, box.columns]
-        flow_mix, shade_mix = self.static_mix(hidden).chunk(2, dim=1)
-        on_spots, on_features = (
-            self.opacity_mix(hidden).unflatten(1, (config.paints, -1)).split([config.opacities, config.features], dim=2)
-        )
-        local_mix = torch.cat([self.local_mix(hidden).unflatten(1, (3, -1)), on_features], 1)
-        local = torch.einsum("bpc,bchw->bphw", local_mix, self.features(frames[box.pixels], grid, size))
-        flow = lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, "bicubic", fine=size)
-        flow = window * 2 * config.reach * torch.tanh(flow + local[:, :2])
-        shade = torch.einsum("bk,kchw->bchw", shade_mix, self.shade)
-        spots = torch.einsum("bpk,khw->bphw", on_spots, self.opacity[:, 0])
-        laid = lay(torch.cat([shade, spots], 1), grid, "bilinear", fine=size) + local[:, 2:]
-        shade = window * config.shading * torch.tanh(laid[:, :1])
-        each = window * _Bounded.apply(laid[:, 1:])
-        total = each.sum(1, keepdim=True)
-        colours = self._colours(frames)
-        paint = torch.einsum("bphw,bpc->bchw", each, colours)
-        return torch.cat([flow, shade, torch.cat([total, paint], 1) / total.clamp(min=1)], 1), shown
+        frames = _shrunk(frames, config.detail)
+        change, shown = self._change(frames, target if target.dim() == 1 else _shrunk(target, config.detail))
+        size = height, width = frames.shape[-2], frames.shape[-1]
+        box = Box.around(config.window, *size)
+        place = pose_grid(frames.new_zeros(1, 4), *size).movedim(-1, 1)[box.pixels]
+        part = frames[box.pixels]
+        seen = self._seen(torch.cat([part, place.expand(len(part), -1, -1, -1)], 1), self.condition(change))
+        out = self.head(seen * self.gate(change)[..., None, None])[..., : part.shape[-2], : part.shape[-1]]
+        window = soft_window(height, width, config.window).to(out)[box.rows, box.columns]
+        flow, shade, opacity, colour = out.split([2, 1, 1, 3], dim=1)
+        shared_flow, shared_shade = self._mixed(frames, change)
+        flow = window * 2 * config.reach * torch.tanh(shared_flow[box.pixels] + flow)
+        shade = window * config.shading * torch.tanh(shared_shade[box.pixels] + shade)
+        opacity = window * _Bounded.apply(opacity)
+        return F.pad(torch.cat([flow, shade, opacity, opacity * torch.tanh(colour)], 1), box.padding), shown
 
-    def _hidden(self, seen: Tensor, change: Tensor) -> Tensor:
-        return self.mix(torch.cat([seen, change], 1))
+    def _seen(self, part: Tensor, condition: Tensor) -> Tensor:
+        """The U-Net: the part's size filled up to what can be halved."""
+        height, width = part.shape[-2:]
+        halvings = 2 ** (len(self.down) - 1)
+        hidden = F.pad(part, (0, -width % halvings, 0, -height % halvings), mode="replicate")
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        beside = []
+        for layer in self.down:
+            hidden = layer(hidden)
+            beside.append(hidden)
+        for layer in self.middle:
+            hidden = hidden + layer(hidden, condition)
+        for layer, skipped in zip(self.up, beside[-2::-1], strict=True):
+            hidden = layer(torch.cat([F.interpolate(hidden, scale_factor=2.0), skipped], 1), condition)
+        return hidden
 
-    def _colours(self, frames: Tensor) -> Tensor:  # (B, P, 3) in [-1, 1]
-        small = F.adaptive_avg_pool2d(frames, 16).flatten(2)  # (B, 3, 256)
-        there = torch.einsum("px,bcx->bpc", self.place.softmax(1), small)
-        tinted = (1 + there) * self.tint.exp() - 1
-        own = self.own.sigmoid()
-        return ((1 - own) * tinted + own * self.learned.tanh()).clamp(-1, 1)
 
+class _Layer(nn.Module):
+    """SiLU((1 + scale) · norm(convolution(x)) + shift), where a condition gives scale and shift."""
 
-class _Features(nn.Module):
-    """What a part of a frame looks like at each of its pixels, seen at about 64 × 64 pixels for the whole frame."""
-
-    def __init__(self, features: int) -> None:
+    def __init__(self, inputs: int, outputs: int, condition: int = 0, *, halved: bool = False) -> None:
         super().__init__()
-        self.fine = _convolution(5, 12, 3, 1)
-        self.middle = _convolution(12, 24, 4, 2)
-        self.coarse = nn.Sequential(_convolution(24, 32, 4, 2), _convolution(32, 32, 3, 1))
-        self.up_middle = _convolution(24 + 32, 24, 3, 1)
-        self.up_fine = nn.Sequential(nn.Conv2d(12 + 24, features, 3, padding=1), nn.Tanh())
+        self.convolution = nn.Conv2d(inputs, outputs, 4 if halved else 3, stride=2 if halved else 1, padding=1)
+        self.norm = nn.GroupNorm(8, outputs, affine=not condition)
+        self.modulation = nn.Linear(condition, 2 * outputs) if condition else None
 
-    def forward(
-        self,
-        part: Tensor,  # (B, 3, h, w) in [-1, 1]
-        grid: Tensor,  # (B, h, w, 2), its pixels' positions in the fields
-        size: tuple[int, int],  # of the whole frame
-    ) -> Tensor:  # (B, C, h, w) in [-1, 1]
-        small = torch.cat([part, grid.movedim(-1, 1)], 1)
-        seen_at = [max(4, round(64 * own / whole)) for own, whole in zip(part.shape[-2:], size, strict=True)]
-        if list(part.shape[-2:]) != seen_at:
-            small = F.interpolate(small, seen_at, mode="area")
-        fine = self.fine(small)
-        middle = self.middle(fine)
-        middle = self.up_middle(torch.cat([middle, _resized(self.coarse(middle), middle)], 1))
-        return _resized(self.up_fine(torch.cat([fine, _resized(middle, fine)], 1)), part)
+    def forward(self, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
+        hidden = self.norm(self.convolution(hidden))
+        if self.modulation is not None:
+            scale, shift = self.modulation(condition)[..., None, None].chunk(2, dim=1)
+            hidden = torch.addcmul(shift, hidden, 1 + scale)
+        return F.silu(hidden)
 
 
-def _convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Module:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=1)
-    return nn.Sequential(convolution, nn.GroupNorm(4, outputs), nn.SiLU())
-
-
-def _resized(images: Tensor, like: Tensor) -> Tensor:
-    if images.shape[-2:] == like.shape[-2:]:
-        return images
-    return F.interpolate(images, like.shape[-2:], mode="bilinear", align_corners=False)
+def _shrunk(
+    frames: Tensor,  # (B, 3, H, W)
+    detail: int,
+) -> Tensor:
+    """The frames with at most `detail` pixels along their longer side, each the mean of what it stands for."""
+    height, width = frames.shape[-2:]
+    longer = max(height, width)
+    if longer <= detail:
+        return frames
+    size = [max(8, round(side * detail / longer)) for side in (height, width)]
+    return F.interpolate(frames, size, mode="area")
 
 
 class Box(NamedTuple):
@@ -227,15 +212,3 @@ class _Bounded(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         further_out = (x.clamp(0, 1) - x) * gradient > 0
         return gradient.masked_fill(further_out, 0)
-
-
-def _spots(count: int, side: int, window: Sequence[float]) -> Tensor:  # (count, 1, side, side)
-    """Soft round spots, evenly over the window in rows."""
-    rows = max(1, round(count**0.5))
-    columns = math.ceil(count / rows)
-    number = torch.arange(count)
-    x = window[0] + window[2] * ((2 * (number % columns) + 1) / columns - 1)
-    y = window[1] + window[3] * ((2 * (number // columns) + 1) / rows - 1)
-    at = (torch.arange(side) + 0.5) / side
-    across, down = ((at - centre[:, None]) / half for centre, half in ((x, window[2] / columns), (y, window[3] / rows)))
-    return (-(across[:, None, None, :] ** 2 + down[:, None, :, None] ** 2) / 2).exp()
