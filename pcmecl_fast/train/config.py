@@ -221,8 +221,8 @@ class PromptsOptions:
 class EditingOptions:
     """Stage 2: which generator, and how it is trained."""
 
-    generator: str = "warp-fields"
-    """warp-fields or warp-paint (built in), or your own as package.module:Class: docs/generators.md shows how to write
+    generator: str = "warp-paint"
+    """warp-paint or warp-fields (built in), or your own as package.module:Class: docs/generators.md shows how to write
     one."""
     generator_options: dict[str, Any] = field(default_factory=dict)
     """The generator's own options: docs/generators.md lists those of the built-in ones."""
@@ -360,6 +360,9 @@ class AblateConfig(TrainConfig):
     """Weight of the penalty on edits that fall short of real changes; `train` keeps the mouth still instead."""
     w_speech: float = 45.0
     """Drawn faces: weight of unchanged speech to the frozen reader, as used for the committed results."""
+    generator: str = "warp-fields"
+    """warp-fields or warp-paint (built in), or your own as package.module:Class; the committed results are of
+    warp-fields."""
     average: float = 0.0
     """Decay of the running average of the generator's weights; the committed results are of the last weights."""
     w_direct: float = 60.0
