@@ -40,7 +40,9 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Pixels along the longer side of a frame as the network sees and plans it; smaller frames are seen as they are."""
     widths: list[int] = field(default_factory=lambda: [16, 32, 48, 64])
     """Channels of the U-Net at full, half, quarter and eighth resolution: multiples of 8."""
-    w_paint: float = 40.0
+    w_folding: float = 100.0
+    """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
+    w_paint: float = 8.0
     """Weight of the mean opacity: skin that can be moved or shaded is not painted over."""
 
 

@@ -320,7 +320,7 @@ class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
 class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in a few minutes on a laptop."""
 
-    steps: int = 800
+    steps: int = 600
     """Optimiser steps of the generator."""
     w_emotion: float = 1.5
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
