@@ -27,7 +27,7 @@ STRIPS = D // 128  # of a warp's loads of four float32 numbers a lane
 STRETCHES = B // 1024  # of samples that are counted at once
 TREES, HEADS, TOKENS, WIDTH = 64, 8, 30, 64  # a prefix of nine, seven segments of three
 SEARCH = 3  # steps to find a token's segment
-PLANES, LARGE, SMALL, TAPS = 3 * 16, 256, 224, 6  # frames, bicubic
+PLANES, LARGE, SMALL = 3 * 16, 256, 224  # frames, bicubic: five taps, four of the way back
 
 
 @dataclass(frozen=True)
@@ -274,19 +274,15 @@ def _tree(launch: Callable[..., Launch]) -> list[Launch]:
 
 def _frames(launch: Callable[..., Launch]) -> list[Launch]:
     found = []
-    for what, after in (("`clip_frames`", SMALL), ("its gradient", LARGE)):
+    for what, after, taps in (("`clip_frames`", SMALL, 5), ("its gradient", LARGE, 4)):
         blocks = PLANES * ceil(after / 16) * ceil(after / 64)
-        warps = 8 * blocks  # each mixes two rows of 128 old columns, then adds up its new columns
-        # Sixteen taps at a time, then four; as many of columns.
-        trips = [0, 2 * warps * (TAPS // 16), 2 * warps * (TAPS % 16 // 4), 2 * warps, warps * (TAPS // 4), warps]
         found.append(
             launch(
                 what,
-                "resize_kernel<float, 4> of Frames",
-                lambda kernel, warps=warps, trips=trips: kernel.issued(warps, trips),
+                f"resize_kernel<float, 4, {taps}> of Frames",
+                lambda kernel, warps=8 * blocks: kernel.issued(warps, []),
                 of_one="16 × 64 pixels", units=blocks, blocks=blocks, threads=256, shared=16 * 132 * 4,
                 bytes=4.0 * PLANES * (LARGE**2 + SMALL**2),
-                bound="arithmetic of indices; instructions that branches skip are counted",
             )
         )  # fmt: skip
     return found

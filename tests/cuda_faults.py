@@ -97,12 +97,14 @@ unaligned_direction_loss = partial(unaligned, "direction_loss", people=2, width=
 direction_loss = partial(make, "direction_loss", people=2, width=33)
 # Two tiles high and two chunks of columns wide.
 frames = partial(make, "clip_frames", batch=1, height=40, width=150, size=24, mean=CLIP_MEAN)
+small_frames = partial(make, "clip_frames", batch=1, height=24, width=24, size=21)  # taps that the compiler knows
 tree = partial(make, "tree_attention", layout=WIDE_TREE, width=16)
 half_tree = partial(tree, dtype=torch.float16)
 
 # All that a barrier may be for.
 BARRIER_CALLS = [
     frames,
+    small_frames,
     partial(correlation, people=5, width=20),
     partial(correlation, people=5, width=20, emotions=9),
     partial(correlation, people=5, width=20, negatives="within"),
@@ -143,7 +145,7 @@ FAULTS = [
     Fault(
         "the next chunk of rows overwrites one that is still read",
         "frames.cu",
-        {"    }\n    __syncthreads();\n  }\n  if (!inside) return;": "    }\n  }\n  if (!inside) return;"},
+        {"      }\n      __syncthreads();\n    }\n": "      }\n    }\n"},
         frames,
         "race within a warp: a (read|write) .* shared memory",
     ),
@@ -178,9 +180,16 @@ FAULTS = [
     Fault(
         "tiles overlap by a row",
         "frames.cu",
-        {"tile / tiles_across * kRows,": "tile / tiles_across * (kRows - 1),"},
+        {"int(blockIdx.y) * kRows,": "int(blockIdx.y) * (kRows - 1),"},
         frames,
         "conflict between blocks: a write",
+    ),
+    Fault(
+        "more old columns are taken at once than there is room for",
+        "frames.cu",
+        {"move + columns.taps + V - 1 <= kChunk": "true"},
+        partial(make, "clip_frames", batch=1, height=144, width=144, size=48, interpolation="bilinear"),
+        "access outside: a read of 4 bytes .* behind the end of shared memory",
     ),
     Fault(
         "rows are taken for aligned that begin anywhere",
@@ -278,14 +287,14 @@ FAULTS = [
     Fault(
         "threads beyond the picture leave before a barrier",
         "frames.cu",
-        {"  float sums[kRowsOfThread] = {};\n": "  if (!inside) return;\n  float sums[kRowsOfThread] = {};\n"},
+        {"  float sums[kRowsOfThread] = {};\n": "  if (own > last_column) return;\n  float sums[kRowsOfThread] = {};\n"},
         frames,
         "never arrive: .* threads at __syncthreads",
     ),
     Fault(
         "pixels are counted on the grid's y axis",
         "frames.cu",
-        {"unsigned(args.planes * down * across)": "1, unsigned(args.planes) * args.rows.after * args.columns.after"},
+        {"{across, down, unsigned(planes)}": "{1, unsigned(planes) * args.rows.after * args.columns.after}"},
         partial(make, "clip_frames", batch=1, size=150),
         "launch limit: 67500 blocks in y",
     ),

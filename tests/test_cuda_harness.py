@@ -83,7 +83,7 @@ def test_tree_attention(heads, width, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize(("height", "width", "size"), [(40, 64, 24), (20, 300, 16), (9, 8, 70), (31, 33, 5)])
+@pytest.mark.parametrize(("height", "width", "size"), [(40, 64, 24), (20, 300, 16), (9, 8, 70), (31, 33, 5), (80, 80, 70)])
 @pytest.mark.usefixtures("drawn")
 def test_clip_frames(height, width, size, dtype):
     sizes = {"batch": 1, "height": height, "width": width, "size": size}
@@ -156,6 +156,13 @@ def test_a_barrier_that_is_taken_out_is_reported(barrier, faulty, monkeypatch):
     assert any(re.match("race|conflict|uninitialised", report) for report in reports()), (
         "either the kernels do not need this barrier, or no call in BARRIER_CALLS does"
     )
+
+
+def test_more_planes_than_a_grid_takes_are_resized_by_several_launches(tmp_path, monkeypatch):
+    fewer = {"kPlanes = 3 * 21845": "kPlanes = 3"}
+    change = cuda_faults.Fault("three planes a launch", "frames.cu", fewer, cuda_faults.small_frames, "")
+    choose(cuda_on_host.load_with(planted(change, tmp_path / "csrc")), monkeypatch)
+    assert report_of(make("clip_frames", batch=3, height=24, width=24, size=21, mean=CLIP_MEAN, std=CLIP_STD)) == ""
 
 
 def test_a_syncwarp_lets_lanes_read_what_another_wrote(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation
 from modes import Seen
-from operators import make, seed, value_and_gradients
+from operators import CLIP_MEAN, CLIP_STD, make, seed, value_and_gradients
 from tolerances import TOLERANCES, assert_close_for
 from torch import Tensor
 from torch.testing import assert_close
@@ -107,6 +107,14 @@ def test_a_scale_that_overflows_float_sums_gives_nan_and_not_a_wrong_number():
 )
 def test_chunks_are_equal_and_whole_waves(sizes, rows):
     assert rows_of_chunk(**sizes) == rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("height", "size"), [(24, 21), (28, 20), (40, 20), (160, 140), (70, 81)], ids=str)
+def test_squares_are_resized_by_the_same_taps_down_and_across(height, size, interpolation, dtype):
+    sizes = {"batch": 1, "height": height, "width": height, "size": size}
+    check(make("clip_frames", **sizes, mean=CLIP_MEAN, std=CLIP_STD, interpolation=interpolation, dtype=dtype))
 
 
 def test_a_resize_makes_its_weights_once_for_a_size():
