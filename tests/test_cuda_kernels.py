@@ -3,7 +3,7 @@
 import cuda_on_host
 import pytest
 import torch
-from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation
+from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation, unaligned
 from modes import Seen
 from operators import CLIP_MEAN, CLIP_STD, make, seed, value_and_gradients
 from tolerances import TOLERANCES, assert_close_for
@@ -93,6 +93,23 @@ def test_a_scale_that_overflows_float_sums_gives_nan_and_not_a_wrong_number():
     visual, text, _ = (x.detach() for x in call.floats)
     assert module.correlation_loss(visual, text, torch.tensor(151.0), 0.0, None, "all")[0].isnan()
     assert correlation_loss(visual, text, scale=150.0, backend="cuda").isfinite()
+
+
+@pytest.mark.parametrize("negatives", ["all", "within"])
+def test_features_that_are_no_numbers_are_none_of_the_loss_only_where_they_are_masked(negatives):
+    visual, text, scale = (x.detach() for x in make("correlation_loss", people=5, emotions=7, width=16).floats)
+    visual[3, 2, 1] = torch.nan
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    options = {"scale": scale, "negatives": negatives, "backend": "cuda"}
+    assert correlation_loss(visual, text, mask=mask, **options).isnan()
+    mask[3, 2] = False
+    assert correlation_loss(visual, text, mask=mask, **options).isfinite()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("emotions", [5, 7, 8])
+def test_features_of_whole_rows_may_begin_anywhere(emotions, dtype):
+    check(unaligned("correlation_loss", people=5, emotions=emotions, width=16, missing=True, dtype=dtype))
 
 
 @pytest.mark.parametrize(
