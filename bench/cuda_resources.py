@@ -52,8 +52,11 @@ class Kernel:
         """
         return [sum(begin <= at <= end for at in self._addresses()) for begin, end in self._spans()]
 
-    def issued(self, warps: float, trips: Sequence[float]) -> float:
-        """Instructions of `warps` warps: everything once, and the loops, in their order, as often as said in all."""
+    def issued(self, warps: float, trips: Sequence[float], last: float | None = None) -> float:
+        """Instructions of `warps` warps: everything once, and the loops, in their order, as often as said in all.
+
+        Where `last` is given, only so many warps go on behind the last barrier.
+        """
         spans = self._spans()
         assert len(spans) == len(trips), f"{self.name}: loops {self.loops()}, of which {len(trips)} are counted"
         total = 0.0
@@ -61,8 +64,11 @@ class Kernel:
             around = [
                 (end - begin, times) for (begin, end), times in zip(spans, trips, strict=True) if begin <= at <= end
             ]
-            total += min(around)[1] if around else warps
+            total += min(around)[1] if around else warps if last is None or at <= self._last_barrier() else last
         return total
+
+    def _last_barrier(self) -> int:
+        return max(address for address, text in self._lines()[0] if "BAR.SYNC" in text)
 
     def issued_around(self, warps: float, trips: float) -> float:
         """The same where the longest loop that has none inside is the one that counts, and others run once a warp."""

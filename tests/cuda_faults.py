@@ -95,18 +95,22 @@ def _of_one_type(text: str) -> str:
 
 unaligned_direction_loss = partial(unaligned, "direction_loss", people=2, width=16)
 direction_loss = partial(make, "direction_loss", people=2, width=33)
+many_individuals = partial(make, "direction_loss", batch=3, people=1100, emotions=2, width=1)
 # Two tiles high and two chunks of columns wide.
 frames = partial(make, "clip_frames", batch=1, height=40, width=150, size=24, mean=CLIP_MEAN)
+small_frames = partial(make, "clip_frames", batch=1, height=24, width=24, size=21)  # taps that the compiler knows
 tree = partial(make, "tree_attention", layout=WIDE_TREE, width=16)
 half_tree = partial(tree, dtype=torch.float16)
 
 # All that a barrier may be for.
 BARRIER_CALLS = [
     frames,
+    small_frames,
     partial(correlation, people=5, width=20),
     partial(correlation, people=5, width=20, emotions=9),
     partial(correlation, people=5, width=20, negatives="within"),
     partial(direction_loss, batch=70),
+    many_individuals,
     tree,
     half_tree,
 ]
@@ -114,16 +118,20 @@ BARRIER_CALLS = [
 FAULTS = [
     Fault(
         "a number of a sum is overwritten while another warp reads it",
-        "warp.h",
-        {"  __syncthreads();  // whoever still reads `warps` is done\n": ""},
-        correlation,
-        "race within a block: a write .* shared memory",
-        kernels="correlation.cu",
+        "direction_bank.cu",
+        {
+            "warps_before) + up_to - count;\n    before += __shfl_sync(kAllLanes, up_to_warp, kWarpSize - 1);\n"
+            "    __syncthreads();\n": (
+                "warps_before) + up_to - count;\n    before += __shfl_sync(kAllLanes, up_to_warp, kWarpSize - 1);\n"
+            )
+        },
+        many_individuals,
+        "race within a (warp|block): a write .* shared memory",
     ),
     Fault(
         "a sum over warps waits for its own warp only",
         "warp.h",
-        {"= value;\n  __syncthreads();\n": "= value;\n  __syncwarp();\n"},
+        {"  __syncthreads();\n  if (warp": "  __syncwarp();\n  if (warp"},
         correlation,
         "race within a block: a read .* shared memory",
         order="down",
@@ -133,8 +141,8 @@ FAULTS = [
         "lanes read what another lane wrote, after a shuffle but no __syncwarp",
         "warp.h",
         {
-            "= value;\n  __syncthreads();\n": "= value;\n  __shfl_sync(kAllLanes, value, 0);\n"
-            "  value = warps[warp_of_thread()];\n  __syncthreads();\n"
+            "  __syncthreads();\n  if (warp": "  __shfl_sync(kAllLanes, values[0], 0);\n"
+            "  values[0] = warps[warp_of_thread()];\n  __syncthreads();\n  if (warp"
         },
         correlation,
         "race within a warp: a read .* shared memory",
@@ -143,7 +151,7 @@ FAULTS = [
     Fault(
         "the next chunk of rows overwrites one that is still read",
         "frames.cu",
-        {"    }\n    __syncthreads();\n  }\n  if (!inside) return;": "    }\n  }\n  if (!inside) return;"},
+        {"      }\n      __syncthreads();\n    }\n": "      }\n    }\n"},
         frames,
         "race within a warp: a (read|write) .* shared memory",
     ),
@@ -164,23 +172,30 @@ FAULTS = [
     Fault(
         "two samples of a warp have one place",
         "direction_bank.cu",
-        {"order.order[place + rank] = sample": "order.order[place + rank / 2] = sample"},
+        {"+ before + rank] = sample": "+ before + rank / 2] = sample"},
         partial(direction_loss, people=1, batch=40),
         "race within a warp: a write .* of buffer",
     ),
     Fault(
         "losses are added up by atomics that nobody has set to 0",
         "direction.cu",
-        {"args.parts[blockIdx.x] = total;": "atomicAdd(args.parts, total);"},
+        {"args.parts[blockIdx.x] = sums[0];": "atomicAdd(args.parts, sums[0]);"},
         direction_loss,
         "uninitialised: an atomic operation .* of buffer",
     ),
     Fault(
         "tiles overlap by a row",
         "frames.cu",
-        {"tile / tiles_across * kRows,": "tile / tiles_across * (kRows - 1),"},
+        {"int(blockIdx.y) * kRows,": "int(blockIdx.y) * (kRows - 1),"},
         frames,
         "conflict between blocks: a write",
+    ),
+    Fault(
+        "more old columns are taken at once than there is room for",
+        "frames.cu",
+        {"move + columns.taps + V - 1 <= kChunk": "true"},
+        partial(make, "clip_frames", batch=1, height=144, width=144, size=48, interpolation="bilinear"),
+        "access outside: a read of 4 bytes .* behind the end of shared memory",
     ),
     Fault(
         "rows are taken for aligned that begin anywhere",
@@ -201,20 +216,18 @@ FAULTS = [
         "features are read from one before their beginning",
         "correlation_features.cu",
         {
-            "const T* from = x + i * args.emotions * args.width + k;": (
-                "const T* from = x + i * args.emotions * args.width + k - 1;"
+            "const Features<E, V, T> features(from + k, width);": (
+                "const Features<E, V, T> features(from + k - 1, width);"
             )
         },
-        correlation,
+        partial(correlation, width=13),
         "access outside: a read of 4 bytes 4 bytes before argument",
     ),
     Fault(
         "a launch asks for too little shared memory",
         "correlation.cu",
         {
-            "launch(result_kernel, {1}, warps * kWarpSize, warps * sizeof(float)": (
-                "launch(result_kernel, {1}, warps * kWarpSize, (warps - 1) * sizeof(float)"
-            )
+            "warps * kWarpSize, 2 * warps * sizeof(float)": "warps * kWarpSize, warps * sizeof(float)",
         },
         correlation,
         "access outside: a write of 4 bytes 0 bytes behind the end of shared memory",
@@ -236,9 +249,59 @@ FAULTS = [
     Fault(
         "a length is never stored for the kernels that need it",
         "correlation_features.cu",
-        {"  if (at.j >= 0) args.inv_norm_text[pair * m + at.j] = valid ? w : -1.0f;\n": ""},
+        {"    if (at.j >= 0) args.inv_norm_text[pair * m + at.j] = text_valid ? w : -1.0f;\n": ""},
         correlation,
         "uninitialised: a read .* of buffer",
+    ),
+    Fault(
+        "an individual's samples are never counted",
+        "direction_bank.cu",
+        {
+            "if (lane_of_thread() == 0) order.first[individual] = before;": (
+                "if (lane_of_thread() == 0 && individual > 0) order.first[individual] = before;"
+            )
+        },
+        direction_loss,
+        "uninitialised: a read .* of buffer",
+    ),
+    Fault(
+        "a pair's factors are kept for one of its two emotions",
+        "correlation_features.cu",
+        {"factors[a * emotions + b] = factors[b * emotions + a] = {": "factors[a * emotions + b] = {"},
+        correlation,
+        "uninitialised: a read .* of shared memory",
+    ),
+    Fault(
+        "pairs that are not valid are added to the loss",
+        "correlation.cu",
+        {"      rows[v] = columns[v] = 1;\n    else\n      ++count;": "      rows[v] = columns[v] = 1;\n    ++count;"},
+        correlation,
+        "wrong result",
+    ),
+    Fault(
+        "the means of a warp's last eight queries lie where those of the first do",
+        "tree_attention_half.cu",
+        {
+            "args.means[Queries<T, V, wide>::of_lse(tile, row)] = mean[row]": (
+                "args.means[Queries<T, V, wide>::of_lse(tile, 0)] = mean[row]"
+            )
+        },
+        half_tree,
+        "uninitialised: a read .* of buffer",
+    ),
+    Fault(
+        "an individual's columns take the sums of its rows",
+        "correlation_within.cu",
+        {"(line.row ? inv_row_sums : inv_column_sums)[line.pair]": "inv_row_sums[line.pair]"},
+        partial(correlation, negatives="within"),
+        "wrong result",
+    ),
+    Fault(
+        "rows of an individual's gradients overlap",
+        "correlation_within.cu",
+        {"float* to = of_rows + line.pair * emotions;": "float* to = of_rows + line.pair * (emotions - 1);"},
+        partial(correlation, negatives="within"),
+        "race within a (warp|block): a write .* shared memory",
     ),
     Fault(
         "a sum's mask names half of the warp",
@@ -278,21 +341,25 @@ FAULTS = [
     Fault(
         "threads beyond the picture leave before a barrier",
         "frames.cu",
-        {"  float sums[kRowsOfThread] = {};\n": "  if (!inside) return;\n  float sums[kRowsOfThread] = {};\n"},
+        {
+            "  float sums[kRowsOfThread] = {};\n": (
+                "  if (own > last_column) return;\n  float sums[kRowsOfThread] = {};\n"
+            )
+        },
         frames,
         "never arrive: .* threads at __syncthreads",
     ),
     Fault(
         "pixels are counted on the grid's y axis",
         "frames.cu",
-        {"unsigned(args.planes * down * across)": "1, unsigned(args.planes) * args.rows.after * args.columns.after"},
+        {"{across, down, unsigned(planes)}": "{1, unsigned(planes) * args.rows.after * args.columns.after}"},
         partial(make, "clip_frames", batch=1, size=150),
         "launch limit: 67500 blocks in y",
     ),
     Fault(
         "a block has 2048 threads",
         "correlation_features.cu",
-        {"changes_kernel<T, 1>, {individuals}, kThreads": "changes_kernel<T, 1>, {individuals}, 2048"},
+        {"{unsigned(args.extent.individuals())}, kThreads, 0": "{unsigned(args.extent.individuals())}, 2048, 0"},
         correlation,
         "launch limit: 2048 threads",
     ),
@@ -307,15 +374,29 @@ FAULTS = [
         "a layout travels with the launch twice",
         "tree_attention.cu",
         {
-            "forward_kernel(const Tree<float> args, const TreeLayout layout) {": (
-                "forward_kernel(const Tree<float> args, const TreeLayout layout, const TreeLayout) {"
+            "forward_kernel(const Tree<float> args, const TreeLayout layout, float scale) {": (
+                "forward_kernel(const Tree<float> args, const TreeLayout layout, const TreeLayout, float scale) {"
             ),
-            "{blocks(items, kWarps)}, kThreads, 0, args, layout)": (
-                "{blocks(items, kWarps)}, kThreads, 0, args, layout, layout)"
+            "forward_kernel<vector(), part(), whole()>, grid, kThreads, 0, some, layout": (
+                "forward_kernel<vector(), part(), whole()>, grid, kThreads, 0, some, layout, layout"
             ),
         },
         tree,
         "launch limit: .* bytes of arguments",
+    ),
+    Fault(
+        "a group of lanes without a key gives the last one its weight again",
+        "tree_attention.cu",
+        {"at < keys.count ? exp2_fast(logit - largest) : 0.0f": "exp2_fast(product - largest)"},
+        tree,
+        "wrong result",
+    ),
+    Fault(
+        "a key's last queries lie behind the last token",
+        "tree_attention.cu",
+        {"query_token = at < end ? at : end - 1": "query_token = at"},
+        partial(tree, people=1),
+        "access outside: a read of 16 bytes",
     ),
     Fault(
         "queries of half types see what lies before their own segments",
@@ -383,9 +464,10 @@ FAULTS = [
     ),
     Fault(
         "exponentials so small that a GPU makes them 0",
-        "correlation.cu",
+        "scale.h",
         {"ceilf(scale * kLog2e) - 100": "ceilf(scale * kLog2e)"},
         partial(correlation, scale=100.0),
         "wrong result",
+        kernels="correlation.cu",
     ),
 ]

@@ -6,6 +6,7 @@ then faults are planted in the kernels, one at a time, and each has to be report
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import cuda_faults
 import cuda_on_host
@@ -83,7 +84,9 @@ def test_tree_attention(heads, width, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize(("height", "width", "size"), [(40, 64, 24), (20, 300, 16), (9, 8, 70), (31, 33, 5)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(40, 64, 24), (20, 300, 16), (9, 8, 70), (31, 33, 5), (80, 80, 70)]
+)
 @pytest.mark.usefixtures("drawn")
 def test_clip_frames(height, width, size, dtype):
     sizes = {"batch": 1, "height": height, "width": width, "size": size}
@@ -158,10 +161,26 @@ def test_a_barrier_that_is_taken_out_is_reported(barrier, faulty, monkeypatch):
     )
 
 
+def test_more_planes_than_a_grid_takes_are_resized_by_several_launches(tmp_path, monkeypatch):
+    fewer = {"kPlanes = 3 * 21845": "kPlanes = 3"}
+    call = partial(make, "clip_frames", batch=3, height=24, width=24, size=21, mean=CLIP_MEAN, std=CLIP_STD)
+    change = cuda_faults.Fault("three planes a launch", "frames.cu", fewer, call, "")
+    choose(cuda_on_host.load_with(planted(change, tmp_path / "csrc")), monkeypatch)
+    assert report_of(call()) == ""
+
+
+def test_more_people_than_a_grid_takes_have_their_trees_attended_to_by_several_launches(tmp_path, monkeypatch):
+    fewer = {"kPeople = 65535": "kPeople = 2"}
+    call = partial(make, "tree_attention", people=5, layout=WIDE_TREE, width=16)
+    change = cuda_faults.Fault("two people a launch", "tree_attention.cu", fewer, call, "")
+    choose(cuda_on_host.load_with(planted(change, tmp_path / "csrc")), monkeypatch)
+    assert report_of(call()) == ""
+
+
 def test_a_syncwarp_lets_lanes_read_what_another_wrote(tmp_path, monkeypatch):
     (fault,) = (fault for fault in FAULTS if "no __syncwarp" in fault.name)
     mended = {
-        old: new.replace("__shfl_sync(kAllLanes, value, 0)", "__syncwarp()") for old, new in fault.changes.items()
+        old: new.replace("__shfl_sync(kAllLanes, values[0], 0)", "__syncwarp()") for old, new in fault.changes.items()
     }
     kernels = planted(replace(fault, changes=mended), tmp_path / "csrc")
     choose(cuda_on_host.load_with(kernels), monkeypatch)

@@ -3,9 +3,9 @@
 import cuda_on_host
 import pytest
 import torch
-from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation
+from device_cases import CASES, DTYPES, WIDE_TREE, check, correlation, unaligned
 from modes import Seen
-from operators import make, seed, value_and_gradients
+from operators import CLIP_MEAN, CLIP_STD, make, seed, value_and_gradients
 from tolerances import TOLERANCES, assert_close_for
 from torch import Tensor
 from torch.testing import assert_close
@@ -95,6 +95,23 @@ def test_a_scale_that_overflows_float_sums_gives_nan_and_not_a_wrong_number():
     assert correlation_loss(visual, text, scale=150.0, backend="cuda").isfinite()
 
 
+@pytest.mark.parametrize("negatives", ["all", "within"])
+def test_features_that_are_no_numbers_are_none_of_the_loss_only_where_they_are_masked(negatives):
+    visual, text, scale = (x.detach() for x in make("correlation_loss", people=5, emotions=7, width=16).floats)
+    visual[3, 2, 1] = torch.nan
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    options = {"scale": scale, "negatives": negatives, "backend": "cuda"}
+    assert correlation_loss(visual, text, mask=mask, **options).isnan()
+    mask[3, 2] = False
+    assert correlation_loss(visual, text, mask=mask, **options).isfinite()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("emotions", [5, 7, 8])
+def test_features_of_whole_rows_may_begin_anywhere(emotions, dtype):
+    check(unaligned("correlation_loss", people=5, emotions=emotions, width=16, missing=True, dtype=dtype))
+
+
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [
@@ -107,6 +124,14 @@ def test_a_scale_that_overflows_float_sums_gives_nan_and_not_a_wrong_number():
 )
 def test_chunks_are_equal_and_whole_waves(sizes, rows):
     assert rows_of_chunk(**sizes) == rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("height", "size"), [(24, 21), (28, 20), (40, 20), (160, 140), (70, 81)], ids=str)
+def test_squares_are_resized_by_the_same_taps_down_and_across(height, size, interpolation, dtype):
+    sizes = {"batch": 1, "height": height, "width": height, "size": size}
+    check(make("clip_frames", **sizes, mean=CLIP_MEAN, std=CLIP_STD, interpolation=interpolation, dtype=dtype))
 
 
 def test_a_resize_makes_its_weights_once_for_a_size():

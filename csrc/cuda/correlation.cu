@@ -15,6 +15,7 @@
 // where S was.
 #include <algorithm>
 
+#include "emotions.h"
 #include "kernels.h"
 #include "scale.h"
 #include "warp.h"
@@ -42,8 +43,6 @@ constexpr float kMaxScale = 150;
 
 template <int E>
 constexpr int kPairs = E * (E - 1) / 2;
-
-__device__ __forceinline__ float offset(float scale) { return fmaxf(0.0f, ceilf(scale * kLog2e) - 100); }
 
 // `count` numbers of a lane: in registers where the count is known to the compiler, else in shared memory, where other
 // lanes' lie between them.
@@ -82,31 +81,6 @@ struct Gradient {
     return product[x * stride + e * columns];
   }
 };
-
-// step(c, d, pair) for c < d; E = 0 serves any number of emotions.
-template <int E, typename Step>
-__device__ __forceinline__ void for_pairs(int emotions, Step&& step) {
-  if constexpr (E != 0) {
-#pragma unroll
-    for (int c = 0; c < E; ++c)
-#pragma unroll
-      for (int d = c + 1; d < E; ++d) step(c, d, c * (2 * E - c - 1) / 2 + d - c - 1);
-  } else {
-    int pair = 0;
-    for (int c = 0; c < emotions; ++c)
-      for (int d = c + 1; d < emotions; ++d) step(c, d, pair++);
-  }
-}
-
-template <int E, typename Step>
-__device__ __forceinline__ void for_emotions(int emotions, Step&& step) {
-  if constexpr (E != 0) {
-#pragma unroll
-    for (int e = 0; e < E; ++e) step(e);
-  } else {
-    for (int e = 0; e < emotions; ++e) step(e);
-  }
-}
 
 // Where a thread stands: individual i of the chunk against individual j.
 template <int E>
@@ -257,115 +231,6 @@ __global__ void __launch_bounds__(kLanes<E>, kGradientsBlocks<E>) gradients_kern
   write_columns<E>(args, at.j, grad_dots, for_columns, pairs);
 }
 
-// negatives="within": a block owns an individual and its E×E block of S.
-struct Own {
-  const float* block;
-  int64_t i;
-  int emotions, pairs;
-  float scale, K;
-  const Correlation& args;
-
-  __device__ Own(const Correlation& args)
-      : i(blockIdx.x), emotions(args.emotions), pairs(int(pair_count(args.emotions))), scale(value_of(args.scale)),
-        K(offset(scale)), args(args) {
-    block = args.product + i * emotions * emotions;
-  }
-
-  __device__ float inv_norm_visual(int ab) const { return args.inv_norm_visual[i * pairs + ab]; }
-  __device__ float inv_norm_text(int cd) const { return args.inv_norm_text[cd * args.columns + i]; }
-
-  __device__ float logit(int a, int b, int ab, int c, int d, int cd) const {
-    const float* before = block + a * emotions;
-    const float* after = block + b * emotions;
-    return ((after[d] - after[c]) - (before[d] - before[c])) * inv_norm_visual(ab) * inv_norm_text(cd) *
-           (scale * kLog2e);
-  }
-
-  // step(x, y, xy) for every valid pair of the other side.
-  template <typename Valid, typename Step>
-  __device__ void for_valid(Valid&& inverse, Step&& step) const {
-    for (int x = 0, pair = 0; x < emotions; ++x)
-      for (int y = x + 1; y < emotions; ++y, ++pair)
-        if (!(inverse(pair) < 0)) step(x, y, pair);
-  }
-
-  // step(x, y, xy, along the row?) for this thread's rows and columns.
-  template <typename Step>
-  __device__ void for_lines(Step&& step) const {
-    for (int line = int(threadIdx.x); line < 2 * pairs; line += kThreads) {
-      const int pair = line % pairs;
-      int x = 0, first = 0;  // pairs from emotion x on
-      while (pair >= first + emotions - 1 - x) first += emotions - 1 - x++;
-      step(x, x + 1 + pair - first, pair, line < pairs);
-    }
-  }
-
-  // Σ over a row, or a column, of f(logit, ab, cd).
-  template <typename F>
-  __device__ float sum_line(int x, int y, int pair, bool row, F&& f) const {
-    float sum = 0;
-    if (row && !(inv_norm_visual(pair) < 0))
-      for_valid(
-          [&](int cd) { return inv_norm_text(cd); },
-          [&](int c, int d, int cd) { sum += f(logit(x, y, pair, c, d, cd), pair, cd); });
-    if (!row && !(inv_norm_text(pair) < 0))
-      for_valid(
-          [&](int ab) { return inv_norm_visual(ab); },
-          [&](int a, int b, int ab) { sum += f(logit(a, b, ab, x, y, pair), ab, pair); });
-    return sum;
-  }
-};
-
-__global__ void __launch_bounds__(kThreads)
-    sums_within_kernel(const Correlation args, float* row_sum, float* column_sum) {
-  const Own own(args);
-  own.for_lines([&](int x, int y, int pair, bool row) {
-    (row ? row_sum : column_sum)[own.i * own.pairs + pair] = own.sum_line(
-        x, y, pair, row, [&](float logit, int, int) { return exp2_fast(logit - own.K) + exp2_fast(-logit - own.K); });
-  });
-}
-
-__global__ void __launch_bounds__(kThreads)
-    gradients_within_kernel(const Correlation args, float* row_grad_dot, float* column_grad_dot) {
-  const Own own(args);
-  const auto gradient = [&](float logit, int ab, int cd) {
-    const float inv_sum = 1 / args.row_sum[own.i * own.pairs + ab] + 1 / args.column_sum[own.i * own.pairs + cd];
-    return (exp2_fast(logit - own.K) - exp2_fast(-logit - own.K)) * inv_sum;
-  };
-  own.for_lines([&](int x, int y, int pair, bool row) {
-    const float grad_dot =
-        own.sum_line(x, y, pair, row, [&](float logit, int ab, int cd) { return gradient(logit, ab, cd) * logit; });
-    if (row)
-      row_grad_dot[own.i * own.pairs + pair] = grad_dot;
-    else
-      column_grad_dot[pair * args.columns + own.i] = grad_dot;
-  });
-  // A thread owns dS[x, y]: it adds every pair with x against every pair with y, turned so that x and y are their ends.
-  for (int at = threadIdx.x; at < own.emotions * own.emotions; at += kThreads) {
-    const int x = at / own.emotions, y = at % own.emotions;
-    float total = 0;
-    for (int a = 0; a < own.emotions; ++a) {
-      if (a == x) continue;
-      const int ab = int(pair_index(a < x ? a : x, a < x ? x : a, own.emotions));
-      if (own.inv_norm_visual(ab) < 0) continue;
-      for (int c = 0; c < own.emotions; ++c) {
-        if (c == y) continue;
-        const int cd = int(pair_index(c < y ? c : y, c < y ? y : c, own.emotions));
-        if (own.inv_norm_text(cd) < 0) continue;
-        total += gradient(own.logit(a, x, ab, c, y, cd), ab, cd) * own.inv_norm_visual(ab) * own.inv_norm_text(cd);
-      }
-    }
-    args.grad_product[own.i * own.emotions * own.emotions + at] = total;
-  }
-}
-
-// Valid pairs, at least 1, in the first thread of a block that takes all of them.
-__device__ float count_valid(const float* inv_norm_visual, int64_t pairs, float* warps) {
-  float valid = 0;
-  for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) valid += inv_norm_visual[at] < 0 ? 0.0f : 1.0f;
-  return fmaxf(sum_over_block(valid, warps), 1.0f);
-}
-
 // A sum of all logits of a valid row or column is at least 2: the positive and its opposite. One of none is 0, and its
 // logarithm −∞. Beyond the scale that float sums hold, both are NaN.
 __global__ void logarithms_kernel(const CorrelationLogarithms args) {
@@ -385,27 +250,78 @@ __global__ void exponentials_kernel(const CorrelationLogarithms args) {
   if (at < args.columns) args.column_sum[at] = expf(args.column_lse[at] - K * kLn2);
 }
 
+// Valid pairs, at least 1.
 __global__ void count_kernel(const float* inv_norm_visual, int64_t pairs, float* valid) {
-  const float count = count_valid(inv_norm_visual, pairs, reinterpret_cast<float*>(shared_memory()));
-  if (threadIdx.x == 0) *valid = count;
+  float count[1] = {};
+#pragma unroll 4
+  for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) count[0] += inv_norm_visual[at] < 0 ? 0.0f : 1.0f;
+  sum_over_block(count, reinterpret_cast<float*>(shared_memory()));
+  if (threadIdx.x == 0) *valid = fmaxf(count[0], 1.0f);
+}
+
+// A product of positive numbers that may lie beyond float: exponents are added up as integers.
+struct Product {
+  float mantissa = 1;
+  int exponent = 0;
+
+  __device__ __forceinline__ void take(float x) {
+    exponent += int(bits_of(x) >> 23) - 127;
+    mantissa *= mantissa_of(x);
+  }
+  // log2 of 2^exponents · the product, of at most 2^7 numbers.
+  __device__ __forceinline__ float log2(int exponents) const {
+    const int of_mantissa = int(bits_of(mantissa) >> 23) - 127;
+    return float(exponent + of_mantissa + exponents) + log2_fast(mantissa_of(mantissa));
+  }
+  __device__ static float mantissa_of(float x) { return float_of((bits_of(x) & 0x7FFFFF) | 127u << 23); }
+};
+
+// The sums of V pairs' parts of the loss, and how many are valid.
+template <int V>
+__device__ __forceinline__ void add_pairs(
+    const CorrelationResult& args, int64_t at, float scale, int of_pair, float& total, int& valid) {
+  float inverse[V], rows[V], columns[V], cosines[V], cosine = 0;
+  load(args.inv_norm_visual + at, inverse);
+  load(args.row_sum + at, rows);
+  load(args.column_sum + at, columns);
+  load(args.cosine + at, cosines);
+  Product product;
+  int count = 0;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    if (inverse[v] < 0)
+      rows[v] = columns[v] = 1;
+    else
+      ++count;
+    product.take(rows[v]);
+    product.take(columns[v]);
+    cosine += cosines[v];  // of a pair that is not valid 0
+  }
+  total += 0.5f * kLn2 * product.log2(count * of_pair) - scale * cosine;
+  valid += count;
+  if (count == V) return;
+  store(args.row_sum + at, rows);
+  store(args.column_sum + at, columns);
 }
 
 // One block adds everything up in a fixed order. Beyond the scale that float sums hold, the loss is NaN rather than
-// wrong.
+// wrong. It is NaN with features that are no numbers, too: the cosine is, even if the product of sums is not.
+template <int V>
 __global__ void result_kernel(const CorrelationResult args) {
-  float* warps = reinterpret_cast<float*>(shared_memory());
-  const float scale = value_of(args.scale), K = offset(scale);
-  const int64_t pairs = args.individuals * pair_count(args.emotions);
+  const float scale = value_of(args.scale);
+  const int of_pair = scale <= kMaxScale ? 2 * int(offset(scale)) : 0;
+  const int64_t pairs = args.individuals * pair_count(args.emotions), packs = pairs / V;
   float total = 0;
-  for (int64_t at = threadIdx.x; at < pairs; at += blockDim.x) {
-    if (args.inv_norm_visual[at] < 0)
-      args.row_sum[at] = args.column_sum[at] = 1;
-    else
-      total += 0.5f * (logf(args.row_sum[at]) + logf(args.column_sum[at])) + (K * kLn2 - scale * args.cosine[at]);
-  }
-  total = sum_over_block(total, warps);
-  const float valid = count_valid(args.inv_norm_visual, pairs, warps);
-  if (threadIdx.x == 0) *args.loss = scale <= kMaxScale ? total / valid : nanf("");
+  int valid = 0;
+#pragma unroll 1
+  for (int64_t pack = threadIdx.x; pack < packs; pack += blockDim.x)
+    add_pairs<V>(args, pack * V, scale, of_pair, total, valid);
+#pragma unroll 1
+  for (int64_t at = packs * V + threadIdx.x; at < pairs; at += blockDim.x)
+    add_pairs<1>(args, at, scale, of_pair, total, valid);
+  float sums[2] = {total, float(valid)};
+  sum_over_block(sums, reinterpret_cast<float*>(shared_memory()));
+  if (threadIdx.x == 0) *args.loss = scale <= kMaxScale ? sums[0] / fmaxf(sums[1], 1.0f) : nanf("");
 }
 
 dim3 grid_of(const Correlation& args) {
@@ -454,17 +370,10 @@ void correlation_gradients(const Correlation& args) {
   }
 }
 
-void correlation_sums_within(const Correlation& args, float* row_sum, float* column_sum) {
-  launch(sums_within_kernel, {unsigned(args.columns)}, kThreads, 0, args, row_sum, column_sum);
-}
-
-void correlation_gradients_within(const Correlation& args, float* row_grad_dot, float* column_grad_dot) {
-  launch(gradients_within_kernel, {unsigned(args.columns)}, kThreads, 0, args, row_grad_dot, column_grad_dot);
-}
-
 void correlation_result(const CorrelationResult& args) {
   constexpr int warps = 32;
-  launch(result_kernel, {1}, warps * kWarpSize, warps * sizeof(float), args);
+  const bool vector = aligned(4, args.inv_norm_visual, args.cosine, args.row_sum, args.column_sum);
+  launch(vector ? result_kernel<4> : result_kernel<1>, {1}, warps * kWarpSize, 2 * warps * sizeof(float), args);
 }
 
 void correlation_count(const float* inv_norm_visual, int64_t pairs, float* valid) {

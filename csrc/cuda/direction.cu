@@ -272,37 +272,33 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4) backward_kernel(const Di
   if (args.grad_scale && sample.lane == 0) args.grad_scale[k] = scale_gradient;
 }
 
-// Of a block's samples: the sum of the losses, and how many count.
 __global__ void __launch_bounds__(kReduceThreads) parts_kernel(const DirectionResult args) {
-  float* warps = reinterpret_cast<float*>(shared_memory());
-  float total = 0, valid = 0;
+  float sums[2] = {};  // losses, and how many count
 #pragma unroll
   for (int own = 0; own < kReduced / kReduceThreads; ++own) {
     const int64_t k = int64_t(blockIdx.x) * kReduced + own * kReduceThreads + threadIdx.x;
     if (k >= args.samples) continue;
-    total += args.losses[k];
-    valid += args.source_emotion[k] != args.target_emotion[k] ? 1.0f : 0.0f;
+    sums[0] += args.losses[k];
+    sums[1] += args.source_emotion[k] != args.target_emotion[k] ? 1.0f : 0.0f;
   }
-  total = sum_over_block(total, warps);
-  valid = sum_over_block(valid, warps);
+  sum_over_block(sums, reinterpret_cast<float*>(shared_memory()));
   if (threadIdx.x != 0) return;
-  args.parts[blockIdx.x] = total;
-  args.parts[gridDim.x + blockIdx.x] = valid;
+  args.parts[blockIdx.x] = sums[0];
+  args.parts[gridDim.x + blockIdx.x] = sums[1];
 }
 
 __global__ void __launch_bounds__(kReduceThreads) result_kernel(const DirectionResult args, int64_t parts) {
-  float* warps = reinterpret_cast<float*>(shared_memory());
-  float total = 0, valid = 0;
+  float sums[2] = {};  // losses, and how many count
+#pragma unroll 1
   for (int64_t part = threadIdx.x; part < parts; part += kReduceThreads) {
-    total += args.parts[part];
-    valid += args.parts[parts + part];
+    sums[0] += args.parts[part];
+    sums[1] += args.parts[parts + part];
   }
-  total = sum_over_block(total, warps);
-  valid = sum_over_block(valid, warps);
+  sum_over_block(sums, reinterpret_cast<float*>(shared_memory()));
   if (threadIdx.x != 0) return;
-  const float count = args.mean ? fmaxf(valid, 1.0f) : 1.0f;
+  const float count = args.mean ? fmaxf(sums[1], 1.0f) : 1.0f;
   *args.divisor = count;
-  *args.loss = total / count;
+  *args.loss = sums[0] / count;
 }
 
 // f(V, G), both known to the compiler.
@@ -336,7 +332,7 @@ void direction_backward(const Direction<T>& args) {
 int64_t direction_reduce_parts(int64_t samples) { return blocks(samples, kReduced); }
 
 void direction_reduce(const DirectionResult& args) {
-  constexpr size_t shared = kReduceThreads / kWarpSize * sizeof(float);
+  constexpr size_t shared = 2 * kWarpSize * sizeof(float);
   const int64_t parts = direction_reduce_parts(args.samples);
   launch(parts_kernel, {unsigned(parts)}, kReduceThreads, shared, args);
   launch(result_kernel, {1}, kReduceThreads, shared, args, parts);

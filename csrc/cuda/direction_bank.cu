@@ -4,11 +4,12 @@
 // of row a the negative sum. Over an individual's samples these are a product (E × samples)·(samples × D) of weights
 // and changes, and an E×E matrix of sums of `across`, times differences of rows: those are left for the end.
 //
-// Samples are sorted by individual once a call, by counting: a warp counts a stretch of them, a block adds the counts
-// up, and the warp puts each sample in its place, in order. The sorted samples are then cut into runs of equal length.
-// A block owns a run, a thread V of its features: sums stay in registers and are written where the individual changes.
-// Run r's sums of individual n are row r + n of a table, which no two blocks share; in the end each individual adds up
-// its runs in order. Bytes: both features again, and two times the table. Operations: 2·E·D a sample. Bound by memory.
+// Samples are sorted by individual once a call, by counting: a warp counts a stretch of them, another adds up an
+// individual's counts, a block those of all individuals, and the first puts each sample in its place, in order. The
+// sorted samples are then cut into runs of equal length. A block owns a run, a thread V of its features: sums stay in
+// registers and are written where the individual changes. Run r's sums of individual n are row r + n of a table, which
+// no two blocks share; in the end each individual adds up its runs in order. Bytes: both features again, and two times
+// the table. Operations: 2·E·D a sample. Bound by memory.
 #include "kernels.h"
 #include "warp.h"
 
@@ -16,7 +17,7 @@ namespace pcmecl::cuda {
 namespace {
 
 constexpr int kThreads = 128;       // of the bank's kernel at most
-constexpr int kScanThreads = 1024;  // of the block that adds counts up
+constexpr int kScanThreads = 1024;  // of the block that adds up how many samples individuals have
 constexpr int kGroup = 8;           // emotions of a block, at most
 
 // Which lanes hold the same number as this one, a bit each.
@@ -76,37 +77,50 @@ __device__ __forceinline__ int sum_up_to(int value) {
   return value;
 }
 
-// Counts become the places that they begin at.
+// An individual's counts become the places that they begin at, from where the individual does.
+__global__ void __launch_bounds__(kThreads) stretches_kernel(const BankOrder order) {
+  const int individual = int(blockIdx.x) * (kThreads / kWarpSize) + warp_of_thread();
+  if (individual >= order.individuals) return;
+  int* counts = order.counts + int64_t(individual) * order.stretches;
+  int before = 0;
+#pragma unroll 1
+  for (int first = 0; first < order.stretches; first += kWarpSize) {
+    const int stretch = first + lane_of_thread();
+    const int count = stretch < order.stretches ? counts[stretch] : 0, up_to = sum_up_to(count);
+    if (stretch < order.stretches) counts[stretch] = before + up_to - count;
+    before += __shfl_sync(kAllLanes, up_to, kWarpSize - 1);
+  }
+  if (lane_of_thread() == 0) order.first[individual] = before;
+}
+
+// How many samples individuals have become the places that they begin at.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(const BankOrder order) {
   int* warps = reinterpret_cast<int*>(shared_memory());
-  const int64_t size = int64_t(order.individuals) * order.stretches;
-  const int64_t part = (size + kScanThreads - 1) / kScanThreads, begin = threadIdx.x * part;
-  const int64_t end = begin + part < size ? begin + part : size;
-  int own = 0;
-  for (int64_t at = begin; at < end; ++at) own += order.counts[at];
-  const int up_to = sum_up_to(own);
-  if (lane_of_thread() == kWarpSize - 1) warps[warp_of_thread()] = up_to;
-  __syncthreads();
-  int place = up_to - own;
-  for (int warp = 0; warp < warp_of_thread(); ++warp) place += warps[warp];
-  int individual = int(begin / order.stretches), stretch = int(begin % order.stretches);
-  for (int64_t at = begin; at < end; ++at) {
-    if (stretch == 0) order.first[individual] = place;
-    const int count = order.counts[at];
-    order.counts[at] = place;
-    place += count;
-    if (++stretch == order.stretches) stretch = 0, ++individual;
+  int before = 0;
+#pragma unroll 1
+  for (int first = 0; first < order.individuals; first += int(blockDim.x)) {
+    const int individual = first + int(threadIdx.x);
+    const int count = individual < order.individuals ? order.first[individual] : 0, up_to = sum_up_to(count);
+    if (lane_of_thread() == kWarpSize - 1) warps[warp_of_thread()] = up_to;
+    __syncthreads();
+    const bool is_warp = lane_of_thread() < int(blockDim.x) / kWarpSize;
+    const int up_to_warp = sum_up_to(is_warp ? warps[lane_of_thread()] : 0);
+    const int of_warps_before = __shfl_sync(kAllLanes, up_to_warp, (warp_of_thread() - 1) & (kWarpSize - 1));
+    if (individual < order.individuals)
+      order.first[individual] = before + (warp_of_thread() == 0 ? 0 : of_warps_before) + up_to - count;
+    before += __shfl_sync(kAllLanes, up_to_warp, kWarpSize - 1);
+    __syncthreads();
   }
   if (threadIdx.x == 0) order.first[order.individuals] = order.samples;
 }
 
 __global__ void __launch_bounds__(kWarpSize) place_kernel(const BankOrder order) {
   for_stretch(order, [&](int sample, int individual, int rank, int size) {
-    const int place = individual >= 0 ? *count_of(order, individual) : 0;
+    const int before = individual >= 0 ? *count_of(order, individual) : 0;
     __syncwarp();
     if (individual < 0) return;
-    order.order[place + rank] = sample;
-    if (rank == 0) *count_of(order, individual) = place + size;
+    order.order[order.first[individual] + before + rank] = sample;
+    if (rank == 0) *count_of(order, individual) = before + size;
   });
 }
 
@@ -228,7 +242,10 @@ void for_shape(int emotions, bool vector, F&& f) {
 
 void direction_order(const BankOrder& order) {
   launch(count_kernel, {unsigned(order.stretches)}, kWarpSize, 0, order);
-  launch(scan_kernel, {1}, kScanThreads, kScanThreads / kWarpSize * sizeof(int), order);
+  launch(stretches_kernel, {blocks(order.individuals, kThreads / kWarpSize)}, kThreads, 0, order);
+  const int warps =
+      order.individuals < kScanThreads ? int(blocks(order.individuals, kWarpSize)) : kScanThreads / kWarpSize;
+  launch(scan_kernel, {1}, warps * kWarpSize, warps * sizeof(int), order);
   launch(place_kernel, {unsigned(order.stretches)}, kWarpSize, 0, order);
 }
 

@@ -1,6 +1,7 @@
 // How a kernel is started, and what its threads share: on a GPU, or by the host harness that tests the same source.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -26,6 +27,8 @@ __device__ inline char* shared_memory() { return static_cast<char*>(host::shared
 
 __device__ inline float exp2_fast(float x) { return host::exp2_approximate(x); }
 
+__device__ inline float log2_fast(float x) { return std::log2(x); }
+
 #else
 
 // On the stream of the `On` that lives, without waiting.
@@ -48,6 +51,13 @@ __device__ __forceinline__ char* shared_memory() {
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// One instruction, right to 2^-22 for numbers from 1/2 to 2.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -11,4 +11,7 @@ __device__ __forceinline__ float value_of(const Scale& scale) {
   return scale.on_device ? *scale.on_device : scale.number;
 }
 
+// K of correlation_loss's sums of 2^(l − K) (correlation.cu).
+__device__ __forceinline__ float offset(float scale) { return fmaxf(0.0f, ceilf(scale * kLog2e) - 100); }
+
 }  // namespace pcmecl::cuda

@@ -3,11 +3,11 @@
 // A token sees the prefix and its own description's past: with one-word names a dozen of some hundred tokens. So
 // nothing is tiled and no mask is read: a warp owns one token of one head and visits only the keys that it sees,
 // straight from the packed qkv. Eight lanes share a key, 16 bytes each where aligned, and a warp takes four keys at a
-// time, with a running softmax per group of lanes that is merged at the end. Any number of tokens; a head's width up to
-// 256.
+// time, with a running softmax per group of lanes that is merged at the end. A group without a key repeats the last one
+// and gives it no weight. Any number of tokens; a head's width up to 256.
 //
-// Backward, one launch: half of the warps own a token as a query and write its dQ, the other half as a key: they visit
-// the queries that see it and write dK and dV. Nothing is atomic. ⟨grad, out⟩ of a query is recomputed where it is
+// Backward, one launch: half of the blocks own tokens as queries and write their dQ, the other half as keys: they visit
+// the queries that see them and write dK and dV. Nothing is atomic. ⟨grad, out⟩ of a query is recomputed where it is
 // needed. Bytes: q, k, v once from memory (the keys again from the cache), out. Operations: 4·d a pair of tokens that
 // see each other forward, 14·d backward, on the ordinary units: a tensor core's TF32 has too few bits for float32.
 // Bound by the latency of the cache.
@@ -21,42 +21,58 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kPeople = 65535;  // of one launch: what a grid's last axis takes
 // Blocks that a multiprocessor has to hold with P numbers of a row to a lane: with more the compiler spills registers.
 template <int P>
 constexpr int kBlocks = P == 8 ? 4 : 2;
 constexpr int kGroup = 8, kGroups = kWarpSize / kGroup;
 constexpr float kNoKey = -1e30f;  // finite, so that no difference is NaN
 
-// P numbers of a row to a lane: eight lanes hold a head's width, V neighbours at a time.
-template <int V, int P>
-__device__ __forceinline__ void load_row(const float* row, int width, bool wanted, float (&to)[P]) {
-#pragma unroll
-  for (int part = 0; part < P / V; ++part) {
-    const int k = (part * kGroup + lane_of_thread() % kGroup) * V;
-    float values[V] = {};
-    if (wanted && k < width) load(row + k, values);
-#pragma unroll
-    for (int v = 0; v < V; ++v) to[part * V + v] = values[v];
-  }
-}
+__device__ __forceinline__ int group_of_thread() { return lane_of_thread() / kGroup; }
 
-// Adds the four groups' rows up and writes the sum times `by`.
-template <int V, int P>
-__device__ __forceinline__ void write_row(float* row, int width, float by, float (&from)[P]) {
+// A row's numbers to a lane: eight lanes hold a head's width, V neighbours at a time. What lies behind it is 0; a width
+// of P·8 is `whole`.
+template <int V, int P, bool whole>
+struct Shape {
+  static constexpr int kParts = P / V, kStride = kGroup * V;
+  int width;
+
+  __device__ __forceinline__ static int first() { return lane_of_thread() % kGroup * V; }
+  __device__ __forceinline__ bool has(int part) const { return whole || first() + part * kStride < width; }
+
+  // step(p, number p of this lane); `row` is where the lane's first one lies.
+  template <typename Step>
+  __device__ __forceinline__ void for_row(const float* row, Step&& step) const {
 #pragma unroll
-  for (int p = 0; p < P; ++p) {
-    from[p] += __shfl_xor_sync(kAllLanes, from[p], kGroup);
-    from[p] += __shfl_xor_sync(kAllLanes, from[p], 2 * kGroup);
+    for (int part = 0; part < kParts; ++part) {
+      float values[V] = {};
+      if (has(part)) load(row + part * kStride, values);
+#pragma unroll
+      for (int v = 0; v < V; ++v) step(part * V + v, values[v]);
+    }
   }
-#pragma unroll
-  for (int part = 0; part < P / V; ++part) {
-    const int k = (part * kGroup + lane_of_thread() % kGroup) * V;
-    float values[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) values[v] = from[part * V + v] * by;
-    if (lane_of_thread() < kGroup && k < width) store(row + k, values);
+
+  __device__ __forceinline__ void read(const float* row, float (&to)[P]) const {
+    for_row(row, [&](int p, float number) { to[p] = number; });
   }
-}
+
+  // Adds the four groups' rows up and writes the sum times `by`.
+  __device__ __forceinline__ void write(float* row, float by, float (&from)[P]) const {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      from[p] += __shfl_xor_sync(kAllLanes, from[p], kGroup);
+      from[p] += __shfl_xor_sync(kAllLanes, from[p], 2 * kGroup);
+    }
+    if (group_of_thread() != 0) return;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      float values[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) values[v] = from[part * V + v] * by;
+      if (has(part)) store(row + part * kStride, values);
+    }
+  }
+};
 
 template <int P>
 __device__ __forceinline__ float dot(const float (&x)[P], const float (&y)[P]) {
@@ -66,88 +82,84 @@ __device__ __forceinline__ float dot(const float (&x)[P], const float (&y)[P]) {
   return sum_over<kGroup>(total);
 }
 
-// The same with a row that is read on the way and takes no registers.
-template <int V, int P>
-__device__ __forceinline__ float dot_with(const float (&x)[P], const float* row, int width, bool wanted) {
-  float total = 0;
-#pragma unroll
-  for (int part = 0; part < P / V; ++part) {
-    const int k = (part * kGroup + lane_of_thread() % kGroup) * V;
-    float values[V] = {};
-    if (wanted && k < width) load(row + k, values);
-#pragma unroll
-    for (int v = 0; v < V; ++v) total += x[part * V + v] * values[v];
-  }
-  return sum_over<kGroup>(total);
-}
-
 template <int P>
 __device__ __forceinline__ void add(float (&to)[P], float by, const float (&x)[P]) {
 #pragma unroll
   for (int p = 0; p < P; ++p) to[p] += by * x[p];
 }
 
-// One token of one head.
-struct Item {
-  int64_t person;
-  int head, token;
-  const Tree<float>& args;
-  const TreeLayout& layout;
-  int64_t heads_width;
+// The head of a person that a block is of, and where this lane's numbers of its first token lie.
+struct Head {
+  int stride, packed_stride;  // from token to token
+  int64_t packed, plain, lse;
 
-  __device__ Item(const Tree<float>& args, const TreeLayout& layout, int64_t number)
-      : args(args), layout(layout), heads_width(int64_t(args.heads) * args.width) {
-    token = int(number % layout.tokens);
-    head = int(number / layout.tokens % args.heads);
-    person = number / layout.tokens / args.heads;
+  __device__ __forceinline__ Head(const Tree<float>& args, const TreeLayout& layout, int first)
+      : stride(args.heads * args.width), packed_stride(3 * stride) {
+    const int64_t person = blockIdx.z, head = blockIdx.y;
+    plain = person * layout.tokens * stride + head * args.width + first;
+    packed = plain + 2 * (person * layout.tokens) * stride;
+    lse = (person * args.heads + head) * layout.tokens;
   }
 
   // Row `which` of qkv: 0 query, 1 key, 2 value.
-  __device__ int64_t packed(int of_token, int which) const {
-    return ((person * layout.tokens + of_token) * 3 + which) * heads_width + int64_t(head) * args.width;
+  template <typename U>
+  __device__ __forceinline__ U* packed_row(U* qkv, int which, int token) const {
+    return qkv + packed + which * stride + int64_t(token) * packed_stride;
   }
-  __device__ int64_t plain(int of_token) const {
-    return (person * layout.tokens + of_token) * heads_width + int64_t(head) * args.width;
+  template <typename U>
+  __device__ __forceinline__ U* plain_row(U* from, int token) const {
+    return from + plain + int64_t(token) * stride;
   }
-  __device__ int64_t of_lse(int of_token) const { return (person * args.heads + head) * layout.tokens + of_token; }
 };
 
 // The keys that a query sees, numbered from 0.
 struct Keys {
   int prefix, count, skip;
 
-  __device__ Keys(const TreeLayout& layout, int token) {
+  __device__ __forceinline__ Keys(const TreeLayout& layout, int token) {
     const Span span(layout, token);
     const bool in_prefix = token < layout.prefix;
     prefix = layout.prefix;
-    count = in_prefix ? token + 1 : layout.prefix + token - span.begin + 1;
     skip = in_prefix ? 0 : span.begin - layout.prefix;
+    count = token + 1 - skip;
   }
-  __device__ int operator[](int at) const { return at < prefix ? at : at + skip; }
+  __device__ __forceinline__ int operator[](int at) const {
+    const int existing = at < count ? at : count - 1;
+    return existing < prefix ? existing : existing + skip;
+  }
 };
 
-__device__ __forceinline__ int group_of_thread() { return lane_of_thread() / kGroup; }
+// The larger one; NaN stays in what it is subtracted from.
+__device__ __forceinline__ float larger(float x, float y) { return !(y <= x) ? y : x; }
 
-template <int V, int P>
+__device__ __forceinline__ float log2_of(float x) {
+  const uint32_t bits = bits_of(x), one = 127u << 23;
+  if (!(x < kInfinity)) return x;
+  return float(int(bits >> 23) - 127) + log2_fast(float_of((bits & 0x7FFFFF) | one));
+}
+
+template <int V, int P, bool whole>
 __global__ void __launch_bounds__(kThreads, kBlocks<P>)
-    forward_kernel(const Tree<float> args, const TreeLayout layout) {
-  const int64_t number = int64_t(blockIdx.x) * kWarps + warp_of_thread();
-  if (number >= args.people * args.heads * layout.tokens) return;
-  const Item item(args, layout, number);
-  const Keys keys(layout, item.token);
-  const float scale = kLog2e / sqrtf(float(args.width));
+    forward_kernel(const Tree<float> args, const TreeLayout layout, float scale) {
+  const int token = int(blockIdx.x) * kWarps + warp_of_thread();
+  if (token >= layout.tokens) return;
+  const Shape<V, P, whole> shape = {args.width};
+  const Head head(args, layout, shape.first());
+  const Keys keys(layout, token);
+  const float *key_rows = head.packed_row(args.qkv, 1, 0), *value_rows = head.packed_row(args.qkv, 2, 0);
   float query[P], sums[P] = {}, largest = kNoKey, total = 0;
-  load_row<V>(args.qkv + item.packed(item.token, 0), args.width, true, query);
+  shape.for_row(head.packed_row(args.qkv, 0, token), [&](int p, float x) { query[p] = x * (scale * kLog2e); });
 
+#pragma unroll 1
   for (int first = 0; first < keys.count; first += kGroups) {
-    const bool seen = first + group_of_thread() < keys.count;
-    const int token = seen ? keys[first + group_of_thread()] : 0;
+    const int at = first + group_of_thread();
+    const int64_t row = int64_t(keys[at]) * head.packed_stride;
     float key[P], value[P];
-    load_row<V>(args.qkv + item.packed(token, 1), args.width, seen, key);
-    load_row<V>(args.qkv + item.packed(token, 2), args.width, seen, value);
-    const float logit = dot(query, key) * scale, before = largest;
-    if (seen) largest = logit > largest || logit != logit ? logit : largest;  // NaN stays
-    const float keep = exp2_fast(before - largest), weight = seen ? exp2_fast(logit - largest) : 0.0f;
+    shape.read(key_rows + row, key);
+    shape.read(value_rows + row, value);
+    const float product = dot(query, key), logit = at < keys.count ? product : kNoKey, before = largest;
+    largest = larger(largest, logit);
+    const float keep = exp2_fast(before - largest), weight = at < keys.count ? exp2_fast(logit - largest) : 0.0f;
     total = total * keep + weight;
 #pragma unroll
     for (int p = 0; p < P; ++p) sums[p] = sums[p] * keep + weight * value[p];
@@ -155,102 +167,132 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P>)
 
   float of_all = largest;
 #pragma unroll
-  for (int other = kGroup; other < kWarpSize; other *= 2) {
-    const float theirs = __shfl_xor_sync(kAllLanes, of_all, other);
-    of_all = theirs > of_all || theirs != theirs ? theirs : of_all;
-  }
+  for (int other = kGroup; other < kWarpSize; other *= 2)
+    of_all = larger(of_all, __shfl_xor_sync(kAllLanes, of_all, other));
   const float rescale = exp2_fast(largest - of_all);
   total *= rescale;
 #pragma unroll
   for (int p = 0; p < P; ++p) sums[p] *= rescale;
   total += __shfl_xor_sync(kAllLanes, total, kGroup);
   total += __shfl_xor_sync(kAllLanes, total, 2 * kGroup);
-  write_row<V>(args.out + item.plain(item.token), args.width, 1 / total, sums);
-  if (lane_of_thread() == 0) args.lse[item.of_lse(item.token)] = (of_all + log2f(total)) * kLn2;
+  shape.write(head.plain_row(args.out, token), 1 / total, sums);
+  if (lane_of_thread() == 0) args.lse[head.lse + token] = (of_all + log2_of(total)) * kLn2;
 }
 
-template <int V, int P>
-__device__ void write_query(const Item& item) {
-  const Tree<float>& args = item.args;
-  const Keys keys(item.layout, item.token);
-  const float scale = 1 / sqrtf(float(args.width)), lse = args.lse[item.of_lse(item.token)] * kLog2e;
-  float query[P], grad[P], sums[P] = {};
-  load_row<V>(args.qkv + item.packed(item.token, 0), args.width, true, query);
-  load_row<V>(args.grad + item.plain(item.token), args.width, true, grad);
-  const float mean = dot_with<V>(grad, args.out + item.plain(item.token), args.width, true);
+template <int V, int P, bool whole>
+__device__ __forceinline__ void write_query(
+    const Tree<float>& args, const TreeLayout& layout, float scale, const Head& head, int token) {
+  const Shape<V, P, whole> shape = {args.width};
+  const Keys keys(layout, token);
+  const float *key_rows = head.packed_row(args.qkv, 1, 0), *value_rows = head.packed_row(args.qkv, 2, 0);
+  const float lse = args.lse[head.lse + token] * kLog2e;
+  float query[P], grad[P], sums[P] = {}, mean = 0;
+  shape.for_row(head.packed_row(args.qkv, 0, token), [&](int p, float x) { query[p] = x * (scale * kLog2e); });
+  shape.read(head.plain_row(args.grad, token), grad);
+  shape.for_row(head.plain_row(args.out, token), [&](int p, float x) { mean += grad[p] * x; });
+  mean = sum_over<kGroup>(mean);
+#pragma unroll 1
   for (int first = 0; first < keys.count; first += kGroups) {
-    const bool seen = first + group_of_thread() < keys.count;
-    const int token = seen ? keys[first + group_of_thread()] : 0;
-    float key[P], value[P];
-    load_row<V>(args.qkv + item.packed(token, 1), args.width, seen, key);
-    load_row<V>(args.qkv + item.packed(token, 2), args.width, seen, value);
-    const float weight = exp2_fast(dot(query, key) * (scale * kLog2e) - lse), of_weight = dot(grad, value) - mean;
-    add(sums, seen ? weight * of_weight : 0.0f, key);
+    const int at = first + group_of_thread();
+    const int64_t row = int64_t(keys[at]) * head.packed_stride;
+    float key[P], of_weight = 0;
+    shape.read(key_rows + row, key);
+    shape.for_row(value_rows + row, [&](int p, float x) { of_weight += grad[p] * x; });
+    const float weight = exp2_fast(dot(query, key) - lse) * (sum_over<kGroup>(of_weight) - mean);
+    add(sums, at < keys.count ? weight : 0.0f, key);
   }
-  write_row<V>(args.grad_qkv + item.packed(item.token, 0), args.width, scale, sums);
+  shape.write(head.packed_row(args.grad_qkv, 0, token), scale, sums);
 }
 
-template <int V, int P>
-__device__ void write_key(const Item& item) {
-  const Tree<float>& args = item.args;
-  const float scale = 1 / sqrtf(float(args.width));
-  const int end = item.token < item.layout.prefix ? item.layout.tokens : Span(item.layout, item.token).end;
+template <int V, int P, bool whole>
+__device__ __forceinline__ void write_key(
+    const Tree<float>& args, const TreeLayout& layout, float scale, const Head& head, int token) {
+  const Shape<V, P, whole> shape = {args.width};
+  const int end = token < layout.prefix ? layout.tokens : Span(layout, token).end;
+  const float *query_rows = head.packed_row(args.qkv, 0, 0), *lse_of = args.lse + head.lse;
+  const float *grad_rows = head.plain_row(args.grad, 0), *out_rows = head.plain_row(args.out, 0);
   float key[P], value[P], to_key[P] = {}, to_value[P] = {};
-  load_row<V>(args.qkv + item.packed(item.token, 1), args.width, true, key);
-  load_row<V>(args.qkv + item.packed(item.token, 2), args.width, true, value);
-  for (int first = item.token; first < end; first += kGroups) {
-    const bool sees = first + group_of_thread() < end;
-    const int token = sees ? first + group_of_thread() : item.token;
-    float query[P], grad[P];
-    load_row<V>(args.grad + item.plain(token), args.width, sees, grad);
-    const float of_weight = dot(grad, value) - dot_with<V>(grad, args.out + item.plain(token), args.width, sees);
-    load_row<V>(args.qkv + item.packed(token, 0), args.width, sees, query);
-    const float lse = args.lse[item.of_lse(token)] * kLog2e;
-    const float weight = exp2_fast(dot(query, key) * (scale * kLog2e) - lse);
-    add(to_value, sees ? weight : 0.0f, grad);
-    add(to_key, sees ? weight * of_weight : 0.0f, query);
+  shape.for_row(head.packed_row(args.qkv, 1, token), [&](int p, float x) { key[p] = x * (scale * kLog2e); });
+  shape.read(head.packed_row(args.qkv, 2, token), value);
+#pragma unroll 1
+  for (int first = token; first < end; first += kGroups) {
+    const int at = first + group_of_thread(), query_token = at < end ? at : end - 1;
+    const int64_t row = int64_t(query_token) * head.stride;
+    float query[P], grad[P], of_weight = 0;
+    shape.read(grad_rows + row, grad);
+    shape.for_row(out_rows + row, [&](int p, float x) { of_weight += grad[p] * (value[p] - x); });
+    shape.read(query_rows + 3 * row, query);
+    const float logit = dot(query, key) - lse_of[query_token] * kLog2e;
+    const float weight = at < end ? exp2_fast(logit) : 0.0f;
+    add(to_value, weight, grad);
+    add(to_key, weight * sum_over<kGroup>(of_weight), query);
   }
-  write_row<V>(args.grad_qkv + item.packed(item.token, 1), args.width, scale, to_key);
-  write_row<V>(args.grad_qkv + item.packed(item.token, 2), args.width, 1, to_value);
+  shape.write(head.packed_row(args.grad_qkv, 1, token), scale, to_key);
+  shape.write(head.packed_row(args.grad_qkv, 2, token), 1, to_value);
 }
 
-template <int V, int P>
+template <int V, int P, bool whole>
 __global__ void __launch_bounds__(kThreads, kBlocks<P>)
-    backward_kernel(const Tree<float> args, const TreeLayout layout) {
-  const int64_t number = int64_t(blockIdx.x) * kWarps + warp_of_thread();
-  const int64_t items = args.people * args.heads * layout.tokens;
-  if (number < items)
-    write_key<V, P>(Item(args, layout, number));  // the longer ones, those of the prefix, begin early
-  else if (number < 2 * items)
-    write_query<V, P>(Item(args, layout, number - items));
+    backward_kernel(const Tree<float> args, const TreeLayout layout, float scale) {
+  const unsigned half = gridDim.x / 2;
+  const bool of_keys = blockIdx.x < half;
+  const int token = int(of_keys ? blockIdx.x : blockIdx.x - half) * kWarps + warp_of_thread();
+  if (token >= layout.tokens) return;
+  const Head head(args, layout, Shape<V, P, whole>::first());
+  if (of_keys)
+    write_key<V, P, whole>(args, layout, scale, head, token);
+  else
+    write_query<V, P, whole>(args, layout, scale, head, token);
 }
 
-// f(V, P), both known to the compiler.
+// f(V, P, whole), all known to the compiler.
 template <typename F>
 void for_shape(int width, bool vector, F&& f) {
   const auto with_vector = [&](auto v) {
-    if (width <= 64) return f(v, std::integral_constant<int, 8>());
-    if (width <= 128) return f(v, std::integral_constant<int, 16>());
-    return f(v, std::integral_constant<int, 32>());
+    if (width <= 64) return f(v, std::integral_constant<int, 8>(), std::false_type());
+    if (width <= 128) return f(v, std::integral_constant<int, 16>(), std::false_type());
+    return f(v, std::integral_constant<int, 32>(), std::false_type());
   };
-  vector ? with_vector(std::integral_constant<int, kVector<float>>()) : with_vector(std::integral_constant<int, 1>());
+  if (!vector) return with_vector(std::integral_constant<int, 1>());
+  const std::integral_constant<int, kVector<float>> v;
+  width == 64 ? f(v, std::integral_constant<int, 8>(), std::true_type()) : with_vector(v);
 }
+
+// f(arguments of some people, their number), of as many people as one launch takes.
+template <typename F>
+void for_people(Tree<float> args, const TreeLayout& layout, F&& f) {
+  const int64_t tokens = int64_t(kPeople) * layout.tokens, numbers = tokens * args.heads * args.width;
+  for (int64_t left = args.people; left > 0; left -= kPeople) {
+    f(args, unsigned(left < kPeople ? left : kPeople));
+    args.qkv += 3 * numbers, args.out += numbers, args.lse += tokens * args.heads;
+    if (args.grad) args.grad += numbers, args.grad_qkv += 3 * numbers;
+  }
+}
+
+float scale_of_logits(const Tree<float>& args) { return 1 / std::sqrt(float(args.width)); }
 
 }  // namespace
 
 template <>
 void tree_forward(const Tree<float>& args, const TreeLayout& layout) {
-  const int64_t items = args.people * args.heads * layout.tokens;
-  for_shape(args.width, aligned(args.width, args.qkv, args.out), [&](auto vector, auto part) {
-    launch(forward_kernel<vector(), part()>, {blocks(items, kWarps)}, kThreads, 0, args, layout);
+  const unsigned of_tokens = blocks(layout.tokens, kWarps);
+  for_shape(args.width, aligned(args.width, args.qkv, args.out), [&](auto vector, auto part, auto whole) {
+    for_people(args, layout, [&](const Tree<float>& some, unsigned people) {
+      const dim3 grid = {of_tokens, unsigned(args.heads), people};
+      launch(forward_kernel<vector(), part(), whole()>, grid, kThreads, 0, some, layout, scale_of_logits(args));
+    });
   });
 }
 
 template <>
 void tree_backward(const Tree<float>& args, const TreeLayout& layout) {
-  const int64_t items = args.people * args.heads * layout.tokens;
-  for_shape(args.width, aligned(args.width, args.qkv, args.out, args.grad, args.grad_qkv), [&](auto vector, auto part) {
-    launch(backward_kernel<vector(), part()>, {blocks(2 * items, kWarps)}, kThreads, 0, args, layout);
+  const unsigned of_tokens = 2 * blocks(layout.tokens, kWarps);
+  const bool vector = aligned(args.width, args.qkv, args.out, args.grad, args.grad_qkv);
+  for_shape(args.width, vector, [&](auto vector, auto part, auto whole) {
+    for_people(args, layout, [&](const Tree<float>& some, unsigned people) {
+      const dim3 grid = {of_tokens, unsigned(args.heads), people};
+      launch(backward_kernel<vector(), part(), whole()>, grid, kThreads, 0, some, layout, scale_of_logits(args));
+    });
   });
 }
 

@@ -66,15 +66,19 @@ __device__ __forceinline__ float max_over_warp(float value) {
   return value;
 }
 
-// The sum over a block in its first thread; `warps` is shared memory, a float a warp.
-__device__ inline float sum_over_block(float value, float* warps) {
-  value = sum_over(value);
-  __syncthreads();  // whoever still reads `warps` is done
-  if (lane_of_thread() == 0) warps[warp_of_thread()] = value;
+// Each number's sum over a block, in its first warp; `warps` is shared memory for 32 times as many.
+template <int count>
+__device__ __forceinline__ void sum_over_block(float (&values)[count], float* warps) {
+#pragma unroll
+  for (int at = 0; at < count; ++at) {
+    values[at] = sum_over(values[at]);
+    if (lane_of_thread() == 0) warps[at * kWarpSize + warp_of_thread()] = values[at];
+  }
   __syncthreads();
-  if (threadIdx.x == 0)
-    for (int warp = 1; warp < int(blockDim.x) / kWarpSize; ++warp) value += warps[warp];
-  return value;
+  if (warp_of_thread() != 0) return;
+#pragma unroll
+  for (int at = 0; at < count; ++at)
+    values[at] = sum_over(threadIdx.x < blockDim.x / kWarpSize ? warps[at * kWarpSize + threadIdx.x] : 0.0f);
 }
 
 __device__ __forceinline__ float from_lane(float value, int lane) { return __shfl_sync(kAllLanes, value, lane); }
