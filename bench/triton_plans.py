@@ -31,7 +31,7 @@ from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 DOCUMENT = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 B, N, E = 65_536, 512, 7  # samples of direction_loss, individuals of correlation_loss, emotions
-Q = E * (E - 1) // 2
+WIDE = (16, 32)  # emotions of correlation_loss that have kernels of their own
 PEOPLE = 48  # individuals of direction_loss's bank
 TREES, TOKENS, HEADS, WIDTH = 64, 30, 8, 64
 FRAMES, OLD, NEW = 16, 256, 224
@@ -71,6 +71,7 @@ class Needs:
     operations: float = 0.0  # on tensor cores
     number: int = 4  # bytes of a number of a product
     exponentials: float = 0.0
+    again: float = 1.0  # how often each of these is computed
     uneven: float = 1.0  # the units of the busiest program over the average
 
 
@@ -102,7 +103,9 @@ def calls() -> Iterator[tuple[str, Workload]]:
         loss, label = partial(_loss, contrast), f"direction_loss, contrast {contrast}"
         yield f"{label}, bank frozen", Workload("", DIRECTION_LOSS, loss, needs=of_sample)
         yield f"{label}, deterministic", Workload("", DIRECTION_LOSS, loss, deterministic=True)
-    yield "correlation_loss", Workload("", CORRELATION_LOSS, partial(_correlation, E, "all", torch.float32))
+    for emotions in (E, *WIDE):
+        label = "correlation_loss" if emotions == E else f"correlation_loss, {emotions} emotions"
+        yield label, Workload("", CORRELATION_LOSS, partial(_correlation, emotions, "all", torch.float32))
     for word, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         yield f"tree_attention, {word}", Workload("", TREE_ATTENTION, partial(_attention, TOKENS, WIDTH, dtype))
     frames = (_cuda, (FRAMES, 3, OLD, OLD), (NEW, MEAN, STD, "bicubic"))
@@ -120,9 +123,10 @@ def predictions(device: Device) -> Iterator[Prediction]:
     for call, workload in calls():
         with as_launched.on(device.capability, repeats=True) as launched:
             workload.run(workload.arguments())
-        groups: dict[tuple[str, tuple[int, ...]], list[Launch]] = {}
+        groups: dict[tuple[Any, ...], list[Launch]] = {}
         for launch in launched:
-            groups.setdefault((launch.name, launch.grid), []).append(launch)
+            known_when_compiled = tuple(sorted(launch.compiled.src.constants))  # strides of 1: a product's layout
+            groups.setdefault((launch.name, launch.grid, known_when_compiled), []).append(launch)
         for key, launches in groups.items():
             if (key, launches[0].compiled.hash) not in known:
                 known.add((key, launches[0].compiled.hash))
@@ -141,20 +145,17 @@ def _predicted(device: Device, call: str, launches: list[Launch], of_call: list[
         "exp2": needs.exponentials / EXPONENTIALS * micro,
     }
     times = {"issue": needs.instructions / SCHEDULERS * micro * busiest, "bytes": floors["bytes"]}
-    times |= {limit: floors[limit] * busiest for limit in ("tensor cores", "exp2")}
+    times |= {"tensor cores": floors["tensor cores"] * busiest, "exp2": floors["exp2"] * busiest * needs.again}
     resident = launch.programs_a_processor(REGISTERS, SHARED[device.capability])
     used = {limit: time for limit, time in times.items() if time > 0}
     return Prediction(call, launch, len(launches), needs, resident, used, max(floors.values()))
 
 
-def _executed(launch: Launch, trips: float) -> float:
-    """Instructions that the warps of all programs issue, if the longest innermost loop is gone round so often."""
+def _executed(launch: Launch, trips: float, loop: list[str] | None = None) -> float:
+    """Instructions that the warps of all programs issue, if an innermost loop, the longest, is gone round so often."""
     code = [x for x in launch.instructions if not x.startswith("NOP")]
-    return (
-        prod(launch.grid)
-        * launch.warps
-        * (len(code) + (trips - 1) * len(launch.loops[0]) if launch.loops else len(code))
-    )
+    loop = loop or next(iter(launch.loops), [])
+    return prod(launch.grid) * launch.warps * (len(code) + (trips - 1) * len(loop))
 
 
 def _of_samples(rows: int, writes: int) -> Callable[..., Needs]:
@@ -182,16 +183,35 @@ def _of_bank(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
 
 
 def _of_pairs(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
-    logits = N * N * Q * Q
-    loop = len(launches[0].loops[0])
-    return Needs(logits / 32 * loop / Q, "32 logits", logits / 32, exponentials=2 * logits)
+    options = launches[0].options
+    q = options["Q"]
+    logits = N * N * q * q
+    walk = options["columns"] // options["BLOCK"]
+    per_strip = options.get("blocks_per_strip")
+    made = q * q  # logits of two individuals
+    at_once = q  # of them, by a turn of the loop
+    if per_strip is None:
+        groups = -(-options["E"] // options["GROUP"])
+        walk, per_strip = walk * groups, options["units_per_strip"]
+        at_once = options["E"] // (2 if launches[0].name == "wide_sums_kernel" else 1)
+        made = q * groups * options["GROUP"] * at_once
+    row_strips, column_strips = launches[0].grid
+    uneven = options["rows_per_strip"] * row_strips / options["rows"] * per_strip * column_strips / walk
+    return Needs(
+        instructions=N * N / 32 * made * len(launches[0].loops[0]) / at_once,
+        of_one="32 logits",
+        units=logits / 32,
+        exponentials=2 * logits,
+        again=made / q**2,
+        uneven=uneven,
+    )
 
 
 def _of_product(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
     launch, options = launches[0], launches[0].options
-    chunks = sum(x.name == "sums_kernel" for x in of_call)
+    chunks = len(_walks(of_call))
     # Each of the four products, forward and backward, is launched once a chunk.
-    operations = 3 * 2 * (N * E) ** 2 * D * len(launches) / chunks
+    operations = 3 * 2 * (N * _emotions(of_call)) ** 2 * D * len(launches) / chunks
     step = 2 * 3 * options["BLOCK_M"] * options["BLOCK_N"] * options["BLOCK_K"]
     return Needs(
         instructions=operations / step * len(launch.loops[0]) * launch.warps,
@@ -201,14 +221,31 @@ def _of_product(call: str, launches: list[Launch], of_call: list[Launch]) -> Nee
     )
 
 
+def _walks(of_call: list[Launch]) -> list[Launch]:
+    """Those of a correlation's forward over pairs of individuals: one for each chunk."""
+    return [x for x in of_call if x.name in ("sums_kernel", "wide_sums_kernel")]
+
+
+def _emotions(of_call: list[Launch]) -> int:
+    return _walks(of_call)[0].options["E"]
+
+
 def _of_features(moved: int, trips: Callable[[Launch], float]) -> Callable[..., Needs]:
-    """A walk over individuals that moves all features so often."""
+    """A walk over individuals that moves all features so often; its loop is the one with most multiply-adds."""
 
     def needs(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
-        instructions = sum(_executed(x, trips(x)) for x in launches)
-        return Needs(instructions, "individual", N * len(launches), bytes=4 * N * E * D * moved * len(launches))
+        loops = (max(x.loops, key=lambda loop: sum("FFMA" in line for line in loop)) for x in launches)
+        instructions = sum(_executed(x, trips(x), loop) for x, loop in zip(launches, loops, strict=True))
+        numbers = N * _emotions(of_call) * D * moved
+        return Needs(instructions, "individual", N * len(launches), bytes=4 * numbers * len(launches))
 
     return needs
+
+
+def _turns(launch: Launch) -> float:
+    """Of the loop that takes a norm's part from a gradient: over pairs of emotions, or over emotions of pairs."""
+    options = launch.options
+    return options["E" if options["WIDE"] else "Q"] * D / min(D, options["BLOCK_D"])
 
 
 def _of_shares(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
@@ -218,11 +255,11 @@ def _of_shares(call: str, launches: list[Launch], of_call: list[Launch]) -> Need
 
 
 def _of_log_sums(call: str, launches: list[Launch], of_call: list[Launch]) -> Needs:
-    grid = next(x.grid for x in of_call if x.name == "sums_kernel")
-    strips = sum(grid)
+    walk = _walks(of_call)[0]
+    strips, pairs = sum(walk.grid), walk.options["Q"]
     at_once = sum("LDG" in x for x in launches[0].loops[0])  # strips, which the compiler writes out
     executed = _executed(launches[0], strips / 2 / at_once)
-    return Needs(executed, "row or column", 2 * N * Q, bytes=4 * N * Q * strips)
+    return Needs(executed, "row or column", 2 * N * pairs, bytes=4 * N * pairs * strips)
 
 
 def _of_trees(moved: int, products: int) -> Callable[..., Needs]:
@@ -269,7 +306,9 @@ NEEDS: dict[tuple[str, str], Callable[..., Needs]] = {
     ("correlation_loss", "sums_kernel"): _of_pairs,
     ("correlation_loss", "log_sums_kernel"): _of_log_sums,
     ("correlation_loss", "fold_kernel"): _of_pairs,
-    ("correlation_loss", "gradient_kernel"): _of_features(6, lambda x: 1),
+    ("correlation_loss", "wide_sums_kernel"): _of_pairs,
+    ("correlation_loss", "wide_fold_kernel"): _of_pairs,
+    ("correlation_loss", "gradient_kernel"): _of_features(6, _turns),
     ("tree_attention", "forward_kernel"): _of_trees(4, 2),
     ("tree_attention", "backward_kernel"): _of_trees(7, 5),
     ("clip_frames", "weights_kernel"): _of_bands,

@@ -29,8 +29,8 @@ from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 CAPABILITIES = (80, 90)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 D = 512  # ViT-B-32's features
-LOGIT_INSTRUCTIONS = {"sums_kernel": 14, "fold_kernel": 30}
-"""Most machine instructions for a logit and its opposite, in the loop over pairs of emotions."""
+LOGIT_INSTRUCTIONS = {"sums_kernel": 14, "fold_kernel": 30, "wide_sums_kernel": 18, "wide_fold_kernel": 20}
+"""Most machine instructions for a logit and its opposite, each time, in the loop over pairs of emotions."""
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
@@ -77,6 +77,8 @@ def workloads() -> Iterator[Workload]:
     for word, dtype, emotions, negatives in (
         ("float32", torch.float32, 7, "all"),
         ("float32", torch.float32, 11, "distinct"),
+        ("float32", torch.float32, 16, "all"),
+        ("float32", torch.float32, 32, "distinct"),
         ("bfloat16", torch.bfloat16, 7, "within"),
     ):
         label = f"correlation_loss, E={emotions}, {negatives}, {word}"

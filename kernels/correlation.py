@@ -17,6 +17,9 @@ rows, and meets m columns at a time. All kernels work on such rectangles: row i'
     product   dV = dS T and dT += dSᵀ V of the chunk
     gradient  less the part through the norms: Σ over pairs of ρ/|Δ|² · A Aᵀ times the features, ρ = Σ dloss/dl · l
 
+Of more than NARROW emotions `correlation_wide_kernels` has other sums and another fold, in which warps own emotions;
+and gradient takes all pairs of an emotion together.
+
 Operations, of a square: 2·(N·E)²·D for each product, one forward and three backward; N²·Q² logits at about 10
 (forward) and 20 (backward) instructions and two exponentials. Bytes: S, and in the backward its gradient, are written
 and read within L2; the rest is O(N). Bound by the products' rate at D = 512 and E = 7.
@@ -32,6 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -40,6 +44,7 @@ from torch import Tensor
 from pcmecl_fast.kernels.common import Config, counter_for, power_of_2, programs_for, run
 from pcmecl_fast.kernels.correlation_kernels import gradient_kernel, log_sums_kernel, prepare_kernel
 from pcmecl_fast.kernels.correlation_pair_kernels import ALL, DISTINCT, WITHIN, fold_kernel, sums_kernel
+from pcmecl_fast.kernels.correlation_wide_kernels import wide_fold_kernel, wide_sums_kernel
 from pcmecl_fast.kernels.products import multiply
 from pcmecl_fast.ops.no_pairs import gradients_of_nothing, has_pairs, sums_of_nothing
 
@@ -47,10 +52,14 @@ CHUNK = 16 << 20  # bytes of S at a time: a third of an H100's L2
 BLOCK = 32  # columns' individuals at a time: one for each thread of a warp
 WARPS = 8  # programs of one warp that share a processor at a time: two for each of its schedulers
 COLUMN_STRIPS = 32  # programs along the columns at most, each with its own partial sums of rows
+NARROW = 11  # emotions, of which a thread keeps all pairs in registers; of more, the wide kernels' warps have one each
+# Registers of a thread at most, of many emotions: by itself the compiler spills some, for one more program a
+# processor. Of the kernels that walk over pairs of individuals WARPS share it, which leave them this many.
+WALK_REGISTERS, OTHER_REGISTERS = 255, 128
+LEAST_ROWS = 32  # individuals of a chunk of theirs, over warps, at least: so that all processors have some
 LOG_SUMS = 128  # rows or columns of a program that adds strips up
 KINDS = {"all": ALL, "within": WITHIN, "distinct": DISTINCT}
 PREPARE_WARPS = 8
-PAIR_OPTIONS = Config(warps=1, stages=1).options()
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ class Plan:
     def of(cls, visual: Tensor, text: Tensor, negatives: str, first: int = 0) -> Plan:
         assert negatives != "within" or (len(visual) == len(text) and first == 0), "a square holds all negatives within"
         people, emotions, width = visual.shape
-        programs = programs_for(visual, 1 << 30, WARPS)
+        programs = programs_for(visual, 1 << 30, WARPS // warps_for(emotions))
         return cls(people, len(text), emotions, width, negatives, first, programs)
 
     @property
@@ -88,8 +97,8 @@ class Plan:
     def chunks(self) -> int:
         if self.within:  # whose S is no larger than its features: one launch has all of it
             return self.blocks
-        most = CHUNK // (4 * self.emotions**2 * self.columns)
-        return triton.cdiv(self.row_people, max(1, min(self.row_people, most)))
+        most = max(CHUNK // (4 * self.emotions**2 * self.columns), LEAST_ROWS // self.warps if self.wide else 1)
+        return triton.cdiv(self.row_people, min(self.row_people, most))
 
     @property
     def chunk(self) -> int:  # rows' individuals in one, the same number in all
@@ -108,16 +117,49 @@ class Plan:
         return 1 if self.within else self.chunk
 
     @property
-    def blocks_per_strip(self) -> int:
-        return triton.cdiv(self.blocks, min(self.blocks, self.programs if self.within else COLUMN_STRIPS))
+    def wide(self) -> bool:
+        return self.emotions > NARROW
+
+    @property
+    def warps(self) -> int:  # of a program that walks over pairs of individuals
+        return warps_for(self.emotions)
+
+    @property
+    def groups(self) -> int:  # of columns' emotions
+        return triton.cdiv(self.emotions, self.warps) if self.wide else 1
+
+    @property
+    def units(self) -> int:  # of columns
+        return self.blocks * self.groups
+
+    @property
+    def units_per_strip(self) -> int:
+        return self._per_strip[1]
 
     @property
     def column_strips(self) -> int:
-        return triton.cdiv(self.blocks, self.blocks_per_strip)
+        return triton.cdiv(self.units, self.units_per_strip)
+
+    @property
+    def row_sums(self) -> int:  # that a row's sum is made of; within individuals it meets one column alone
+        return self.groups if self.within else self.column_strips
 
     @property
     def rows_per_strip(self) -> int:
-        return triton.cdiv(self.rows, max(1, self.programs // self.column_strips))
+        return self._per_strip[0]
+
+    @cached_property
+    def _per_strip(self) -> tuple[int, int]:
+        """Rows and units of a program, of all that together are no more than run side by side."""
+        least = triton.cdiv(self.units, min(self.units, self.programs if self.within else COLUMN_STRIPS))
+        if not self.wide:
+            return triton.cdiv(self.rows, max(1, self.programs // triton.cdiv(self.units, least))), least
+        # Of few rows and many units the division that gives a program the least work.
+        choices = (
+            (rows, max(least, triton.cdiv(self.units, max(1, self.programs // triton.cdiv(self.rows, rows)))))
+            for rows in range(1, self.rows + 1)
+        )
+        return min(choices, key=lambda choice: (choice[0] * choice[1], choice[0]))
 
     @property
     def row_strips(self) -> int:
@@ -140,11 +182,26 @@ class Plan:
             "own_start": chunk * self.chunk + self.first,
             "rows": self.rows,
             "rows_per_strip": self.rows_per_strip,
-            "blocks_per_strip": self.blocks_per_strip,
+            "units_per_strip" if self.wide else "blocks_per_strip": self.units_per_strip,
             "KIND": KINDS[self.negatives].value,
             **self.constants,
-            **PAIR_OPTIONS,
+            **({"GROUP": self.warps, "maxnreg": WALK_REGISTERS} if self.wide else {}),
+            **Config(warps=self.warps, stages=1).options(),
         }
+
+    def of_warps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The workspace in which warps of the wide kernels leave a row's sums."""
+        if not self.wide:
+            return ()
+        programs = 0 if self.within else self.row_strips * self.column_strips
+        return (x.new_empty(programs, self.warps, self.pairs),)
+
+
+def warps_for(emotions: int) -> int:
+    """Of a program that walks over pairs of individuals: of many emotions one for each of a group."""
+    if emotions <= NARROW:
+        return 1
+    return 4 if -emotions % 4 <= 1 else 2
 
 
 @dataclass(frozen=True)
@@ -321,7 +378,7 @@ def _prepare(
             D=plan.width,
             BLOCK_E=power_of_2(plan.emotions),
             BLOCK_Q=power_of_2(plan.pairs),
-            BLOCK_D=min(power_of_2(plan.width), 128),
+            BLOCK_D=min(power_of_2(plan.width), min(32, 8192 // power_of_2(plan.pairs)) if plan.wide else 128),
             num_warps=PREPARE_WARPS,
         ),
     )
@@ -330,10 +387,8 @@ def _prepare(
 
 def _strip_sums(plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
     """Room for what is added up along rows, one sum for each strip of columns, and along columns."""
-    # Within individuals a row meets one column alone, and its strip has the whole sum.
-    column_strips = 1 if plan.within else plan.column_strips
     return (
-        x.new_empty(column_strips, plan.places, plan.pairs, dtype=torch.float32),
+        x.new_empty(plan.row_sums, plan.places, plan.pairs, dtype=torch.float32),
         x.new_empty(plan.row_strips, plan.blocks, plan.pairs, BLOCK, dtype=torch.float32),
     )
 
@@ -381,17 +436,21 @@ def _products_by_individual(plan: Plan, products: Tensor) -> Tensor:  # -> (bloc
 
 def _sums(plan: Plan, prepared: _Prepared, products: Tensor, chunk: int, sums: tuple[Tensor, Tensor, Tensor]) -> None:
     """Add a chunk's exponentials up along rows and columns."""
+    kernel, block = (wide_sums_kernel, "BLOCK_E") if plan.wide else (sums_kernel, "BLOCK_Q")
+    sizes = {block: power_of_2(plan.emotions if plan.wide else plan.pairs)}
+    of_warps = plan.of_warps(products)
     run(
         products,
-        lambda: sums_kernel[(plan.row_strips, plan.column_strips)](
+        lambda: kernel[(plan.row_strips, plan.column_strips)](
             products,
             prepared.inv_norm_visual,
             prepared.inv_norm_text,
             prepared.scale,
             prepared.scale_number,
             *sums,
+            *of_warps,
             **plan.tiling(chunk),
-            BLOCK_Q=power_of_2(plan.pairs),
+            **sizes,
         ),
     )
 
@@ -435,6 +494,7 @@ def _log_sums(
             BLOCK=BLOCK,
             SIZE=LOG_SUMS,
             num_warps=4,
+            **({"maxnreg": OTHER_REGISTERS} if plan.wide else {}),
         ),
     )
     return row_lse, column_lse, positive, loss
@@ -451,9 +511,11 @@ def _fold(
 ) -> Tensor:
     """The gradient of a chunk of S; and ρ is added up along rows and columns."""
     grad_products = torch.empty_like(products)
+    kernel = wide_fold_kernel if plan.wide else fold_kernel
+    of_warps = plan.of_warps(products)
     run(
         products,
-        lambda: fold_kernel[(plan.row_strips, plan.column_strips)](
+        lambda: kernel[(plan.row_strips, plan.column_strips)](
             products,
             grad_products,
             prepared.inv_norm_visual,
@@ -464,6 +526,7 @@ def _fold(
             prepared.count,
             *lse,
             *grad_dots,
+            *of_warps,
             **plan.tiling(chunk),
         ),
     )
@@ -505,12 +568,15 @@ def _gradients(
             plan.chunk,
             len(grad_dots[0]),
             len(grad_dots[1]),
+            plan.emotions if plan.wide else None,
             **plan.constants,
             D=plan.width,
             BLOCK_E=power_of_2(plan.emotions),
             BLOCK_Q=power_of_2(plan.pairs),
-            BLOCK_D=min(power_of_2(plan.width), 512),
+            BLOCK_D=min(power_of_2(plan.width), 4096 // power_of_2(plan.emotions) if plan.wide else 512),
+            WIDE=plan.wide,
             num_warps=4,
+            **({"maxnreg": OTHER_REGISTERS} if plan.wide else {}),
         ),
     )
     return results[0], results[1]

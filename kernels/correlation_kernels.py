@@ -109,6 +109,12 @@ def emotions_of(pair, E: tl.constexpr):
 
 
 @triton.jit
+def pair_of(a, b, E: tl.constexpr):
+    """The number of a pair (a, b), a < b."""
+    return a * (2 * E - a - 3) // 2 + b - 1
+
+
+@triton.jit
 def exponent_shift(scale):
     """K = max(0, s − 60), in units of log 2; NaN above s = 120, where one K does not serve all rows."""
     return tl.where(scale <= 120.0, tl.maximum(scale - 60.0, 0.0), float("nan")) * LOG2E
@@ -191,7 +197,7 @@ def _log_sum(total, is_pair, shift):
     return tl.where(is_pair, (shift + tl.log2(tl.where(is_pair, total, 1.0))) * LN2, 0.0)
 
 
-@triton.jit(do_not_specialize=["row_people", *STRIPS, "places", "columns", "chunk"])
+@triton.jit(do_not_specialize=["row_people", *STRIPS, "places", "columns", "chunk", "emotions"])
 def gradient_kernel(
     visual_sum,  # (chunks, E, chunk, D) float32 or None: dS T, read
     text_sum,  # (blocks, E, BLOCK, D) float32 or None: dSᵀ V, read
@@ -201,8 +207,8 @@ def gradient_kernel(
     text_centred,  # (blocks, E, BLOCK, D) float32: the same of the text
     inv_norm_visual,  # (places, Q) float32: 1/|Δ| of each pair, 0 if too short, −1 where there is no pair
     inv_norm_text,  # (blocks, Q, BLOCK) float32: the same of the text
-    row_grad_dots,  # (column strips, places, Q) float32: ρ along rows, by strip of columns, read
-    column_grad_dots,  # (row strips, blocks, Q, BLOCK) float32: ρ along columns, by strip of rows, read
+    row_grad_dots,  # (column strips, places, Q) float32: ρ along rows, by strip of columns, read; WIDE leaves weights
+    column_grad_dots,  # (row strips, blocks, Q, BLOCK) float32: ρ along columns, by strip of rows, the same
     scale,  # () of any float type, or None: then scale_number counts
     grad_scale,  # () or None: the scale's gradient, written
     partial,  # (2, programs) float32: workspace of sum_over_grid
@@ -213,6 +219,7 @@ def gradient_kernel(
     chunk,  # rows' individuals in a chunk
     column_strips,  # strips that row sums are made of
     row_strips,  # strips that column sums are made of
+    emotions,  # E, as the length of a loop that the compiler must not write out, which spills; None unless WIDE
     E: tl.constexpr,  # emotions
     Q: tl.constexpr,  # pairs of emotions a < b: E(E−1)/2
     D: tl.constexpr,  # features
@@ -220,10 +227,11 @@ def gradient_kernel(
     BLOCK_E: tl.constexpr,  # E rounded up to a power of two
     BLOCK_Q: tl.constexpr,  # Q rounded up to a power of two
     BLOCK_D: tl.constexpr,  # features that are worked on at a time
+    WIDE: tl.constexpr,  # whether emotions are so many that each one's pairs are taken together
 ):
     """A program owns one side of one individual and subtracts from its gradient what goes through the norms.
 
-    Bytes bound it: 2·E·D numbers read, the features once for each pair from L1; E·D written.
+    Bytes bound it: 2·E·D numbers read, the features once for each pair, or WIDE emotion, from L1; E·D written.
     """
     pair = tl.arange(0, BLOCK_Q)
     total = 0.0
@@ -233,7 +241,23 @@ def gradient_kernel(
         grad_dot = _over_strips(row_grad_dots, place * Q + pair, pair < Q, column_strips, places * Q, BLOCK_Q)
         grad_dot = tl.where(inv_norm != -1.0, grad_dot, 0.0)
         total = tl.sum(grad_dot)
-        if visual_sum is not None:
+        if visual_sum is not None and WIDE:
+            weights = row_grad_dots + place * Q
+            tl.store(weights + pair, grad_dot * inv_norm * inv_norm, pair < Q)
+            _subtract_norm_gradient_by_emotion(
+                visual_sum + _first_row(place, chunk, E) * D,
+                grad_visual + tl.cast(place, tl.int64) * (E * D),
+                visual_centred + _first_row(place, chunk, E) * D,
+                chunk,
+                weights,
+                1,
+                emotions,
+                E,
+                D,
+                BLOCK_E,
+                BLOCK_D,
+            )
+        elif visual_sum is not None:
             _subtract_norm_gradient(
                 visual_sum + _first_row(place, chunk, E) * D,
                 grad_visual + tl.cast(place, tl.int64) * (E * D),
@@ -254,19 +278,35 @@ def gradient_kernel(
             inv_norm = tl.load(inv_norm_text + at, pair < Q, other=-1.0)
             grad_dot = _over_strips(column_grad_dots, at, pair < Q, row_strips, columns * Q, BLOCK_Q)
             grad_dot = tl.where(inv_norm != -1.0, grad_dot, 0.0)
-            _subtract_norm_gradient(
-                text_sum + _first_row(place, BLOCK, E) * D,
-                grad_text + tl.cast(place, tl.int64) * (E * D),
-                text_centred + _first_row(place, BLOCK, E) * D,
-                BLOCK,
-                grad_dot * inv_norm * inv_norm,
-                E,
-                Q,
-                D,
-                BLOCK_E,
-                BLOCK_Q,
-                BLOCK_D,
-            )
+            if WIDE:
+                tl.store(column_grad_dots + at, grad_dot * inv_norm * inv_norm, pair < Q)
+                _subtract_norm_gradient_by_emotion(
+                    text_sum + _first_row(place, BLOCK, E) * D,
+                    grad_text + tl.cast(place, tl.int64) * (E * D),
+                    text_centred + _first_row(place, BLOCK, E) * D,
+                    BLOCK,
+                    column_grad_dots + _first_row(place, BLOCK, Q),
+                    BLOCK,
+                    emotions,
+                    E,
+                    D,
+                    BLOCK_E,
+                    BLOCK_D,
+                )
+            else:
+                _subtract_norm_gradient(
+                    text_sum + _first_row(place, BLOCK, E) * D,
+                    grad_text + tl.cast(place, tl.int64) * (E * D),
+                    text_centred + _first_row(place, BLOCK, E) * D,
+                    BLOCK,
+                    grad_dot * inv_norm * inv_norm,
+                    E,
+                    Q,
+                    D,
+                    BLOCK_E,
+                    BLOCK_Q,
+                    BLOCK_D,
+                )
     if grad_scale is not None:
         last, total, _ = sum_over_grid(partial, counter, total, 0.0, 1024)
         if last:
@@ -303,4 +343,35 @@ def _subtract_norm_gradient(
             change -= tl.load(centred + tl.cast(row_a, tl.int64) * step * D + column, column < D, other=0.0)
             sign = tl.where(e == row_b, weight, 0.0) - tl.where(e == row_a, weight, 0.0)
             total -= sign[:, None] * change[None, :]
+        tl.store(gradient + e[:, None] * D + column[None, :], total, inside)
+
+
+@triton.jit
+def _subtract_norm_gradient_by_emotion(
+    sums,  # the individual's of emotion 0, (D,) float32, read
+    gradient,  # the individual's, (E, D), written
+    centred,  # its features of emotion 0, (D,) float32, read
+    step,  # how many rows of D further the next emotion is, of sums and features
+    weights,  # (Q,) float32: ρ/|Δ|² of each pair, read; this program has stored them
+    weights_step,  # how much further the next pair's is
+    emotions,  # E
+    E: tl.constexpr,  # emotions
+    D: tl.constexpr,  # features
+    BLOCK_E: tl.constexpr,  # E rounded up to a power of two
+    BLOCK_D: tl.constexpr,  # features that are worked on at a time
+):
+    """The same, as the product with a matrix of emotions: its columns, made of all pairs of one, times rows."""
+    tl.debug_barrier()  # other threads have stored weights
+    e = tl.arange(0, BLOCK_E)
+    row = e.to(tl.int64) * step
+    for start in range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = (e[:, None] < E) & (column[None, :] < D)
+        total = tl.load(sums + row[:, None] * D + column[None, :], inside, other=0.0)
+        for other in range(emotions):
+            pair = pair_of(tl.minimum(e, other), tl.maximum(e, other), E)
+            weight = tl.load(weights + pair * weights_step, (e < E) & (e != other), other=0.0)
+            weight = tl.where(e == other, -tl.sum(weight), weight)
+            feature = tl.load(centred + tl.cast(other, tl.int64) * step * D + column, column < D, other=0.0)
+            total += weight[:, None] * feature[None, :]
         tl.store(gradient + e[:, None] * D + column[None, :], total, inside)

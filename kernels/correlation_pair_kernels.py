@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from pcmecl_fast.kernels.common import LN2, LOG2E, load_scale
-from pcmecl_fast.kernels.correlation_kernels import emotions_of, exponent_shift
+from pcmecl_fast.kernels.correlation_kernels import emotions_of, exponent_shift, pair_of
 
 TILING = ["places", "columns", "chunk_start", "own_start", "rows", "rows_per_strip", "blocks_per_strip"]
 ALL, WITHIN, DISTINCT = (tl.constexpr(i) for i in range(3))
@@ -63,7 +63,7 @@ def sums_kernel(
             for b in range(1, E):
                 after = _row_of(column + (b * rows + i) * (E * columns), E, BLOCK)
                 for a in range(b):
-                    pair = _number(a, b, E)
+                    pair = pair_of(a, b, E)
                     inv_norm_row = tl.load(inv_norm_visual + place * Q + pair)
                     against = tl.where(inv_norm_row == -1.0, float("inf"), shift)
                     along = tl.where(j == own, against, float("inf")) if KIND == DISTINCT else against
@@ -198,12 +198,6 @@ def _second(number, emotions):
     return a + 1 + number
 
 
-@triton.jit
-def _number(a, b, E: tl.constexpr):
-    """A pair's number."""
-    return a * (2 * E - a - 3) // 2 + b - 1
-
-
 @triton.jit(do_not_specialize=TILING)
 def fold_kernel(
     products,  # S of the chunk, (E, rows, blocks, E, BLOCK) float32, read
@@ -269,7 +263,7 @@ def fold_kernel(
                 after = _row_of(column + (b * rows + i) * (E * columns), E, BLOCK)
                 grad_after = nothing
                 for a in range(b):
-                    pair = _number(a, b, E)
+                    pair = pair_of(a, b, E)
                     inv_norm_row = tl.load(inv_norm_visual + place * Q + pair)
                     is_pair = inv_norm_row != -1.0
                     inv_norm_row = tl.where(is_pair, inv_norm_row, 0.0)

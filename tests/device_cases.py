@@ -108,10 +108,16 @@ BY_CHUNKS = {
     f"{negatives} over several chunks": partial(correlation, people=320, width=64, negatives=negatives, scale=40.0)
     for negatives in ("all", "distinct")
 }
+BY_CHUNKS |= {
+    f"{negatives} of {emotions} emotions over several blocks": partial(
+        correlation, people=people, emotions=emotions, width=64, negatives=negatives, scale=40.0
+    )
+    for negatives in ("all", "within", "distinct")
+    for people, emotions in ((90, 12), (45, 17))
+}
 """Of sizes for a GPU alone: the chunks of the host harness are small."""
 BEYOND = {
     "triton": {
-        **dict.fromkeys([f"{negatives} of 32 emotions" for negatives in ("all", "within", "distinct")], "at most 11"),
         "tree_attention of heads 130 wide": "at most",
         "tree_attention of heads 256 wide": "at most",
     }

@@ -87,7 +87,7 @@ def _one_configuration_is_compiled(monkeypatch):
 
 @pytest.fixture
 def whole_tiles(monkeypatch):
-    """The interpreter's time depends on the number of operations: few large products; and few empty columns.
+    """The interpreter's time depends on the number of operations: few large products and groups; few empty columns.
 
     A GPU keeps its own.
     """
@@ -99,6 +99,16 @@ def whole_tiles(monkeypatch):
         monkeypatch.setattr(products, "PRODUCT_CONFIGS", [Config(blocks=tiles)])
         monkeypatch.setattr(products, "SMALL_CONFIGS", [Config(blocks=tiles)])
         monkeypatch.setattr(correlation, "BLOCK", 8)
+        in_a_group = correlation.warps_for
+        monkeypatch.setattr(correlation, "warps_for", lambda e: 1 if in_a_group(e) == 1 else correlation.power_of_2(e))
+
+
+@pytest.fixture
+def by_warps_of_emotions(monkeypatch):
+    """The kernels of more than eleven emotions, for any number."""
+    from pcmecl_fast.kernels import correlation
+
+    monkeypatch.setattr(correlation, "NARROW", 1)
 
 
 @dtypes
@@ -182,8 +192,61 @@ def test_correlation_loss(dtype, size, missing, negatives):
 
 @pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("negatives", ["all", "within", "distinct"])
-def test_the_widest_supported_emotions(negatives):
+def test_the_most_emotions_of_which_a_thread_has_all_pairs(negatives):
     assert_twins(correlation((2, 11, 9), torch.float32, missing=True, negatives=negatives))
+
+
+@pytest.mark.usefixtures("whole_tiles")
+@pytest.mark.parametrize(
+    ("people", "dtype", "negatives"),
+    [(1, torch.float32, "all"), (2, torch.float16, "distinct"), (3, torch.float32, "within")],
+)
+def test_twelve_emotions(people, dtype, negatives):
+    assert_twins(correlation((people, 12, 9), dtype, missing=people > 1, negatives=negatives))
+
+
+@pytest.mark.usefixtures("whole_tiles")
+@pytest.mark.parametrize(("emotions", "negatives"), [(17, "distinct"), (32, "all")])
+def test_few_of_many_emotions(emotions, negatives):
+    call = correlation((2, emotions, 9), torch.float32, missing=True, negatives=negatives)
+    (mask,) = call.rest
+    mask.zero_()[:, [3, emotions - 1]] = True
+    mask[0, [0, 1, emotions // 2]] = True
+    assert_twins(call)
+
+
+@pytest.mark.usefixtures("whole_tiles", "by_warps_of_emotions")
+@pytest.mark.parametrize("negatives", ["all", "within", "distinct"])
+@pytest.mark.parametrize("emotions", [2, 5])
+def test_the_kernels_of_many_emotions(emotions, negatives):
+    assert_twins(correlation((3, emotions, 17), torch.float32, missing=True, negatives=negatives))
+
+
+@pytest.mark.usefixtures("whole_tiles", "by_warps_of_emotions")
+@pytest.mark.parametrize("negatives", ["within", "distinct"])
+def test_the_kernels_of_many_emotions_by_chunks_and_groups(monkeypatch, negatives):
+    """Two chunks of rows, the last one filled up; two blocks of columns and two groups of emotions, by two strips."""
+    from pcmecl_fast.kernels import correlation as kernels
+
+    monkeypatch.setattr(kernels, "warps_for", lambda emotions: 2)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    monkeypatch.setattr(kernels, "CHUNK", 4 * 9 * 8 * 3)
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 1)
+    monkeypatch.setattr(kernels, "COLUMN_STRIPS", 2)
+    assert_twins(correlation((5, 3, 9), torch.float32, missing=True, negatives=negatives))
+
+
+@pytest.mark.parametrize("emotions", [12, 13, 16, 17, 18, 29, 30, 31, 32])
+def test_warps_of_a_program_waste_little_on_emotions_that_are_not_there(emotions):
+    from pcmecl_fast.kernels.correlation import warps_for
+
+    assert warps_for(emotions) > 1
+    assert -emotions % warps_for(emotions) <= 1
+
+
+def test_more_emotions_are_left_to_the_next_backend():
+    with pytest.raises(RuntimeError, match="emotions: got 33; supports at most 32"):
+        correlation((2, 33, 4), torch.float32)(backend="triton")
 
 
 @pytest.mark.parametrize("add", [False, True])

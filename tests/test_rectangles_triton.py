@@ -13,6 +13,7 @@ from test_kernels import (  # noqa: F401 - fixtures: what the interpreter needs 
     DTYPES,
     _float32_is_multiplied_as_on_tensor_cores,
     _one_configuration_is_compiled,
+    by_warps_of_emotions,
     whole_tiles,
 )
 from tolerances import assert_close_for
@@ -52,6 +53,16 @@ def test_a_rectangle(rows, columns):
 def test_any_number_of_emotions(size, negatives):
     rows, columns = (range(2, 6), range(2, 6)) if negatives == "within" else RECTANGLES["first -2"]
     check_block(sums, gradients, everybody(size, negatives=negatives), rows, columns)
+
+
+def test_twelve_emotions():
+    check_block(sums, gradients, everybody((12, 5), negatives="distinct"), range(2, 4), range(1, 6))
+
+
+@pytest.mark.usefixtures("by_warps_of_emotions")
+@pytest.mark.parametrize("block", ["first 3", "first -2", "own columns behind"])
+def test_the_kernels_of_many_emotions(block):
+    check_block(sums, gradients, everybody((4, 9), negatives="distinct"), *RECTANGLES[block])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

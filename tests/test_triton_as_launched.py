@@ -35,6 +35,8 @@ LARGE = {
     "individuals": (TREE_ATTENTION, [(100_000, 30, 3, 12, 64)], (2, [4] * 7)),
     "pairs within": (CORRELATION_LOSS, [(300_000, 9, 8)] * 2, (None, 20.0, None, "within")),
     "pairs of all": (CORRELATION_LOSS, [(4_000, 7, 8)] * 2, (None, 20.0, None, "all")),
+    "many pairs within": (CORRELATION_LOSS, [(300_000, 32, 8)] * 2, (None, 20.0, None, "within")),
+    "many pairs of all": (CORRELATION_LOSS, [(1_000, 32, 8)] * 2, (None, 20.0, None, "all")),
 }
 
 
@@ -173,6 +175,21 @@ def test_the_next_block_compiles_nothing_new():
             if first == 0:
                 before = len(launches)
     assert len(launches) == before
+
+
+@pytest.mark.parametrize("people", [16, 64, 512, 1_000])
+@pytest.mark.parametrize("emotions", [12, 17, 32])
+def test_walks_of_many_emotions_fill_a_gpu(people, emotions):
+    """Whatever the number of individuals, from 16 on, half as many warps walk as a processor holds of them."""
+    with as_launched.on(90, compiles=False) as launches:
+        visual, text = (torch.empty(people, emotions, 8, device="cuda") for _ in range(2))
+        arguments = (visual, text, None, 20.0, None, "all")
+        as_launched.run(CORRELATION_LOSS, arguments)
+    walks = [launch for launch in launches if launch.name in ("wide_sums_kernel", "wide_fold_kernel")]
+    assert len(walks) > 1
+    for launch in walks:
+        warps = launch.grid[0] * launch.grid[1] * launch.warps
+        assert 2 * warps >= min(8 * 132, people * emotions), launch.grid
 
 
 def test_a_grid_that_does_not_fit_is_found():

@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import pcmecl_fast.kernels.correlation_kernels as correlation_kernels
 import pcmecl_fast.kernels.correlation_pair_kernels as correlation_pair_kernels
+import pcmecl_fast.kernels.correlation_wide_kernels as correlation_wide_kernels
 import pcmecl_fast.kernels.direction_kernels as direction_kernels
 import pcmecl_fast.kernels.frames as frames
 import pcmecl_fast.kernels.products as products
@@ -22,10 +23,20 @@ from bench import as_launched, triton_resources
 from bench.triton_resources import LOGIT_INSTRUCTIONS
 from pcmecl_fast.ops.tree_attention import TREE_ATTENTION
 
-MODULES = (products, correlation_kernels, correlation_pair_kernels, direction_kernels, frames, tree_attention)
+MODULES = (
+    products,
+    correlation_kernels,
+    correlation_pair_kernels,
+    correlation_wide_kernels,
+    direction_kernels,
+    frames,
+    tree_attention,
+)
 NARROW = {  # a thread has a column, or a few sums, of its own
     ("correlation_loss", "sums_kernel"),
     ("correlation_loss", "fold_kernel"),
+    ("correlation_loss", "wide_sums_kernel"),
+    ("correlation_loss", "wide_fold_kernel"),
     ("correlation_loss", "log_sums_kernel"),
     ("clip_frames", "weights_kernel"),  # reads nothing
 }
@@ -34,11 +45,11 @@ WIDE_LOAD = r"ld\.global\S*\.(v4\.[bu]32|v2\.[bu]64)|cp\.async\.cg"  # 16 bytes
 
 @pytest.fixture(scope="module", params=[90, 80, 120], ids="sm_{}".format)
 def launched(request):
-    """Everything for sm_90; for the others, whose code differs little, float32 with seven emotions."""
+    """Everything for sm_90; for the others, whose code differs little, float32 with seven emotions, and with most."""
     chosen = [
         workload
         for workload in triton_resources.workloads()
-        if request.param == 90 or not re.search("bfloat16|E=11", workload.label)
+        if request.param == 90 or not re.search("bfloat16|E=11|E=16", workload.label)
     ]
     return list(triton_resources.launches(request.param, chosen))
 
@@ -81,8 +92,10 @@ def test_a_logit_takes_few_instructions_and_no_barrier(launched):
     assert {launch.name for _, launch in walks} == set(LOGIT_INSTRUCTIONS)
     for workload, launch in walks:
         loop = launch.loops[0]
-        assert sum("MUFU.EX2" in x for x in loop) >= 2 * launch.options["Q"], named(workload, launch)
-        assert len(loop) <= LOGIT_INSTRUCTIONS[launch.name] * launch.options["Q"], named(workload, launch)
+        at_once = {"wide_sums_kernel": launch.options["E"] // 2, "wide_fold_kernel": launch.options["E"]}
+        logits = at_once.get(launch.name, launch.options["Q"])  # of a turn; the wide fold makes each one twice
+        assert sum("MUFU.EX2" in x for x in loop) >= 2 * logits, named(workload, launch)
+        assert len(loop) <= LOGIT_INSTRUCTIONS[launch.name] * logits, named(workload, launch)
         assert not any(re.search(r"\b(BAR|LDL|STL|LDS|STS)\b", x) for x in loop), named(workload, launch)
 
 

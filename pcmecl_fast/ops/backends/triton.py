@@ -22,7 +22,7 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ANY = Limits(DEVICES, DTYPES)
 DIRECTION = Limits(DEVICES, DTYPES, most={"emotions": 32}, least={"emotions": 1, "features": 1})
-CORRELATION = Limits(DEVICES, DTYPES, most={"emotions": 11, "scale": 120})  # a tensor scale beyond it gives NaN
+CORRELATION = Limits(DEVICES, DTYPES, most={"emotions": 32, "scale": 120})  # a tensor scale beyond it gives NaN
 TREE = Limits(
     DEVICES,
     DTYPES,
