@@ -42,7 +42,7 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Channels of the U-Net at full, half, quarter and eighth resolution: multiples of 8."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
-    w_paint: float = 8.0
+    w_paint: float = 20.0
     """Weight of the mean opacity: skin that can be moved or shaded is not painted over."""
 
 

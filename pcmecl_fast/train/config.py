@@ -259,7 +259,7 @@ class EditingOptions:
     """Weight of looking like a real frame."""
     w_emotion: float = 0.0
     """Weight of being named as the target emotion by a critic that learns it from the labelled frames; `demo` takes
-    1.5, which is measured on drawn faces alone."""
+    2, which is measured on drawn faces alone."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
@@ -320,9 +320,9 @@ class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
 class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in a few minutes on a laptop."""
 
-    steps: int = 600
+    steps: int = 540
     """Optimiser steps of the generator."""
-    w_emotion: float = 1.5
+    w_emotion: float = 2.0
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     out: Path = Path("runs/demo")
     """Output folder."""
