@@ -121,6 +121,19 @@ def test_opacities_and_colours_are_bounded():
     assert opacity.max() > 0.99
 
 
+def test_paint_is_mixed_of_white_black_and_the_faces_own_colours():
+    model = painting()
+    red = torch.full((1, 3, 32, 32), -1.0)
+    red[:, 0] = 0.5
+    with torch.no_grad():
+        _, opacity, paint = model.plan(red, torch.tensor([1])).split([3, 1, 3], dim=1)
+    colour = paint / opacity.clamp(min=1e-3)
+    covered = opacity[:, 0] > 0.1
+    assert covered.any()
+    assert ((colour[:, 1] - colour[:, 2]).abs() < 1e-4)[covered].all()  # nothing in it tells green from blue
+    assert (colour[:, 0] > colour[:, 1] - 1e-4)[covered].all()
+
+
 def test_what_is_outside_its_bounds_can_come_back_but_is_not_pushed_further():
     x = torch.tensor([-0.5, -0.5, 0.0, 0.5, 1.5, 1.5], requires_grad=True)
     bounded = _Bounded.apply(x)

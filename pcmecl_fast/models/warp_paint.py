@@ -2,17 +2,19 @@
 
     change = style(target) − style(shown)                               the emotion shown is recognised
     seen   = gate(change) ⊙ U-Net(frame, place; change)                 the change scales and shifts its channels
-    flow', shade', α, c = head(seen)                                    no biases: zero for no change
+    flow', shade', α, m = head(seen)                                    no biases: zero for no change
     flow   = window · reach · tanh(flow of the fields + flow'),  shade = window · shading · tanh(… + shade')
-    edited = clamp( (1 − α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + α · tanh(c) ),  α = window · clamp(α, 0, 1)
+    edited = clamp( (1 − α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + α · c ),  α = window · clamp(α, 0, 1)
+    c      = softmax(m) · [white, black, Σ_x softmax(place_p)(x) frame(x) for p = 1 … P]
 
 Fields that everyone shares learn soon what a face does, but not where this face has its lids and lips: alone, they
 smear wide eyes. The network alone learns that, and takes twice as many steps to show as much. Moved skin has no teeth,
 no white around the iris and no fold in it: that is painted, with a mask and a colour as in GANimation (Pumarola et al.
 2018), over as little of the face as the penalties leave to it: what the frame has keeps its texture where it is moved.
+A colour is mixed of white, black and the frame's own at P learned places: free ones were magenta where that pleased.
 
 The network sees the window at `detail` pixels for the whole frame, whatever the frame's size. Flow, shade, α and
-α · tanh(c) are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as much.
+α · c are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as much.
 The weights start so close to zero that the untrained generator is the identity, and opacities at exactly zero. A plan
 of zeros gives the frame back to the bit, and so does every pixel outside the window.
 """
@@ -40,6 +42,8 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Pixels along the longer side of a frame as the network sees and plans it; smaller frames are seen as they are."""
     widths: list[int] = field(default_factory=lambda: [16, 32, 48, 64])
     """Channels of the U-Net at full, half, quarter and eighth resolution: multiples of 8."""
+    places: int = 4
+    """P: how many learned places of the face lend their colours to the paint."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
     w_paint: float = 20.0
@@ -67,7 +71,8 @@ class WarpPaint(WarpFields):
         self.up.append(_Layer(widths[1] + widths[0], last, 128))
         # Neither has a bias: no change, no edit.
         self.gate = nn.Linear(STYLE, last, bias=False)
-        self.head = nn.Conv2d(last, 7, 3, padding=1, bias=False)
+        self.head = nn.Conv2d(last, 4 + 2 + self.config.places, 3, padding=1, bias=False)
+        self.place = nn.Parameter(torch.randn(self.config.places, 16 * 16))
         with torch.no_grad():
             # Not exactly zero: a zero change has a zero gradient in a directional loss, and training would never start.
             self.head.weight[:3] *= 0.1
@@ -104,12 +109,22 @@ class WarpPaint(WarpFields):
         seen = self._seen(torch.cat([part, place.expand(len(part), -1, -1, -1)], 1), self.condition(change))
         out = self.head(seen * self.gate(change)[..., None, None])[..., : part.shape[-2], : part.shape[-1]]
         window = soft_window(height, width, config.window).to(out)[box.rows, box.columns]
-        flow, shade, opacity, colour = out.split([2, 1, 1, 3], dim=1)
+        flow, shade, opacity, mix = out.split([2, 1, 1, out.shape[1] - 4], dim=1)
         shared_flow, shared_shade = self._mixed(frames, change)
         flow = window * 2 * config.reach * torch.tanh(shared_flow[box.pixels] + flow)
         shade = window * config.shading * torch.tanh(shared_shade[box.pixels] + shade)
         opacity = window * _Bounded.apply(opacity)
-        return F.pad(torch.cat([flow, shade, opacity, opacity * torch.tanh(colour)], 1), box.padding), shown
+        colour = torch.einsum("bphw,bpc->bchw", mix.softmax(1), self._palette(part))
+        return F.pad(torch.cat([flow, shade, opacity, opacity * colour], 1), box.padding), shown
+
+    def _palette(
+        self,
+        part: Tensor,  # (B, 3, h, w) in [-1, 1]
+    ) -> Tensor:  # (B, 2 + P, 3)
+        """White, black, and the colours at the places."""
+        own = torch.einsum("px,bcx->bpc", self.place.softmax(1), F.adaptive_avg_pool2d(part, 16).flatten(2))
+        ends = torch.tensor([0.9, -0.9], dtype=own.dtype, device=own.device)[:, None].expand(2, 3)
+        return torch.cat([ends.expand(len(own), -1, -1), own], 1)
 
     def _seen(self, part: Tensor, condition: Tensor) -> Tensor:
         """The U-Net: the part's size filled up to what can be halved."""
