@@ -51,6 +51,7 @@ from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import AblateConfig, RunConfig, TrainConfig, check_options
 from pcmecl_fast.train.generator import criterion_for, train_generator
 from pcmecl_fast.train.prompts import frame_features, learn_prompts
+from pcmecl_fast.workers import end_with
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -325,8 +326,8 @@ def _measured(config: AblateConfig, jobs: list[_Job]) -> Iterator[tuple[int, dic
         ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
-            initializer=torch.set_num_threads,
-            initargs=(max(1, threads // workers),),
+            initializer=_begin,
+            initargs=(os.getpid(), max(1, threads // workers)),
         ) as pool,
     ):
         with _deaf_children():
@@ -340,6 +341,11 @@ def _measured(config: AblateConfig, jobs: list[_Job]) -> Iterator[tuple[int, dic
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(parent: int, threads: int) -> None:
+    end_with(parent)
+    torch.set_num_threads(threads)
 
 
 def _on_gpu(config: AblateConfig) -> bool:

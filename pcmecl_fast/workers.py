@@ -88,6 +88,13 @@ def _begin(parent: int, begin: Callable[..., None] | None, arguments: tuple[Any,
     # Ctrl-C reaches every process of a terminal; what this one does is its parent's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    end_with(parent)
+    if begin is not None:
+        begin(*arguments)
+
+
+def end_with(parent: int) -> None:
+    """Let this process end soon after its parent, the process of that number, however that ends."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -95,5 +102,3 @@ def _begin(parent: int, begin: Callable[..., None] | None, arguments: tuple[Any,
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if begin is not None:
-        begin(*arguments)

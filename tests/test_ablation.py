@@ -1,7 +1,13 @@
 """The ablation: the same training under every supervision, judged on paired truth alone."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -157,3 +163,34 @@ def test_standard_errors_are_over_seeds():
     rows = summarize({("r", "s"): [{"m": 1.0}, {"m": 2.0}, {"m": 3.0}]})
     of_m = {"mean": 2.0, "std": 1.0, "sem": pytest.approx(3**-0.5), "values": [1.0, 2.0, 3.0]}
     assert rows == [{"regime": "r", "supervision": "s", "seeds": 3, "m": of_m}]
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from pcmecl_fast.ablation import _begin\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(os.getpid(), 1))\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 300)\n"
+        "    time.sleep(300)\n"
+    )
+    here = os.environ | {"PYTHONPATH": str(Path(ablation.__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=here)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    raise AssertionError("the worker outlived its parent")
