@@ -51,7 +51,7 @@ def wide_sums_kernel(
     """A program owns a strip of the chunk's rows by a strip of units of columns.
 
     For each pair (a, b) of a row a thread makes the ⌊E/2⌋ logits of its emotion c from ⌊E/2⌋ + 1 differences of S:
-    about 11 instructions and two exponentials each, which bound it.
+    about 11 instructions and two exponentials each, which bound it. (Triton 3.6 makes −x of 0 − x, x · −1 of nothing.)
     """
     row_strip, column_strip = tl.program_id(0), tl.program_id(1)
     s = load_scale(scale, scale_number)
@@ -63,7 +63,7 @@ def wide_sums_kernel(
     of_program = of_warps + (row_strip * tl.num_programs(1) + column_strip) * (GROUP * Q)
     warp = tl.arange(0, GROUP)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
-    of_warp = of_program + warp * Q + lane * 0  # where lane 0 leaves sums
+    of_warp = of_program + warp * Q + lane  # where lane 0 leaves sums
     nothing = tl.zeros([GROUP, BLOCK], tl.float32)
     for unit in range(first_unit, tl.minimum(first_unit + units_per_strip, columns // BLOCK * groups)):
         block, group = unit // groups, unit % groups
@@ -95,8 +95,8 @@ def wide_sums_kernel(
                     inv_norm_row = tl.load(inv_norm_visual + place * Q + pair)
                     total = nothing
                     if True if KIND == WITHIN else inv_norm_row != -1.0:
-                        against = tl.where(inv_norm_row == -1.0, float("inf"), shift)
-                        along = tl.where(j == own, against, float("inf")) if KIND == DISTINCT else against
+                        against = tl.where(inv_norm_row == -1.0, -float("inf"), -shift)
+                        along = tl.where(j == own, against, -float("inf")) if KIND == DISTINCT else against
                         same = tl.where(c == a, b - a, tl.where(c == b, a + E - b, 0))  # the k that has the row's pair
                         factor = inv_norm_row * (s * LOG2E)
                         row_a = column + (a * rows + i) * (E * columns)
@@ -105,8 +105,8 @@ def wide_sums_kernel(
                         for k in tl.static_range(E // 2):
                             difference = tl.fma(after[k] - tl.load(row_a + at[k]), factor, -difference_c)
                             same_way = tl.where(same == k + 1, along, against) if KIND == DISTINCT else against
-                            weight = tl.exp2(tl.fma(difference, inv_norms[k], -same_way))
-                            weight += tl.exp2(tl.fma(-difference, inv_norms[k], -against))
+                            weight = tl.exp2(tl.fma(difference, inv_norms[k], same_way))
+                            weight += tl.exp2(tl.fma(difference * -1.0, inv_norms[k], against))
                             total = tl.fma(weight, here[k], total)
                             new += (sums[k] + weight,)
                         sums = new
@@ -220,7 +220,7 @@ def wide_fold_kernel(
     of_program = of_warps + (row_strip * tl.num_programs(1) + column_strip) * (GROUP * Q)
     warp = tl.arange(0, GROUP)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
-    of_warp = of_program + warp * Q + lane * 0  # where lane 0 leaves sums
+    of_warp = of_program + warp * Q + lane  # where lane 0 leaves sums
     nothing = tl.zeros([GROUP, BLOCK], tl.float32)
     for unit in range(first_unit, tl.minimum(first_unit + units_per_strip, columns // BLOCK * groups)):
         block, group = unit // groups, unit % groups
@@ -238,7 +238,10 @@ def wide_fold_kernel(
             inv_norm = tl.where(is_there, inv_norm, 0.0)
             lse = column_lse + j * Q + pair_of(tl.minimum(c, d), tl.maximum(c, d), E)
             inv_norms += (inv_norm,)
-            shares += (inv_norm * _inverse_sum(lse, is_there, shift),)
+            # Read as a vector: a tile whose lanes read no neighbours gets another layout from Triton 3.6, and each
+            # logit would be carried from one to the other.
+            lse, is_there = tl.reshape(lse, [GROUP * BLOCK]), tl.reshape(is_there, [GROUP * BLOCK])
+            shares += (inv_norm * tl.reshape(_inverse_sum(lse, is_there, shift), [GROUP, BLOCK]),)
             dots += (nothing,)
         for i in range(begin, end):
             place = j if KIND == WITHIN else chunk_start + i
@@ -267,7 +270,7 @@ def wide_fold_kernel(
                         for d in tl.static_range(E):
                             difference = tl.fma(after[d] - tl.load(row_a + d * BLOCK), factor, -difference_c)
                             along = tl.exp2(tl.fma(difference, inv_norms[d], -shift))
-                            against = tl.exp2(tl.fma(-difference, inv_norms[d], -shift))
+                            against = tl.exp2(tl.fma(difference * -1.0, inv_norms[d], -shift))
                             if KIND == DISTINCT:
                                 along = tl.where(same == d, 0.0, along)
                                 against = tl.where(opposite == d, 0.0, against)

@@ -4,7 +4,8 @@ A program owns one individual, one head and a block of tokens: the whole tree up
 is one number for each token, where its segment starts: token q sees key k if k ≤ q and (k < prefix or k ≥ start[q]).
 The starts come as arguments of the launch, a bit for each token that begins a segment: a table on the device would have
 to be copied there, which waits, and kept, which a CUDA graph's memory does not allow.
-Blocks of keys that no query of the block sees are skipped. A streaming softmax goes over the rest.
+Blocks of keys that no query of the block sees are skipped. A streaming softmax goes over the rest. Each factor is read
+where it is first multiplied: float32 is split in two for that, and what is read earlier would spill.
 
 The backward recomputes the logits from qkv and the saved log-sum-exp: one launch for one block, else one for the
 queries' gradient and one for the keys' and values'.
@@ -28,8 +29,7 @@ from pcmecl_fast.kernels.common import INTERPRETED, LN2, LOG2E, Config, power_of
 
 # Arguments that kernels are not compiled anew for: a layout's segments, and sizes that no load's alignment depends on.
 ANY = [*(f"begins_{word}" for word in range(4)), "prefix", "tokens", "heads"]
-HALF_CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
-WIDE_CONFIGS = HALF_CONFIGS[::-1]  # tiles of float32 or of wide heads fill the registers of four warps
+CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
 
 
 def tree_attention_forward(
@@ -44,13 +44,24 @@ def tree_attention_forward(
         return out, lse.zero_()
     begins = segment_begins(prefix, segment_lengths)
     sizes = _tile_sizes(qkv)
+    blocks = triton.cdiv(tokens, sizes["BLOCK"])
     run_tuned(
         "tree_attention",
         (tokens, width, heads, qkv.dtype),
-        _configs(qkv),
+        CONFIGS,
         qkv,
-        lambda config: forward_kernel[(people * heads, triton.cdiv(tokens, sizes["BLOCK"]))](
-            qkv, *begins, out, lse, prefix, tokens, heads, width**-0.5, **sizes, **config.options()
+        lambda config: forward_kernel[(people * heads, blocks)](
+            qkv,
+            *begins,
+            out,
+            lse,
+            prefix,
+            tokens,
+            heads,
+            width**-0.5,
+            MANY=blocks > 1,
+            **sizes,
+            **config.options(),
         ),
     )
     return out, lse
@@ -79,7 +90,7 @@ def tree_attention_backward(
         run_tuned(
             kernel.__name__,
             (tokens, width, heads, qkv.dtype),
-            _configs(qkv),
+            CONFIGS,
             qkv,
             lambda config, kernel=kernel: kernel[(people * heads, blocks)](  # type: ignore[misc]
                 grad,
@@ -103,10 +114,6 @@ def block_of(tokens: int, *, half: bool) -> int:
     """Tokens that a program owns: the whole tree up to 64, or 32 of float32; of longer ones what spills no register."""
     whole = 64 if half else 32
     return power_of_2(tokens, least=16) if tokens <= whole else whole // 2
-
-
-def _configs(qkv: Tensor) -> list[Config]:
-    return WIDE_CONFIGS if qkv.dtype == torch.float32 or qkv.shape[-1] > 64 else HALF_CONFIGS
 
 
 def _tile_sizes(qkv: Tensor) -> dict[str, Any]:
@@ -149,6 +156,7 @@ def forward_kernel(
     WIDTH: tl.constexpr,  # d
     BLOCK: tl.constexpr,  # tokens that a program owns, or visits at a time
     BLOCK_D: tl.constexpr,  # d rounded up to a power of two
+    MANY: tl.constexpr,  # whether a tree has several blocks
     WIDE: tl.constexpr,  # whether products are of float32 numbers
 ):
     """A program owns a block of queries of one individual and head, and visits the blocks of keys that they see."""
@@ -156,7 +164,8 @@ def forward_kernel(
     stride, out_stride = 3 * heads * WIDTH, heads * WIDTH
     q_at = qkv + _head_offset(tokens, heads, stride, WIDTH)
     k_at, v_at = q_at + out_stride, q_at + 2 * out_stride
-    first_query = tl.program_id(1) * BLOCK
+    # Of a whole tree the compiler knows that it is 0, and leaves the loop out, across which q's split would lie.
+    first_query = tl.program_id(1) * BLOCK if MANY else tl.program_id(1) * 0
     query = first_query + tl.arange(0, BLOCK)
     segment_start = _segment_start(query, begins, tokens, WORDS)
     q = _load(q_at, query, stride, tokens, WIDTH, BLOCK_D, WIDE)
@@ -168,7 +177,6 @@ def forward_kernel(
         if _any_visible(first_query, first_key + BLOCK - 1, first_key, begins, tokens, prefix, WORDS):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (softmax_scale * LOG2E)
             # Tokens beyond the last see the first, so that no row is without a key; they are not stored.
             logits = tl.where(_visible(query, key, segment_start, prefix, tokens), logits, -float("inf"))
@@ -177,6 +185,7 @@ def forward_kernel(
             rescale = tl.exp2(row_max - new_row_max)
             weights = tl.exp2(logits - new_row_max[:, None])
             total = total * rescale + tl.sum(weights, axis=1)
+            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             result = result * rescale[:, None] + _dot(weights, v)
             row_max = new_row_max
     out_at = out + _head_offset(tokens, heads, out_stride, WIDTH)
@@ -278,11 +287,10 @@ def backward_kernel(
     token_lse = tl.load(lse + tl.program_id(0) * tokens + token, token < tokens, other=0.0)
     q = _load(qkv + at, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
     k = _load(qkv + at + out_stride, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
-    v = _load(qkv + at + 2 * out_stride, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
-    grad_out = _load(grad + out_at, token, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
-
     weights = _weights(q, k, token_lse, token, token, segment_start, prefix, tokens, softmax_scale)
+    grad_out = _load(grad + out_at, token, out_stride, tokens, WIDTH, BLOCK_D, WIDE)
     _store(grad_qkv + at + 2 * out_stride, token, stride, tokens, _dot(tl.trans(weights), grad_out), WIDTH, BLOCK_D)
+    v = _load(qkv + at + 2 * out_stride, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
     grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="tf32x3")
     delta = tl.sum(weights * grad_weights, axis=1)
     grad_logits = weights * (grad_weights - delta[:, None]) * softmax_scale
@@ -340,8 +348,8 @@ def queries_kernel(
         if _any_visible(first, first_key + BLOCK - 1, first_key, begins, tokens, prefix, WORDS):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             weights = _weights(q, k, query_lse, query, key, segment_start, prefix, tokens, softmax_scale)
+            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             delta += tl.sum(weights * tl.dot(grad_out, tl.trans(v), input_precision="tf32x3"), axis=1)
     tl.store(deltas + tl.program_id(0) * tokens + query, delta, query < tokens)
 
@@ -350,8 +358,8 @@ def queries_kernel(
         if _any_visible(first, first_key + BLOCK - 1, first_key, begins, tokens, prefix, WORDS):
             key = first_key + tl.arange(0, BLOCK)
             k = _load(k_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
-            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             weights = _weights(q, k, query_lse, query, key, segment_start, prefix, tokens, softmax_scale)
+            v = _load(v_at, key, stride, tokens, WIDTH, BLOCK_D, WIDE)
             grad_weights = tl.dot(grad_out, tl.trans(v), input_precision="tf32x3")
             grad_q += _dot(weights * (grad_weights - delta[:, None]) * softmax_scale, k)
     _store(grad_qkv + at, query, stride, tokens, grad_q, WIDTH, BLOCK_D)
