@@ -172,3 +172,9 @@ def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
     source = frames(2, 3, 32, 32)
     target = torch.tensor([1, 2]) if driven_by == "emotion" else frames(2, 3, 32, 32, seed=1)
     assert torch.equal(again(source, target), model.eval()(source, target))
+
+
+@pytest.mark.parametrize("widths", [[], [8], [8, 12], [8, 0]])
+def test_widths_that_do_not_fit_are_refused(widths):
+    with pytest.raises(ValueError, match="widths: takes two or more multiples of 8, got"):
+        generator(widths=widths)

@@ -59,6 +59,8 @@ class WarpPaint(WarpFields):
     def __init__(self, emotions: Sequence[str], size: int, config: WarpPaintConfig | None = None) -> None:
         super().__init__(emotions, size, config)
         widths = self.config.widths
+        if len(widths) < 2 or any(width < 8 or width % 8 for width in widths):
+            raise ValueError(f"widths: takes two or more multiples of 8, got {widths}")
         last = 2 * widths[0]
         self.condition = nn.Sequential(nn.Linear(STYLE, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
         # Colour and place, x and y.
@@ -123,8 +125,8 @@ class WarpPaint(WarpFields):
     ) -> Tensor:  # (B, 2 + P, 3)
         """White, black, and the colours at the places."""
         own = torch.einsum("px,bcx->bpc", self.place.softmax(1), F.adaptive_avg_pool2d(part, 16).flatten(2))
-        ends = torch.tensor([0.9, -0.9], dtype=own.dtype, device=own.device)[:, None].expand(2, 3)
-        return torch.cat([ends.expand(len(own), -1, -1), own], 1)
+        white, black = (own.new_full((len(own), 1, 3), level) for level in (0.9, -0.9))  # nothing comes from the host
+        return torch.cat([white, black, own], 1)
 
     def _seen(self, part: Tensor, condition: Tensor) -> Tensor:
         """The U-Net: the part's size filled up to what can be halved."""
