@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcmecl_fast.kernels.common import INTERPRETED, LN2, LOG2E, Config, power_of_2, run_tuned
+from pcmecl_fast.kernels.common import INTERPRETED, LOG2E, Config, power_of_2, run_tuned
 
 # Arguments that kernels are not compiled anew for: a layout's segments, and sizes that no load's alignment depends on.
 ANY = [*(f"begins_{word}" for word in range(4)), "prefix", "tokens", "heads"]
@@ -147,7 +147,7 @@ def forward_kernel(
     begins_2: tl.int64,  # 128 to 191
     begins_3: tl.int64,  # 192 to 255
     out,  # (N, S, H, d), written
-    lse,  # (N, H, S) float32: log-sum-exp of each query, written
+    lse,  # (N, H, S) float32: log2 of the sum of each query's exponentials, written
     prefix,  # tokens that all others see
     tokens,  # S
     heads,  # H
@@ -190,7 +190,7 @@ def forward_kernel(
             row_max = new_row_max
     out_at = out + _head_offset(tokens, heads, out_stride, WIDTH)
     _store(out_at, query, out_stride, tokens, result / total[:, None], WIDTH, BLOCK_D)
-    tl.store(lse + tl.program_id(0) * tokens + query, (row_max + tl.log2(total)) * LN2, query < tokens)
+    tl.store(lse + tl.program_id(0) * tokens + query, row_max + tl.log2(total), query < tokens)
 
 
 @triton.jit
@@ -264,7 +264,7 @@ def backward_kernel(
     begins_1: tl.int64,  # 64 to 127
     begins_2: tl.int64,  # 128 to 191
     begins_3: tl.int64,  # 192 to 255
-    lse,  # (N, H, S) float32: log-sum-exp of each query, read
+    lse,  # (N, H, S) float32: log2 of the sum of each query's exponentials, read
     deltas,  # (N, H, S) float32, not used: both ways take the same arguments
     grad_qkv,  # (N, S, 3, H, d): all of it is written
     prefix,  # tokens that all others see
@@ -303,7 +303,9 @@ def _weights(q, k, lse, query, key, segment_start, prefix, tokens, softmax_scale
     """The attention weights, recomputed; queries down and keys across."""
     logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * (softmax_scale * LOG2E)
     visible = _visible(query, key, segment_start, prefix, tokens)
-    return tl.where(visible, tl.exp2(logits - lse[:, None] * LOG2E), 0.0)
+    # At most 1: rounded otherwise than in the forward, a huge logit may exceed its log-sum-exp by any number.
+    exponents = tl.minimum(logits - lse[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(visible, tl.exp2(exponents), 0.0)
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -314,7 +316,7 @@ def queries_kernel(
     begins_1: tl.int64,  # 64 to 127
     begins_2: tl.int64,  # 128 to 191
     begins_3: tl.int64,  # 192 to 255
-    lse,  # (N, H, S) float32: log-sum-exp of each query, read
+    lse,  # (N, H, S) float32: log2 of the sum of each query's exponentials, read
     deltas,  # (N, H, S) float32: δ of each query, written
     grad_qkv,  # (N, S, 3, H, d): the queries' part is written
     prefix,  # tokens that all others see
@@ -373,7 +375,7 @@ def keys_kernel(
     begins_1: tl.int64,  # 64 to 127
     begins_2: tl.int64,  # 128 to 191
     begins_3: tl.int64,  # 192 to 255
-    lse,  # (N, H, S) float32: log-sum-exp of each query, read
+    lse,  # (N, H, S) float32: log2 of the sum of each query's exponentials, read
     deltas,  # (N, H, S) float32: δ of each query, read
     grad_qkv,  # (N, S, 3, H, d): the keys' and values' part is written
     prefix,  # tokens that all others see

@@ -218,7 +218,7 @@ struct Tree {
   int heads, width;  // width at most 256
   const T* qkv;      // (N, S, 3, H, d)
   T* out;            // (N, S, H, d), in the backward an input, of float32 alone
-  float* lse;        // (N, H, S), likewise
+  float* lse;        // (N, H, S), likewise: log2 of the sum of each query's exponentials
   const T* grad;     // (N, S, H, d)
   T* grad_qkv;       // (N, S, 3, H, d)
   float* means;      // (N, H, S): ⟨grad, out⟩ of each query, made on the way; half types only, else null

@@ -29,6 +29,13 @@ __device__ inline float exp2_fast(float x) { return host::exp2_approximate(x); }
 
 __device__ inline float log2_fast(float x) { return std::log2(x); }
 
+__device__ inline float rounded_product(float x, float y) {
+  volatile float product = x * y;
+  return product;
+}
+
+__device__ inline float capped(float x, float most) { return x > most ? most : x; }
+
 #else
 
 // On the stream of the `On` that lives, without waiting.
@@ -58,6 +65,16 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Rounded, and never fused into what is added to it.
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+
+// The smaller one; NaN stays.
+__device__ __forceinline__ float capped(float x, float most) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(most));
   return y;
 }
 

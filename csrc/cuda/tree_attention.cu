@@ -82,6 +82,13 @@ __device__ __forceinline__ float dot(const float (&x)[P], const float (&y)[P]) {
   return sum_over<kGroup>(total);
 }
 
+// In units of log 2, rounded before anything is subtracted, and the same whichever of the two is the row: the backward
+// finds the forward's logits to the last bit. Else a huge one might exceed its log-sum-exp by any number.
+template <int P>
+__device__ __forceinline__ float logit_of(const float (&x)[P], const float (&y)[P], float scale) {
+  return rounded_product(dot(x, y), scale * kLog2e);
+}
+
 template <int P>
 __device__ __forceinline__ void add(float (&to)[P], float by, const float (&x)[P]) {
 #pragma unroll
@@ -148,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P>)
   const Keys keys(layout, token);
   const float *key_rows = head.packed_row(args.qkv, 1, 0), *value_rows = head.packed_row(args.qkv, 2, 0);
   float query[P], sums[P] = {}, largest = kNoKey, total = 0;
-  shape.for_row(head.packed_row(args.qkv, 0, token), [&](int p, float x) { query[p] = x * (scale * kLog2e); });
+  shape.read(head.packed_row(args.qkv, 0, token), query);
 
 #pragma unroll 1
   for (int first = 0; first < keys.count; first += kGroups) {
@@ -157,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P>)
     float key[P], value[P];
     shape.read(key_rows + row, key);
     shape.read(value_rows + row, value);
-    const float product = dot(query, key), logit = at < keys.count ? product : kNoKey, before = largest;
+    const float seen = logit_of(query, key, scale), logit = at < keys.count ? seen : kNoKey, before = largest;
     largest = larger(largest, logit);
     const float keep = exp2_fast(before - largest), weight = at < keys.count ? exp2_fast(logit - largest) : 0.0f;
     total = total * keep + weight;
@@ -176,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P>)
   total += __shfl_xor_sync(kAllLanes, total, kGroup);
   total += __shfl_xor_sync(kAllLanes, total, 2 * kGroup);
   shape.write(head.plain_row(args.out, token), 1 / total, sums);
-  if (lane_of_thread() == 0) args.lse[head.lse + token] = (of_all + log2_of(total)) * kLn2;
+  if (lane_of_thread() == 0) args.lse[head.lse + token] = of_all + log2_of(total);
 }
 
 template <int V, int P, bool whole>
@@ -185,9 +192,9 @@ __device__ __forceinline__ void write_query(
   const Shape<V, P, whole> shape = {args.width};
   const Keys keys(layout, token);
   const float *key_rows = head.packed_row(args.qkv, 1, 0), *value_rows = head.packed_row(args.qkv, 2, 0);
-  const float lse = args.lse[head.lse + token] * kLog2e;
+  const float lse = args.lse[head.lse + token];
   float query[P], grad[P], sums[P] = {}, mean = 0;
-  shape.for_row(head.packed_row(args.qkv, 0, token), [&](int p, float x) { query[p] = x * (scale * kLog2e); });
+  shape.read(head.packed_row(args.qkv, 0, token), query);
   shape.read(head.plain_row(args.grad, token), grad);
   shape.for_row(head.plain_row(args.out, token), [&](int p, float x) { mean += grad[p] * x; });
   mean = sum_over<kGroup>(mean);
@@ -198,7 +205,7 @@ __device__ __forceinline__ void write_query(
     float key[P], of_weight = 0;
     shape.read(key_rows + row, key);
     shape.for_row(value_rows + row, [&](int p, float x) { of_weight += grad[p] * x; });
-    const float weight = exp2_fast(dot(query, key) - lse) * (sum_over<kGroup>(of_weight) - mean);
+    const float weight = exp2_fast(logit_of(query, key, scale) - lse) * (sum_over<kGroup>(of_weight) - mean);
     add(sums, at < keys.count ? weight : 0.0f, key);
   }
   shape.write(head.packed_row(args.grad_qkv, 0, token), scale, sums);
@@ -212,7 +219,7 @@ __device__ __forceinline__ void write_key(
   const float *query_rows = head.packed_row(args.qkv, 0, 0), *lse_of = args.lse + head.lse;
   const float *grad_rows = head.plain_row(args.grad, 0), *out_rows = head.plain_row(args.out, 0);
   float key[P], value[P], to_key[P] = {}, to_value[P] = {};
-  shape.for_row(head.packed_row(args.qkv, 1, token), [&](int p, float x) { key[p] = x * (scale * kLog2e); });
+  shape.read(head.packed_row(args.qkv, 1, token), key);
   shape.read(head.packed_row(args.qkv, 2, token), value);
 #pragma unroll 1
   for (int first = token; first < end; first += kGroups) {
@@ -222,7 +229,7 @@ __device__ __forceinline__ void write_key(
     shape.read(grad_rows + row, grad);
     shape.for_row(out_rows + row, [&](int p, float x) { of_weight += grad[p] * (value[p] - x); });
     shape.read(query_rows + 3 * row, query);
-    const float logit = dot(query, key) - lse_of[query_token] * kLog2e;
+    const float logit = logit_of(query, key, scale) - lse_of[query_token];
     const float weight = at < end ? exp2_fast(logit) : 0.0f;
     add(to_value, weight, grad);
     add(to_key, weight * sum_over<kGroup>(of_weight), query);

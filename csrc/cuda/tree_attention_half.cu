@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, V == 8 ? 4 : 3)
     inverse[row] = 1 / total[row];
     const int token = tile.token + group_of_lane() + 8 * row;
     if (pair_of_lane() == 0 && tile.column == 0 && token < layout.tokens)
-      args.lse[tile.of_lse(token)] = (largest[row] + log2f(total[row])) * kLn2;
+      args.lse[tile.of_lse(token)] = largest[row] + log2f(total[row]);
   }
   write<V>(tile.plain(args.out), tile, sums, inverse);
 }
@@ -284,7 +284,7 @@ struct Queries {
         key_rows(tile.packed(tile.args.qkv, 1)), value_rows(tile.packed(tile.args.qkv, 2)),
         keys(tile.layout, tile.token), scale(kLog2e / sqrtf(float(tile.args.width))) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) lse[row] = tile.args.lse[of_lse(tile, row)] * kLog2e;
+    for (int row = 0; row < 2; ++row) lse[row] = tile.args.lse[of_lse(tile, row)];
   }
 
   __device__ static int64_t of_lse(const Tile<T>& tile, int row) {
@@ -298,7 +298,7 @@ struct Queries {
     grads.times(value_rows[token], grad_weights);
 #pragma unroll
     for (int at = 0; at < 4; ++at) {
-      const float weight = exp2_fast(weights[at] * scale - lse[at / 2]);
+      const float weight = exp2_fast(capped(weights[at] * scale - lse[at / 2], 0.0f));
       weights[at] = keys.sees(at / 2, first + 2 * pair_of_lane() + at % 2) ? weight : 0.0f;
     }
   }
@@ -437,12 +437,12 @@ __device__ __forceinline__ void write_keys(const Tile<T>& tile) {
       for (int column = 0; column < 2; ++column) {
         const int query = first + 8 * half + 2 * pair_of_lane() + column;
         const int64_t of_query = tile.of_lse(at_most(query, end - 1));
-        const float mean = args.means[of_query], lse = args.lse[of_query] * kLog2e - kLift;
+        const float mean = args.means[of_query], lse = args.lse[of_query] - kLift;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const int at = 2 * row + column;
           const bool seen = query >= own[row] && query < end_of[row];
-          const float weight = seen ? exp2_fast(logits[at] * (scale * kLog2e) - lse) : 0.0f;
+          const float weight = seen ? exp2_fast(capped(logits[at] * (scale * kLog2e) - lse, kLift)) : 0.0f;
           weights[half][at] = weight;
           grad_logits[half][at] = seen ? weight * (grad_weights[at] - mean) : 0.0f;
         }
