@@ -100,7 +100,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     The tensors are memory-mapped: what is never accessed is never read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"path: there is no file {path}")
+        instead = ", it is a folder" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"path: there is no file {path}{instead}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

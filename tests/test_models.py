@@ -205,6 +205,8 @@ def test_a_broken_file_of_weights_is_named(tmp_path):
         load_generator(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing"):
         load_generator(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*, it is a folder"):
+        load_generator(tmp_path)
 
 
 @pytest.mark.parametrize(("size", "patches"), [((64, 64), (8, 8)), ((32, 48), (4, 6)), ((8, 8), (1, 1))])
