@@ -300,6 +300,8 @@ def backward_kernel(
     delta = tl.sum(weights * grad_weights, axis=1)
     grad_logits = weights * (grad_weights - delta[:, None]) * softmax_scale
     _store(grad_qkv + at, token, stride, tokens, _dot(grad_logits, k), WIDTH, BLOCK_D)
+    if BLOCK > 32:  # read again, for Triton 3.6 spills up to 152 bytes a thread for sm_80 and sm_120 if it is kept
+        q = _load(qkv + at, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
     _store(grad_qkv + at + out_stride, token, stride, tokens, _dot(tl.trans(grad_logits), q), WIDTH, BLOCK_D)
 
 
