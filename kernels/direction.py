@@ -36,6 +36,9 @@ from pcmecl_fast.kernels.direction_kernels import (
 
 CONFIGS = [Config(warps=1), Config(warps=2), Config(warps=4)]  # of one: sums over features need no barrier
 TILE = 1024  # numbers of the bank a program holds at once: 32 registers a thread of one warp, 128 features at E ≤ 8
+# Of a thread, at most, of logits of half types by one warp: by itself Triton 3.6 spills one of 139, so that a processor
+# holds 16 programs instead of 14. Other launches fit as they are, and a bound would let them take more.
+LOGIT_REGISTERS = 168
 PROGRAMS = 32  # of a processor: more than it holds at a time, so that those that begin late take over no more than that
 BANK_PROGRAMS, BANK_PARTS = 16, 8  # of a processor that add the bank's gradient up; of an individual's samples, at most
 
@@ -70,7 +73,8 @@ def direction_logits_forward(
 
     def launch(config: Config) -> None:
         arguments = (source, edited, bank, individual, source_emotion, cosines, min_change, batch, people)
-        logits_kernel[(programs,)](*arguments, NORMALIZE=normalize, **shape, **CHECKED, **config.options())
+        bound = {"maxnreg": LOGIT_REGISTERS} if config.warps == 1 and source.element_size() == 2 else {}
+        logits_kernel[(programs,)](*arguments, NORMALIZE=normalize, **shape, **CHECKED, **config.options(), **bound)
 
     run_tuned("direction_logits", tuple(shape.values()), CONFIGS, source, launch)
     return (cosines,)

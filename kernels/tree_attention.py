@@ -29,6 +29,9 @@ from pcmecl_fast.kernels.common import INTERPRETED, LOG2E, Config, power_of_2, r
 
 # Arguments that kernels are not compiled anew for: a layout's segments, and sizes that no load's alignment depends on.
 ANY = [*(f"begins_{word}" for word in range(4)), "prefix", "tokens", "heads"]
+# Of a thread of `queries_kernel`, at most, in half types with heads of 33 to 64: by itself the compiler spills two for
+# a fifth program of four warps a processor, Triton 3.8 at 256 tokens and 3.6 at 192.
+QUERY_REGISTERS = 128
 CONFIGS = [Config(warps=4, stages=1), Config(warps=8, stages=1)]
 
 
@@ -86,6 +89,7 @@ def tree_attention_backward(
     sizes = _tile_sizes(qkv)
     blocks = triton.cdiv(tokens, sizes["BLOCK"])
     deltas = torch.empty_like(lse)
+    bound = {"maxnreg": QUERY_REGISTERS} if not sizes["WIDE"] and sizes["BLOCK_D"] == 64 else {}
     for kernel in (backward_kernel,) if blocks == 1 else (queries_kernel, keys_kernel):
         run_tuned(
             kernel.__name__,
@@ -105,6 +109,7 @@ def tree_attention_backward(
                 width**-0.5,
                 **sizes,
                 **config.options(),
+                **(bound if kernel is queries_kernel else {}),
             ),
         )
     return (grad_qkv,)
@@ -295,6 +300,8 @@ def backward_kernel(
     delta = tl.sum(weights * grad_weights, axis=1)
     grad_logits = weights * (grad_weights - delta[:, None]) * softmax_scale
     _store(grad_qkv + at, token, stride, tokens, _dot(grad_logits, k), WIDTH, BLOCK_D)
+    if BLOCK > 32:  # read again, for Triton 3.6 spills up to 152 bytes a thread for sm_80 and sm_120 if it is kept
+        q = _load(qkv + at, token, stride, tokens, WIDTH, BLOCK_D, WIDE)
     _store(grad_qkv + at + out_stride, token, stride, tokens, _dot(tl.trans(grad_logits), q), WIDTH, BLOCK_D)
 
 
