@@ -37,7 +37,7 @@ from pcmecl_fast.kernels.direction_kernels import (
 CONFIGS = [Config(warps=1), Config(warps=2), Config(warps=4)]  # of one: sums over features need no barrier
 TILE = 1024  # numbers of the bank a program holds at once: 32 registers a thread of one warp, 128 features at E ≤ 8
 # Of a thread, at most, of logits of half types by one warp: by itself Triton 3.6 spills one of 139, so that a processor
-# holds 16 programs instead of 14. Other launches fit as they are, and a bound would let them take more.
+# holds 16 programs instead of 14. Other launches have no bound: it would let them take up to half as many again.
 LOGIT_REGISTERS = 168
 PROGRAMS = 32  # of a processor: more than it holds at a time, so that those that begin late take over no more than that
 BANK_PROGRAMS, BANK_PARTS = 16, 8  # of a processor that add the bank's gradient up; of an individual's samples, at most
