@@ -387,7 +387,7 @@ FAULTS = [
     Fault(
         "a group of lanes without a key gives the last one its weight again",
         "tree_attention.cu",
-        {"at < keys.count ? exp2_fast(logit - largest) : 0.0f": "exp2_fast(product - largest)"},
+        {"at < keys.count ? exp2_fast(logit - largest) : 0.0f": "exp2_fast(seen - largest)"},
         tree,
         "wrong result",
     ),
