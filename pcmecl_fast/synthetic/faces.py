@@ -32,7 +32,8 @@ SOURCES = tuple(Path(__file__).with_name(name) for name in ("people.py", "painte
 
 _KEPT_VALUES = 100_000_000
 """The most frame values that a data set caches, 400 MB."""
-_BLOCK = 64
+_BLOCK_PIXELS = 16 * 64**2
+"""Of the frames that are drawn at a time: a painter's layer of them stays in a processor's cache."""
 
 
 class SyntheticFaces(FrameDataset):
@@ -70,6 +71,7 @@ class SyntheticFaces(FrameDataset):
         generator = torch.Generator().manual_seed(seed)
         self.identities = sample_identities(individuals, generator, style=style)
         self._noise = noise_images(size, seed)
+        self._block = max(1, _BLOCK_PIXELS // size**2)
         self._sample_clips(clips, frames_per_clip, set(missing), intensity, generator)
         # Drawing takes longer than most uses of a frame: a small enough set is drawn only once.
         small = len(self.keys) * 3 * size**2 <= _KEPT_VALUES
@@ -85,8 +87,8 @@ class SyntheticFaces(FrameDataset):
         if self._kept is None:
             return self._draw(self.parameters[rows])
         # In whole blocks, so that a frame's last bits never depend on which frames are requested together.
-        for block in (rows[~self._is_kept[rows]] // _BLOCK).unique().tolist():
-            span = slice(block * _BLOCK, (block + 1) * _BLOCK)
+        for block in (rows[~self._is_kept[rows]] // self._block).unique().tolist():
+            span = slice(block * self._block, (block + 1) * self._block)
             self._kept[span] = self._draw(self.parameters[span])
             self._is_kept[span] = True
         return self._kept[rows]
@@ -148,9 +150,8 @@ class SyntheticFaces(FrameDataset):
         self.intensity = torch.tensor(intensities)
 
     def _draw(self, parameters: FrameParameters) -> Tensor:
-        drawn = [
-            draw(self.identities, parameters[chunk], self.size) for chunk in torch.arange(len(parameters)).split(128)
-        ]
+        chunks = torch.arange(len(parameters)).split(self._block)
+        drawn = [draw(self.identities, parameters[chunk], self.size) for chunk in chunks]
         frames = torch.cat(drawn) if drawn else torch.empty(0, 3, self.size, self.size)
         return (frames + self._noise[parameters.noise]).clamp(-1, 1)
 
