@@ -111,8 +111,8 @@ class WarpFields(Generator):
             shown: (B, E) logits of the emotion that the frames show; None for a generator driven by a reference.
         """
         change, shown = self._change(frames, target)
-        flow, shade = self._mixed(frames, change)
         height, width = frames.shape[-2:]
+        flow, shade = self._mixed(frames, change, (slice(0, height), slice(0, width)))
         window = soft_window(height, width, self.config.window).to(frames)
         flow = window * 2 * self.config.reach * torch.tanh(flow)
         shade = window * self.config.shading * torch.tanh(shade)
@@ -130,14 +130,17 @@ class WarpFields(Generator):
         self,
         frames: Tensor,  # (B, 3, H, W) in [-1, 1]
         change: Tensor,  # (B, STYLE)
+        part: tuple[slice, slice],  # rows and columns of the frame, h of H and w of W
     ) -> tuple[Tensor, Tensor]:
-        """Flow, (B, 2, H, W), and shade, (B, 1, H, W), before they are bounded: zero for no change."""
+        """Flow, (B, 2, h, w), and shade, (B, 1, h, w), before they are bounded: zero for no change."""
         seen = self.encoder(frames)
         mix = self.mix(torch.cat([seen, change], 1)) - self.mix(torch.cat([seen, torch.zeros_like(change)], 1))
         flow_mix, shade_mix = mix.chunk(2, dim=1)  # (B, K) each
-        grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), *frames.shape[-2:])
-        flow = lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, "bicubic")
-        return flow, lay(torch.einsum("bk,kchw->bchw", shade_mix, self.shade), grid, "bilinear")
+        size = height, width = frames.shape[-2], frames.shape[-1]
+        rows, columns = part
+        grid = pose_grid(0.15 * torch.tanh(self.pose(seen)), height, width)[:, rows, columns]
+        flow = lay(torch.einsum("bk,kchw->bchw", flow_mix, self.flow), grid, size, "bicubic")
+        return flow, lay(torch.einsum("bk,kchw->bchw", shade_mix, self.shade), grid, size, "bilinear")
 
     def _penalties(self, flow: Tensor, shade: Tensor) -> dict[str, Tensor]:
         return {
@@ -209,11 +212,12 @@ def folding(
 def lay(
     fields: Tensor,  # (B, C, h, w), coarse
     grid: Tensor,  # (B, H, W, 2)
+    size: tuple[int, int],  # of the frames
     smoothly: str,
 ) -> Tensor:  # (B, C, H, W)
-    """Fields interpolated to a frame's size, that of the grid, and sampled at the grid's positions."""
-    sizes = zip(fields.shape[-2:], grid.shape[1:3], strict=True)
-    height, width = (_interpolation(coarse, size, smoothly, fields) for coarse, size in sizes)
+    """Fields interpolated to a frame's size, and sampled at the grid's positions."""
+    sizes = zip(fields.shape[-2:], size, strict=True)
+    height, width = (_interpolation(coarse, fine, smoothly, fields) for coarse, fine in sizes)
     return sample(height @ fields @ width.T, grid)
 
 

@@ -112,9 +112,9 @@ class WarpPaint(WarpFields):
         out = self.head(seen * self.gate(change)[..., None, None])[..., : part.shape[-2], : part.shape[-1]]
         window = soft_window(height, width, config.window).to(out)[box.rows, box.columns]
         flow, shade, opacity, mix = out.split([2, 1, 1, out.shape[1] - 4], dim=1)
-        shared_flow, shared_shade = self._mixed(frames, change)
-        flow = window * 2 * config.reach * torch.tanh(shared_flow[box.pixels] + flow)
-        shade = window * config.shading * torch.tanh(shared_shade[box.pixels] + shade)
+        shared_flow, shared_shade = self._mixed(frames, change, (box.rows, box.columns))
+        flow = window * 2 * config.reach * torch.tanh(shared_flow + flow)
+        shade = window * config.shading * torch.tanh(shared_shade + shade)
         opacity = window * _Bounded.apply(opacity)
         colour = torch.einsum("bphw,bpc->bchw", mix.softmax(1), self._palette(part))
         return F.pad(torch.cat([flow, shade, opacity, opacity * colour], 1), box.padding), shown
