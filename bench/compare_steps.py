@@ -287,7 +287,7 @@ class _Plain:
             "adversarial": -self.critic(edit.frames).mean(),
             "reconstruction": (unchanged * kept).sum() / kept.sum().clamp(min=1),
             "recognition": F.cross_entropy(edit.shown, batch.source),
-            **self._fidelity(batch.frames, edit.frames, views),
+            **self._fidelity(batch.frames, edit.frames),
         }
         loss = sum(getattr(config, f"w_{name}") * term for name, term in terms.items())
         loss = loss + torch.stack(list(edit.penalties.values())).sum()
@@ -316,11 +316,11 @@ class _Plain:
         changed = batch.source != batch.target
         return loss + config.strength * (short * changed).sum() / changed.sum().clamp(min=1)
 
-    def _fidelity(self, source: Tensor, edited: Tensor, views: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def _fidelity(self, source: Tensor, edited: Tensor) -> dict[str, Tensor]:
         if self.reader is None:
             box = self.work.config.mouth_box
             return {"identity": identity_loss(source, edited), "mouth": mouth_loss(source, edited, box)}
-        return dict(zip(("speech", "person"), reading_losses(self.reader, *views), strict=True))
+        return dict(zip(("speech", "person"), reading_losses(self.reader, source, edited), strict=True))
 
     def _improve_critic(self, real: Tensor, edited: Tensor) -> Tensor:
         self.critic.requires_grad_(True)

@@ -29,3 +29,11 @@ def test_mirrored_frames_are_mirrored(few_faces):
     assert all(a or b for a, b in zip(same, flipped, strict=True))
     assert any(same)
     assert any(flipped)
+
+
+def test_grain_differs_in_frames_that_are_seen_alike(few_faces):
+    pixels = drawn(few_faces())[:3].repeat(2, 1, 1, 1)
+    views = augmented(pixels, zoom=0.1, shift=0.1, blurred=0.0, noise=0.1, mirrored=True, alike=2)
+    assert torch.equal(*views.chunk(2))
+    one, other = augmented(pixels, **OFF, grain=0.1, alike=2).chunk(2)
+    assert 0.09 < (one - other).std() / 2**0.5 < 0.11

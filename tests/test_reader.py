@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from pcmecl_fast.clip import ASSETS
-from pcmecl_fast.synthetic import IDENTITY_LENGTH, SyntheticFaces
+from pcmecl_fast.synthetic import IDENTITY_LENGTH, SyntheticFaces, speech_difference
+from pcmecl_fast.synthetic.people import SPEECH_SPANS
 from pcmecl_fast.synthetic.reader import FaceReader, ReaderConfig, accuracy, load_reader, reading_losses, train
 
 
@@ -36,6 +37,20 @@ def test_it_reads_people_it_has_not_seen(reader):
     errors = accuracy(reader, individuals=12)
     assert max(value for name, value in errors.items() if "mouth" in name) < 0.11
     assert min(value for name, value in errors.items() if "identity" in name) > 0.7
+
+
+@torch.no_grad()
+def test_two_frames_of_one_person_are_read_alike_whatever_the_emotion(reader):
+    faces = SyntheticFaces(24, clips=1, frames_per_clip=4, seed=40_004)
+    index = torch.arange(len(faces))
+    shown, frames = faces.emotion_index, faces.frames(index)
+    other = faces.truth(index, (shown + 1 + index % 6) % 7)
+    for seen, again in zip(reader(frames), reader(other), strict=True):
+        assert speech_difference(seen.speech, again.speech).mean() < 0.07
+        # What is said does not depend on the emotion: nor does what is read of it, on average.
+        error = (seen.speech - faces.parameters.speech) / torch.tensor(SPEECH_SPANS)
+        means = torch.stack([error[shown == emotion].mean(0) for emotion in range(7)])
+        assert (means.amax(0) - means.amin(0) < 0.1).all()
 
 
 def test_an_unchanged_frame_costs_nothing_and_the_gradient_reaches_the_edit_alone(reader, faces):

@@ -51,6 +51,8 @@ def augmented(
     noise: float,
     tint: float = 0.0,
     mirrored: bool = False,
+    grain: float = 0.0,
+    alike: int = 1,
 ) -> Tensor:  # (B, 3, S, S), about [-1, 1]
     """Frames under random changes that edited frames may also show, drawn from torch's global generator.
 
@@ -62,19 +64,26 @@ def augmented(
         noise: largest standard deviation of normal noise, on a scale of 2.
         tint: largest change of each colour's gain.
         mirrored: whether every other frame is mirrored.
+        grain: standard deviation of normal noise that each frame has in the first place, as from a camera's sensor.
+        alike: into how many equal parts the frames fall that zooms, shifts, mirrorings and `noise` are the same for:
+            frames i, B / alike + i, … are seen in one view.
     """
     frames = pixels.float() / 127.5 - 1
     count = len(frames)
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 + zoom * (torch.rand(count) * 2 - 1)
+    views = count // alike
+    theta = torch.zeros(views, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 + zoom * (torch.rand(views) * 2 - 1)
     if mirrored:
-        theta[:, 0, 0] *= 1 - 2 * torch.randint(2, (count,))
-    theta[:, :, 2] = shift * (torch.rand(count, 2) * 2 - 1)
-    grid = F.affine_grid(theta, list(frames.shape), align_corners=False)
+        theta[:, 0, 0] *= 1 - 2 * torch.randint(2, (views,))
+    theta[:, :, 2] = shift * (torch.rand(views, 2) * 2 - 1)
+    grid = F.affine_grid(theta.repeat(alike, 1, 1), list(frames.shape), align_corners=False)
+    if grain:
+        frames = frames + grain * torch.randn_like(frames)
     frames = F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
     smooth = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     mix = torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < blurred)
     frames = frames + mix * (smooth - frames)
     if tint:
         frames = frames * (1 + tint * (torch.rand(count, 3, 1, 1) * 2 - 1))
-    return frames + noise * torch.rand(count, 1, 1, 1) * torch.randn_like(frames)
+    seen = noise * torch.rand(views, 1, 1, 1) * torch.randn_like(frames[:views])
+    return frames + seen.repeat(alike, 1, 1, 1)

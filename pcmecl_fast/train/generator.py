@@ -38,7 +38,7 @@ from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.options import plain_options
 from pcmecl_fast.prompts import PromptBank
 from pcmecl_fast.synthetic import SyntheticFaces
-from pcmecl_fast.synthetic.reader import FaceReader, load_reader, reading, reading_losses
+from pcmecl_fast.synthetic.reader import FaceReader, load_reader, reading_losses
 from pcmecl_fast.train.batches import Batch, Plan, Plans
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
@@ -198,17 +198,17 @@ class _Terms:
         with self.players.autocast:
             edit, again = self.players.editing(batch.frames, batch.drive, batch.back)
             terms: dict[str, Tensor] = {}
-            if self.weights["pcmecl"] or self.reader is not None:
-                views = self._views(batch, edit.frames, seed)
-                known, read = self._seen_in(views[0], batch)
             if self.weights["pcmecl"]:
+                views = self._views(batch, edit.frames, seed)
+                known = self._known(views[0], batch)
                 terms["pcmecl"] = self.criterion(*views, batch.row, batch.source, batch.target, source_features=known)
             terms |= self.players.of_critic(edit.frames, batch.target)
             terms |= {name: penalty.reshape(()) for name, penalty in edit.penalties.items()}
         if self.reader is None:
             terms |= self._pixels(batch.frames, edit.frames.float())
         else:
-            terms["speech"], terms["person"] = reading_losses(self.reader, *(x.float() for x in views), read=read)
+            # Not in CLIP's views: in their noise it reads mouths less exactly, and edits follow its errors.
+            terms["speech"], terms["person"] = reading_losses(self.reader, batch.frames, edit.frames.float())
         if self.weights["reconstruction"]:
             same = (batch.source == batch.target)[:, None, None, None]
             terms["reconstruction"] = _mean_where((edit.frames - batch.frames).abs(), same)
@@ -227,31 +227,25 @@ class _Terms:
         return sum(weighted, start)
 
     def _views(self, batch: Batch, edited: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """What CLIP and the reader are shown of the sources and of the edits."""
+        """What CLIP is shown of the sources and of the edits."""
         config = self.config
         kept = config.views > 0
         return seen_alike(
             batch.frames, edited, batch.view, jitter=config.jitter, seed=config.seed if kept else seed, kept=kept
         )
 
-    def _seen_in(self, source: Tensor, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """What is known already of the sources' views: CLIP's features, and what the reader reads."""
+    def _known(self, source: Tensor, batch: Batch) -> Tensor | None:
+        """CLIP's features of the sources' views, where they are known already."""
         if self.features is not None:
-            return self.features[batch.index], None
+            return self.features[batch.index]
         if self.kept is None:
-            return None, None
-        rows = self.kept(batch.view, lambda new: self._look(source[new.to(source.device)]))
-        width = self.clip.embed_dim
-        return rows[:, :width], None if self.reader is None else rows[:, width:].float()
+            return None
+        return self.kept(batch.view, lambda new: self._look(source[new.to(source.device)]))
 
     @torch.no_grad()
-    def _look(self, source: Tensor) -> Tensor:  # (b, W)
+    def _look(self, source: Tensor) -> Tensor:  # (b, D)
         with attention_of_training():
-            features = self.clip.encode_image(source)
-        if self.reader is None:
-            return features
-        with torch.autocast(source.device.type, enabled=False):
-            return torch.cat([features, reading(self.reader, source.float())], 1)
+            return self.clip.encode_image(source)
 
     def _pixels(self, source: Tensor, edited: Tensor) -> dict[str, Tensor]:
         """What keeps person and speech where no reader can tell."""
