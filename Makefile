@@ -38,8 +38,9 @@ wheel-test:
 demo: $(READY)
 	$(RUN)/pcmecl-fast demo --resume # a demo that was stopped goes on, a finished one shows its results
 
+# As many files at a time as there are cores, with one thread each; tests of more threads set their own number.
 test: $(READY)
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses auto --dist loadfile
 
 # What the suite does a slice of; --seed draws others.
 fuzz: $(READY)
