@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
@@ -178,3 +179,21 @@ def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
 def test_widths_that_do_not_fit_are_refused(widths):
     with pytest.raises(ValueError, match="widths: takes two or more multiples of 8, got"):
         generator(widths=widths)
+
+
+@pytest.mark.parametrize("last", [0, 12])
+def test_a_last_layer_that_does_not_fit_is_refused(last):
+    with pytest.raises(ValueError, match=f"last: takes a multiple of 8, got {last}"):
+        generator(last=last)
+
+
+def test_a_file_from_before_the_last_layer_had_an_option_is_as_wide_as_then(tmp_path):
+    model = generator(last=32)
+    save_generator(tmp_path / "model", model)
+    tensors, header = load_tensors(tmp_path / "model", "generator")
+    del header["options"]["last"]
+    save_tensors(tmp_path / "model", "generator", tensors, header)
+    again = load_generator(tmp_path / "model")
+    assert again.config.last == 32
+    source, target = frames(2, 3, 32, 32), torch.tensor([1, 2])
+    assert torch.equal(again(source, target), model.eval()(source, target))

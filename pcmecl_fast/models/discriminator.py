@@ -27,7 +27,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 class PatchDiscriminator(nn.Module):
     """(B, 3, H, W) in [-1, 1] to a score for each overlapping patch, (B, 1, H/8, W/8); spectrally normalised."""
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         widths = (3, width, 2 * width, 4 * width)
         layers: list[nn.Module] = []

@@ -22,9 +22,9 @@ of zeros gives the frame back to the bit, and so does every pixel outside the wi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Pixels along the longer side of a frame as the network sees and plans it; smaller frames are seen as they are."""
     widths: list[int] = field(default_factory=lambda: [16, 32, 48, 64])
     """Channels of the U-Net at full, half, quarter and eighth resolution: multiples of 8."""
+    last: int = 16
+    """Channels of its last layer, at full resolution: a multiple of 8."""
     places: int = 4
     """P: how many learned places of the face lend their colours to the paint."""
     w_folding: float = 100.0
@@ -54,14 +56,16 @@ class WarpPaint(WarpFields):
     """Moves, shades and paints a face, by fields and by what a network sees; frames may have any size."""
 
     Config = WarpPaintConfig
+    before: ClassVar[Mapping[str, Any]] = {**WarpFields.before, "last": 32}
     config: WarpPaintConfig
 
     def __init__(self, emotions: Sequence[str], size: int, config: WarpPaintConfig | None = None) -> None:
         super().__init__(emotions, size, config)
-        widths = self.config.widths
+        widths, last = self.config.widths, self.config.last
         if len(widths) < 2 or any(width < 8 or width % 8 for width in widths):
             raise ValueError(f"widths: takes two or more multiples of 8, got {widths}")
-        last = 2 * widths[0]
+        if last < 8 or last % 8:
+            raise ValueError(f"last: takes a multiple of 8, got {last}")
         self.condition = nn.Sequential(nn.Linear(STYLE, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
         # Colour and place, x and y.
         self.down = nn.ModuleList([_Layer(5, widths[0])])

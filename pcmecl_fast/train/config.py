@@ -268,7 +268,7 @@ class EditingOptions:
     """Weight of recognising the source's emotion (cross entropy), which the generator needs to know."""
     w_person: float = 5.0
     """Drawn faces: weight of remaining the same person to the frozen reader."""
-    w_speech: float = 43.5
+    w_speech: float = 60.0
     """Drawn faces: weight of unchanged speech to the frozen reader; if w_person is 0 too, compares pixels instead."""
     w_identity: float = 1.5
     """Other faces: weight of changing few pixels and keeping coarse colours and shapes."""
@@ -320,8 +320,10 @@ class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
 class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in a few minutes on a laptop."""
 
-    steps: int = 540
+    steps: int = 800
     """Optimiser steps of the generator."""
+    batch: int = 16
+    """Frames a step: of as many frames, more and smaller steps teach a generator more."""
     w_emotion: float = 2.0
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     out: Path = Path("runs/demo")
