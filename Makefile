@@ -38,9 +38,10 @@ wheel-test:
 demo: $(READY)
 	$(RUN)/pcmecl-fast demo --resume # a demo that was stopped goes on, a finished one shows its results
 
-# As many files at a time as there are cores, with one thread each; tests of more threads set their own number.
+# As many files at a time as there are cores, with one thread each; tests of more threads set their own number. In their
+# order: those with few tests are the longest.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # What the suite does a slice of; --seed draws others.
 fuzz: $(READY)
