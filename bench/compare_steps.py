@@ -45,7 +45,7 @@ from pcmecl_fast.synthetic.reader import load_reader, reading_losses
 from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.generator import Step, identity_loss, mouth_loss
-from pcmecl_fast.train.views import seen_alike
+from pcmecl_fast.train.views import half_mirrored, seen_alike
 
 KEPT_VIEWS, OURS = "pcmecl_fast, --views 8", "pcmecl_fast"
 STEP = (*CRITERION, "pcmecl_fast/models/*.py", "pcmecl_fast/train/*.py", "pcmecl_fast/synthetic/reader.py")
@@ -287,7 +287,7 @@ class _Plain:
             "adversarial": -self.critic(edit.frames).mean(),
             "reconstruction": (unchanged * kept).sum() / kept.sum().clamp(min=1),
             "recognition": F.cross_entropy(edit.shown, batch.source),
-            **self._fidelity(batch.frames, edit.frames),
+            **self._fidelity(batch, edit.frames),
         }
         loss = sum(getattr(config, f"w_{name}") * term for name, term in terms.items())
         loss = loss + torch.stack(list(edit.penalties.values())).sum()
@@ -316,11 +316,18 @@ class _Plain:
         changed = batch.source != batch.target
         return loss + config.strength * (short * changed).sum() / changed.sum().clamp(min=1)
 
-    def _fidelity(self, source: Tensor, edited: Tensor) -> dict[str, Tensor]:
+    def _fidelity(self, batch: Batch, edited: Tensor) -> dict[str, Tensor]:
+        source = batch.frames
         if self.reader is None:
             box = self.work.config.mouth_box
             return {"identity": identity_loss(source, edited), "mouth": mouth_loss(source, edited, box)}
-        return dict(zip(("speech", "person"), reading_losses(self.reader, source, edited), strict=True))
+        return dict(
+            zip(
+                ("speech", "person"),
+                reading_losses(self.reader, *half_mirrored(batch.view, source, edited)),
+                strict=True,
+            )
+        )
 
     def _improve_critic(self, real: Tensor, edited: Tensor) -> Tensor:
         self.critic.requires_grad_(True)

@@ -15,7 +15,7 @@ from pcmecl_fast.train import generator as stage_two
 from pcmecl_fast.train.batches import Plans
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.generator import train_generator
-from pcmecl_fast.train.views import KeptViews, draw_views, seen_alike
+from pcmecl_fast.train.views import KeptViews, draw_views, half_mirrored, seen_alike
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -122,6 +122,13 @@ def test_what_is_trained_on_does_not_depend_on_the_views(clip, few_faces):
     plans = [Plans(data, bank_of(clip, data), with_reference=True, views=views)(16, seeded()) for views in (0, 2, 8)]
     for name in ("index", "reference", "target"):
         assert all(torch.equal(getattr(plan, name), getattr(plans[0], name)) for plan in plans)
+
+
+def test_frames_of_odd_views_are_mirrored_and_no_others():
+    frames, moved = torch.rand(2, 4, 3, 8, 6).unbind()
+    for before, after in zip((frames, moved), half_mirrored(torch.tensor([4, 7, 1, 0]), frames, moved), strict=True):
+        assert torch.equal(after[[0, 3]], before[[0, 3]])
+        assert torch.equal(after[[1, 2]].flip(-1), before[[1, 2]])
 
 
 # ---- What is kept ----------------------------------------------------------------------------------------------------

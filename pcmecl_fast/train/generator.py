@@ -44,7 +44,7 @@ from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Loop
 from pcmecl_fast.train.players import TERMS, Players, laid_out
 from pcmecl_fast.train.prompts import contents_of, frame_features
-from pcmecl_fast.train.views import FOLDER, KeptViews, seen_alike
+from pcmecl_fast.train.views import FOLDER, KeptViews, half_mirrored, seen_alike
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -208,7 +208,8 @@ class _Terms:
             terms |= self._pixels(batch.frames, edit.frames.float())
         else:
             # Not in CLIP's views: in their noise it reads mouths less exactly, and edits follow its errors.
-            terms["speech"], terms["person"] = reading_losses(self.reader, batch.frames, edit.frames.float())
+            seen = half_mirrored(batch.view, batch.frames, edit.frames.float())
+            terms["speech"], terms["person"] = reading_losses(self.reader, *seen)
         if self.weights["reconstruction"]:
             same = (batch.source == batch.target)[:, None, None, None]
             terms["reconstruction"] = _mean_where((edit.frames - batch.frames).abs(), same)

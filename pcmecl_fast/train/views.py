@@ -71,6 +71,15 @@ def seen_alike(
     return seen[0], seen[1]
 
 
+def half_mirrored(
+    view: Tensor,  # (B,) from `draw_views`
+    *frames: Tensor,  # (B, 3, H, W)
+) -> tuple[Tensor, ...]:
+    """The frames, those whose view has an odd number mirrored: what looks at them cannot be pleased by half a face."""
+    odd = (view % 2 == 1).to(frames[0].device)[:, None, None, None]
+    return tuple(torch.where(odd, x.flip(-1), x) for x in frames)
+
+
 class KeptViews:
     """What frozen networks see in sources' views, a row each: computed when a view is drawn for the first time.
 
