@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
@@ -185,15 +184,3 @@ def test_widths_that_do_not_fit_are_refused(widths):
 def test_a_last_layer_that_does_not_fit_is_refused(last):
     with pytest.raises(ValueError, match=f"last: takes a multiple of 8, got {last}"):
         generator(last=last)
-
-
-def test_a_file_from_before_the_last_layer_had_an_option_is_as_wide_as_then(tmp_path):
-    model = generator(last=32)
-    save_generator(tmp_path / "model", model)
-    tensors, header = load_tensors(tmp_path / "model", "generator")
-    del header["options"]["last"]
-    save_tensors(tmp_path / "model", "generator", tensors, header)
-    again = load_generator(tmp_path / "model")
-    assert again.config.last == 32
-    source, target = frames(2, 3, 32, 32), torch.tensor([1, 2])
-    assert torch.equal(again(source, target), model.eval()(source, target))

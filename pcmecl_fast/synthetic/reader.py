@@ -15,7 +15,7 @@ What a loss needs is that two frames of one person are read alike, whatever each
 on people who show an emotion at any intensity, or a mixture that belongs to none, as unfinished edits do.
 
 It ships with the package. Its networks began as those of an earlier version, which learned from single frames, and were
-trained on by
+trained on each by itself, as by
 
     python -m pcmecl_fast.synthetic.reader --networks fine --start first/reader.safetensors --out second
     python -m pcmecl_fast.synthetic.reader --networks coarse --start second/reader.safetensors --seed 32 --people 70000

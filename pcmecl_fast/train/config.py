@@ -323,7 +323,7 @@ class DemoConfig(TrainConfig):
     steps: int = 800
     """Optimiser steps of the generator."""
     batch: int = 16
-    """Frames a step: of as many frames, more and smaller steps teach a generator more."""
+    """Frames a step, over all ranks."""
     w_emotion: float = 2.0
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     out: Path = Path("runs/demo")
