@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pcmecl_fast.models import Average, Critics, EmotionCritic, PatchDiscriminator, make_generator
+from pcmecl_fast.models import Average, Critics, EmotionCritic, Generator, PatchDiscriminator, make_generator
 from pcmecl_fast.models.discriminator import emotion_loss, naming_loss, realism_loss, score_of
+from pcmecl_fast.models.warp_fields import WarpFields, WarpFieldsConfig
 from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.train.config import TrainConfig
+from pcmecl_fast.train.players import Players
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -69,6 +72,57 @@ def test_only_the_wanted_critics_are_made():
     assert patches.emotion is None
     assert emotion.patches is None
     assert not any(isinstance(x, PatchDiscriminator) for x in Critics(3, patches=False, emotion=True).modules())
+
+
+# Where they look
+
+
+class _Whole(WarpFields):
+    """A generator that does not say where its edits are."""
+
+    region = Generator.region
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (24, 40), (7, 5)])
+@pytest.mark.parametrize("window", [[0.5, 0.6, 0.27, 0.27], [0.1, 0.9, 0.2, 0.3], [0.5, 0.5, 2.0, 2.0]])
+def test_the_critics_see_what_edits_may_change_and_little_else(height, width, window):
+    torch.manual_seed(0)
+    model = WarpFields(EMOTIONS, 64, WarpFieldsConfig(window=window))
+    with torch.no_grad():
+        model.flow.normal_(std=3.0)
+    players = Players(model, TrainConfig(w_emotion=1.0), torch.device("cpu"))
+    frames = torch.rand(2, 3, height, width) * 2 - 1
+    places = torch.arange(float(height * width)).view(1, 1, height, width)
+    kept = places.flatten()[~torch.isin(places, players.judged(places)).flatten()].long()
+    with torch.no_grad():
+        edited = model(frames, torch.tensor([1, 2]))
+    torch.testing.assert_close(edited.flatten(2)[..., kept], frames.flatten(2)[..., kept])
+    rows, columns = model.region(height, width)
+    seen = players.judged(places).shape[-2:]
+    for side, span, whole in zip(seen, (rows, columns), (height, width), strict=True):
+        assert span.stop - span.start <= side < span.stop - span.start + 8
+        assert side % 8 == 0 or side == whole
+
+
+def test_the_critics_see_all_of_an_edit_that_says_nothing_of_where_it_is():
+    model = _Whole(EMOTIONS, 64)
+    players = Players(model, TrainConfig(w_emotion=1.0), torch.device("cpu"))
+    frames = torch.rand(2, 3, 40, 30)
+    assert torch.equal(players.judged(frames), frames)
+
+
+def test_what_no_edit_reaches_is_not_judged():
+    torch.manual_seed(0)
+    players = Players(WarpFields(EMOTIONS, 64), TrainConfig(w_emotion=1.0), torch.device("cpu"))
+    players.critic.eval()  # spectral norms go on converging with every pass of training
+    frames, target = torch.rand(2, 3, 64, 64) * 2 - 1, torch.tensor([0, 2])
+    changed = frames.clone()
+    changed[..., :16, :], changed[..., :8] = 0.5, -0.5
+    one, other = players.of_critic(frames, target), players.of_critic(changed, target)
+    assert one.keys() == {"adversarial", "emotion"}
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    changed[..., 40, 32] += 0.5
+    assert players.of_critic(changed, target)["emotion"] != one["emotion"]
 
 
 # The running average

@@ -84,6 +84,13 @@ class Generator(nn.Module, ABC):
         """`edit`'s frames alone, (B, 3, H, W) in [-1, 1]."""
         return self.edit(frames, target).frames
 
+    def region(self, height: int, width: int) -> tuple[slice, slice]:
+        """The rows and columns of such frames that edits may change: the trainer's critics look there alone.
+
+        By default all of them.
+        """
+        return slice(0, height), slice(0, width)
+
     # An edit in two steps, for faces larger than the frames that a generator was trained on. A plan is linear: zero is
     # no edit, a multiple a weaker or stronger one, a mean over emotions lies between them, and one over time is calmer.
 

@@ -93,6 +93,10 @@ class WarpFields(Generator):
         flow, shade, _ = self.fields(frames, target)
         return torch.cat([flow, shade], 1)
 
+    def region(self, height: int, width: int) -> tuple[slice, slice]:
+        """The rows and columns that the window reaches."""
+        return reached(height, width, self.config.window)
+
     def carry_out(self, frames: Tensor, plan: Tensor) -> Tensor:
         """The fields enlarged, and the frames' own pixels moved and shaded by them: as sharp as they were."""
         flow, shade = enlarge(plan, frames).split([2, 1], dim=1)
@@ -169,6 +173,19 @@ def soft_window(
     x = (torch.arange(width) + 0.5) / width
     radius = ((x - window[0]) / window[2]) ** 4 + (((y - window[1]) / window[3]) ** 4)[:, None]
     return ((1.4 - radius) / 0.8).clamp(0, 1)
+
+
+def reached(
+    height: int,
+    width: int,
+    window: Sequence[float],
+) -> tuple[slice, slice]:
+    """The rows and columns in which `soft_window` is not zero: of a window that reaches none, all."""
+    inside = soft_window(height, width, window) > 0
+    rows, columns = inside.any(1).nonzero()[:, 0].tolist(), inside.any(0).nonzero()[:, 0].tolist()
+    if not rows:
+        return slice(0, height), slice(0, width)
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def warp(

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.models.base import Edit, enlarge
-from pcmecl_fast.models.warp_fields import STYLE, WarpFields, WarpFieldsConfig, pose_grid, sample, soft_window
+from pcmecl_fast.models.warp_fields import STYLE, WarpFields, WarpFieldsConfig, pose_grid, reached, sample, soft_window
 
 
 @dataclass
@@ -188,13 +188,9 @@ class Box(NamedTuple):
 
     @classmethod
     def around(cls, window: Sequence[float], height: int, width: int) -> Box:
-        """The rows and columns in which `soft_window` is not zero."""
-        inside = soft_window(height, width, window) > 0
-        rows, columns = inside.any(1).nonzero()[:, 0].tolist(), inside.any(0).nonzero()[:, 0].tolist()
-        if not rows:
-            return cls.whole(height, width)
-        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        return cls(slice(top, bottom), slice(left, right), (left, width - right, top, height - bottom))
+        """What the window reaches."""
+        rows, columns = reached(height, width, window)
+        return cls(rows, columns, (columns.start, width - columns.stop, rows.start, height - rows.stop))
 
     @classmethod
     def whole(cls, height: int, width: int) -> Box:
