@@ -45,6 +45,7 @@ from pcmecl_fast.synthetic.reader import load_reader, reading_losses
 from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.generator import Step, identity_loss, mouth_loss
+from pcmecl_fast.train.players import judged
 from pcmecl_fast.train.views import half_mirrored, seen_alike
 
 KEPT_VIEWS, OURS = "pcmecl_fast, --views 8", "pcmecl_fast"
@@ -284,7 +285,7 @@ class _Plain:
         assert edit.shown is not None
         terms = {
             "pcmecl": self._pcmecl(batch, *views),
-            "adversarial": -self.critic(edit.frames).mean(),
+            "adversarial": -self.critic(judged(self.generator, edit.frames)).mean(),
             "reconstruction": (unchanged * kept).sum() / kept.sum().clamp(min=1),
             "recognition": F.cross_entropy(edit.shown, batch.source),
             **self._fidelity(batch, edit.frames),
@@ -331,6 +332,7 @@ class _Plain:
 
     def _improve_critic(self, real: Tensor, edited: Tensor) -> Tensor:
         self.critic.requires_grad_(True)
+        real, edited = (judged(self.generator, frames) for frames in (real, edited))
         loss = F.relu(1 - self.critic(real)).mean() + F.relu(1 + self.critic(edited)).mean()
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -9,7 +9,7 @@ from pcmecl_fast.models.discriminator import emotion_loss, naming_loss, realism_
 from pcmecl_fast.models.warp_fields import WarpFields, WarpFieldsConfig
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train.config import TrainConfig
-from pcmecl_fast.train.players import Players
+from pcmecl_fast.train.players import Players, judged
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -90,15 +90,14 @@ def test_the_critics_see_what_edits_may_change_and_little_else(height, width, wi
     model = WarpFields(EMOTIONS, 64, WarpFieldsConfig(window=window))
     with torch.no_grad():
         model.flow.normal_(std=3.0)
-    players = Players(model, TrainConfig(w_emotion=1.0), torch.device("cpu"))
     frames = torch.rand(2, 3, height, width) * 2 - 1
     places = torch.arange(float(height * width)).view(1, 1, height, width)
-    kept = places.flatten()[~torch.isin(places, players.judged(places)).flatten()].long()
+    kept = places.flatten()[~torch.isin(places, judged(model, places)).flatten()].long()
     with torch.no_grad():
         edited = model(frames, torch.tensor([1, 2]))
     torch.testing.assert_close(edited.flatten(2)[..., kept], frames.flatten(2)[..., kept])
     rows, columns = model.region(height, width)
-    seen = players.judged(places).shape[-2:]
+    seen = judged(model, places).shape[-2:]
     for side, span, whole in zip(seen, (rows, columns), (height, width), strict=True):
         assert span.stop - span.start <= side < span.stop - span.start + 8
         assert side % 8 == 0 or side == whole
@@ -106,9 +105,8 @@ def test_the_critics_see_what_edits_may_change_and_little_else(height, width, wi
 
 def test_the_critics_see_all_of_an_edit_that_says_nothing_of_where_it_is():
     model = _Whole(EMOTIONS, 64)
-    players = Players(model, TrainConfig(w_emotion=1.0), torch.device("cpu"))
     frames = torch.rand(2, 3, 40, 30)
-    assert torch.equal(players.judged(frames), frames)
+    assert torch.equal(judged(model, frames), frames)
 
 
 def test_what_no_edit_reaches_is_not_judged():

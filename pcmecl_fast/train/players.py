@@ -102,26 +102,13 @@ class Players:
         if self.critic is None:
             return {}
         self.critic.requires_grad_(False)
-        scores = self.critic(self.judged(edited))
+        scores = self.critic(judged(self.generator, edited))
         terms = {}
         if scores.patches is not None:
             terms["adversarial"] = -scores.patches.float().mean()
         if scores.emotion is not None:
             terms["emotion"] = naming_loss(scores.emotion, target)
         return terms
-
-    def judged(
-        self,
-        frames: Tensor,  # (B, 3, H, W)
-    ) -> Tensor:  # (B, 3, h, w)
-        """What the critics see: the region that edits may change, with what is around it up to multiples of 8.
-
-        Outside it an edit is its source, which is real.
-        """
-        height, width = frames.shape[-2:]
-        rows, columns = self.generator.region(height, width)
-        seen = frames[..., _filled(rows, height), _filled(columns, width)]
-        return seen.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else seen
 
     def _improve_generator(self, terms_of: TermsOf, parts: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The edited frames of each part, and the terms of the whole batch."""
@@ -151,7 +138,7 @@ class Players:
         for number, (part, edited) in enumerate(zip(parts, edits, strict=True), 1):
             with _averaging(self._judging, last=number == len(parts)):
                 with self.autocast:
-                    real, fake = self._judging(self.judged(part.frames), self.judged(edited))
+                    real, fake = self._judging(*(judged(self.generator, x) for x in (part.frames, edited)))
                     loss = torch.zeros((), device=total.device)
                     if real.patches is not None and fake.patches is not None:
                         loss = loss + realism_loss(real.patches, fake.patches)
@@ -223,11 +210,26 @@ def _check(edit: Edit, frames: Tensor) -> None:
             raise ValueError(f"generator: the penalty {name!r} must be a tensor of one number, got {penalty}")
 
 
+def judged(
+    generator: Generator,
+    frames: Tensor,  # (B, 3, H, W)
+) -> Tensor:  # (B, 3, h, w)
+    """What the critics see: the region that edits may change, with what is around it up to multiples of 8.
+
+    Outside it an edit is its source, which is real.
+    """
+    height, width = frames.shape[-2:]
+    rows, columns = generator.region(height, width)
+    seen = frames[..., _filled(rows, height), _filled(columns, width)]
+    return seen.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else seen
+
+
 def _filled(span: slice, length: int) -> slice:
     """A span filled up to a multiple of 8 on both sides alike, as far as the frame goes."""
-    size = span.stop - span.start
-    start = max(0, min(span.start - (-size % 8) // 2, length - (size + -size % 8)))
-    return slice(start, min(start + size + -size % 8, length))
+    more = (span.start - span.stop) % 8
+    size = span.stop - span.start + more
+    start = max(0, min(span.start - more // 2, length - size))
+    return slice(start, min(start + size, length))
 
 
 def laid_out(network: Network) -> Network:
