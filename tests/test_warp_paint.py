@@ -163,6 +163,27 @@ def test_a_large_frame_is_planned_small_and_keeps_its_texture():
 
 
 @pytest.mark.parametrize("driven_by", ["emotion", "reference"])
+@pytest.mark.parametrize("size", [(32, 32), (37, 29), (96, 80)])
+def test_once_trained_it_edits_a_mirrored_frame_as_it_does_the_frame(size, driven_by):
+    model, source = painting(driven_by=driven_by), frames(2, 3, *size)
+    target = torch.tensor([1, 2]) if driven_by == "emotion" else frames(2, 3, *size, seed=1)
+    with torch.no_grad():
+        edited, turned = model(source, target), model(source.flip(-1), target).flip(-1)
+        assert (edited - turned).abs().max() > 0.1
+        model.eval()
+        edited, turned = model(source, target), model(source.flip(-1), target).flip(-1)
+        assert (edited - source).abs().max() > 0.1
+        torch.testing.assert_close(edited, turned, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"mirrored": False}, {"window": [0.45, 0.6, 0.27, 0.27]}])
+def test_it_looks_once_where_that_is_wanted_or_the_window_is_not_in_the_middle(options):
+    model, source, target = painting(**options), frames(2, 3, 32, 32), torch.tensor([1, 2])
+    edited = model(source, target)
+    assert torch.equal(model.eval()(source, target), edited)
+
+
+@pytest.mark.parametrize("driven_by", ["emotion", "reference"])
 def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
     model = painting(driven_by=driven_by)
     save_generator(tmp_path / "model", model)

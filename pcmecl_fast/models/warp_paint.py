@@ -14,7 +14,9 @@ no white around the iris and no fold in it: that is painted, with a mask and a c
 A colour is mixed of white, black and the frame's own at P learned places: free ones were magenta where that pleased.
 
 The network sees the window at `detail` pixels for the whole frame, whatever the frame's size. Flow, shade, α and
-α · c are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as much.
+α · c are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as much. Trained,
+the network looks twice, at the frame and at its mirror image, and the plan is the mean of both: where one look puts a
+brow or a lip a pixel off, the other seldom does.
 The weights start so close to zero that the untrained generator is the identity, and opacities at exactly zero. A plan
 of zeros gives the frame back to the bit, and so does every pixel outside the window.
 """
@@ -46,6 +48,8 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Channels of its last layer, at full resolution: a multiple of 8."""
     places: int = 4
     """P: how many learned places of the face lend their colours to the paint."""
+    mirrored: bool = True
+    """Once trained, look at the mirror image of a frame, too; only where the window is in the middle."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
     w_paint: float = 20.0
@@ -56,7 +60,7 @@ class WarpPaint(WarpFields):
     """Moves, shades and paints a face, by fields and by what a network sees; frames may have any size."""
 
     Config = WarpPaintConfig
-    before: ClassVar[Mapping[str, Any]] = {**WarpFields.before, "last": 32}
+    before: ClassVar[Mapping[str, Any]] = {**WarpFields.before, "last": 32, "mirrored": False}
     config: WarpPaintConfig
 
     def __init__(self, emotions: Sequence[str], size: int, config: WarpPaintConfig | None = None) -> None:
@@ -107,7 +111,16 @@ class WarpPaint(WarpFields):
         """The plan at the size that the network sees, and the emotion shown."""
         config = self.config
         frames = _shrunk(frames, config.detail)
-        change, shown = self._change(frames, target if target.dim() == 1 else _shrunk(target, config.detail))
+        target = target if target.dim() == 1 else _shrunk(target, config.detail)
+        plan, shown = self._look(frames, target)
+        # Not while it trains: two looks that learn together err together.
+        if config.mirrored and not self.training and config.window[0] == 0.5:
+            plan = (plan + _mirrored(self._look(frames.flip(-1), target)[0])) / 2
+        return plan, shown
+
+    def _look(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        config = self.config
+        change, shown = self._change(frames, target)
         size = height, width = frames.shape[-2], frames.shape[-1]
         box = Box.around(config.window, *size)
         place = pose_grid(frames.new_zeros(1, 4), *size).movedim(-1, 1)[box.pixels]
@@ -147,6 +160,13 @@ class WarpPaint(WarpFields):
         for layer, skipped in zip(self.up, beside[-2::-1], strict=True):
             hidden = layer(torch.cat([F.interpolate(hidden, scale_factor=2.0), skipped], 1), condition)
         return hidden
+
+
+def _mirrored(
+    plan: Tensor,  # (B, 7, h, w)
+) -> Tensor:
+    x, others = plan.flip(-1).split([1, 6], dim=1)
+    return torch.cat([-x, others], 1)
 
 
 class _Layer(nn.Module):
