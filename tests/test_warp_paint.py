@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
@@ -193,6 +194,16 @@ def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
     source = frames(2, 3, 32, 32)
     target = torch.tensor([1, 2]) if driven_by == "emotion" else frames(2, 3, 32, 32, seed=1)
     assert torch.equal(again(source, target), model.eval()(source, target))
+
+
+def test_one_saved_before_an_option_was_there_edits_as_it_did(tmp_path):
+    model = painting(mirrored=False).eval()
+    save_generator(tmp_path / "model", model)
+    state, header = load_tensors(tmp_path / "model", "generator")
+    del header["options"]["mirrored"]
+    save_tensors(tmp_path / "earlier", "generator", state, header)
+    source, target = frames(2, 3, 32, 32), torch.tensor([1, 2])
+    assert torch.equal(load_generator(tmp_path / "earlier")(source, target), model(source, target))
 
 
 @pytest.mark.parametrize("widths", [[], [8], [8, 12], [8, 0]])

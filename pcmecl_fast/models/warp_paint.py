@@ -112,15 +112,20 @@ class WarpPaint(WarpFields):
         config = self.config
         frames = _shrunk(frames, config.detail)
         target = target if target.dim() == 1 else _shrunk(target, config.detail)
-        plan, shown = self._look(frames, target)
-        # Not while it trains: two looks that learn together err together.
-        if config.mirrored and not self.training and config.window[0] == 0.5:
-            plan = (plan + _mirrored(self._look(frames.flip(-1), target)[0])) / 2
-        return plan, shown
-
-    def _look(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        config = self.config
         change, shown = self._change(frames, target)
+        # Not while it trains: two looks that learn together err together.
+        if self.training or not config.mirrored or config.window[0] != 0.5:
+            return self._look(frames, change), shown
+        turned = frames.flip(-1)
+        change = (change + self._change(turned, target)[0]) / 2
+        return (self._look(frames, change) + _mirrored(self._look(turned, change))) / 2, shown
+
+    def _look(
+        self,
+        frames: Tensor,  # (B, 3, S, S)
+        change: Tensor,  # (B, STYLE)
+    ) -> Tensor:  # (B, 7, S, S)
+        config = self.config
         size = height, width = frames.shape[-2], frames.shape[-1]
         box = Box.around(config.window, *size)
         place = pose_grid(frames.new_zeros(1, 4), *size).movedim(-1, 1)[box.pixels]
@@ -134,7 +139,7 @@ class WarpPaint(WarpFields):
         shade = window * config.shading * torch.tanh(shared_shade + shade)
         opacity = window * _Bounded.apply(opacity)
         colour = torch.einsum("bphw,bpc->bchw", mix.softmax(1), self._palette(part))
-        return F.pad(torch.cat([flow, shade, opacity, opacity * colour], 1), box.padding), shown
+        return F.pad(torch.cat([flow, shade, opacity, opacity * colour], 1), box.padding)
 
     def _palette(
         self,
