@@ -112,13 +112,15 @@ class WarpPaint(WarpFields):
         config = self.config
         frames = _shrunk(frames, config.detail)
         target = target if target.dim() == 1 else _shrunk(target, config.detail)
-        change, shown = self._change(frames, target)
         # Not while it trains: two looks that learn together err together.
         if self.training or not config.mirrored or config.window[0] != 0.5:
+            change, shown = self._change(frames, target)
             return self._look(frames, change), shown
-        turned = frames.flip(-1)
-        change = (change + self._change(turned, target)[0]) / 2
-        return (self._look(frames, change) + _mirrored(self._look(turned, change))) / 2, shown
+        count, looks = len(frames), torch.cat([frames, frames.flip(-1)])
+        change, shown = self._change(looks, torch.cat([target, target]))
+        change = change.unflatten(0, (2, count)).mean(0)
+        plan, turned = self._look(looks, torch.cat([change, change])).split(count)
+        return (plan + _mirrored(turned)) / 2, None if shown is None else shown[:count]
 
     def _look(
         self,
