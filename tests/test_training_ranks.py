@@ -31,8 +31,11 @@ def test_stage_1_ends_with_the_same_prompts_on_any_number_of_ranks(crew, tmp_pat
             assert_same(others, curves)
 
 
-def test_the_painting_generator_and_the_critic_of_emotions_are_the_same_on_any_number_of_ranks(crew, tmp_path):
-    options = {"generator": "warp-paint", "emotion": 1.0}
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_painting_generator_and_the_critic_of_emotions_are_the_same_on_any_number_of_ranks(
+    crew, tmp_path, optimizer
+):
+    options = {"generator": "warp-paint", "emotion": 1.0, "optimizer": optimizer}
     expected, curves = crew(1, partial(train, **options), tmp_path / "1", 1, 0.0)[0]
     for count, accumulate in ((2, 1), (1, 2), (2, 2)):
         for weights, others in crew(
@@ -132,7 +135,7 @@ class InFloat64(SyntheticFaces):
 
 def train(
     out: Path, accumulate: int, adversarial: float = 0.5, *, batch: int = 8, generator: str = "warp-fields",
-    views: int = 0, backend: str = "reference", emotion: float = 0.0,
+    views: int = 0, backend: str = "reference", emotion: float = 0.0, optimizer: str = "adam",
 ):  # fmt: skip
     torch.set_default_dtype(torch.float64)
     try:
@@ -145,7 +148,7 @@ def train(
         config = TrainConfig(
             out=out, steps=6, batch=batch, accumulate=accumulate, size=32, strength=0.0, w_cycle=1.0, w_person=0.0,
             w_speech=0.0, w_adversarial=adversarial, checkpoint_every=4, generator=generator, views=views,
-            w_emotion=emotion,
+            w_emotion=emotion, optimizer=optimizer,
         )  # fmt: skip
         with ops.use_backend(backend):
             trained, loop = stage2.train_generator(clip, bank, data, config)

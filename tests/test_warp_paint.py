@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import TOLERANCES
 
 from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
-from pcmecl_fast.models.warp_paint import Box, _Bounded
+from pcmecl_fast.models.warp_paint import Box, _Bounded, _Up
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -218,3 +219,20 @@ def test_widths_that_do_not_fit_are_refused(widths):
 def test_a_last_layer_that_does_not_fit_is_refused(last):
     with pytest.raises(ValueError, match=f"last: takes a multiple of 8, got {last}"):
         generator(last=last)
+
+
+def test_what_is_enlarged_by_spreading_is_the_convolution_of_what_is_enlarged_and_concatenated():
+    torch.manual_seed(0)
+    layer = _Up(16, 8, 24, 5).double()
+    below, beside, condition = torch.randn(2, 16, 3, 4), torch.randn(2, 8, 6, 8), torch.randn(2, 5)
+    inputs = [x.double().requires_grad_() for x in (below, condition, beside)]
+    both = torch.cat([F.interpolate(inputs[0], scale_factor=2.0), inputs[2]], 1)
+    expected = layer._finished(layer.convolution(both), inputs[1])
+    found = layer(*inputs)
+    torch.testing.assert_close(found, expected, **TOLERANCES[torch.float64])
+    upstream = torch.randn_like(found)
+    asked = [*inputs, *layer.parameters()]
+    for of_found, of_expected in zip(
+        *(torch.autograd.grad(x, asked, upstream) for x in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(of_found, of_expected, **TOLERANCES[torch.float64])

@@ -76,9 +76,9 @@ class WarpPaint(WarpFields):
         self.down.extend(_Layer(i, o, halved=True) for i, o in itertools.pairwise(widths))
         self.middle = nn.ModuleList(_Layer(widths[-1], widths[-1], 128) for _ in range(2))
         self.up = nn.ModuleList(
-            _Layer(below + beside, beside, 128) for beside, below in reversed(list(itertools.pairwise(widths[1:])))
+            _Up(below, beside, beside, 128) for beside, below in reversed(list(itertools.pairwise(widths[1:])))
         )
-        self.up.append(_Layer(widths[1] + widths[0], last, 128))
+        self.up.append(_Up(widths[1], widths[0], last, 128))
         # Neither has a bias: no change, no edit.
         self.gate = nn.Linear(STYLE, last, bias=False)
         self.head = nn.Conv2d(last, 4 + 2 + self.config.places, 3, padding=1, bias=False)
@@ -165,7 +165,7 @@ class WarpPaint(WarpFields):
         for layer in self.middle:
             hidden = hidden + layer(hidden, condition)
         for layer, skipped in zip(self.up, beside[-2::-1], strict=True):
-            hidden = layer(torch.cat([F.interpolate(hidden, scale_factor=2.0), skipped], 1), condition)
+            hidden = layer(hidden, condition, skipped)
         return hidden
 
 
@@ -186,11 +186,38 @@ class _Layer(nn.Module):
         self.modulation = nn.Linear(condition, 2 * outputs) if condition else None
 
     def forward(self, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
-        hidden = self.norm(self.convolution(hidden))
+        return self._finished(self.convolution(hidden), condition)
+
+    def _finished(self, hidden: Tensor, condition: Tensor | None) -> Tensor:
+        hidden = self.norm(hidden)
         if self.modulation is not None:
             scale, shift = self.modulation(condition)[..., None, None].chunk(2, dim=1)
             hidden = torch.addcmul(shift, hidden, 1 + scale)
         return F.silu(hidden)
+
+
+class _Up(_Layer):
+    """A `_Layer` of what is below, enlarged to twice its size, and what is beside, concatenated: in half its time.
+
+    Nothing is enlarged or concatenated: nearest neighbours enlarged and convolved with 3 × 3 weights are what is below
+    spread by 4 × 4 ones, 4 products a pixel instead of 9.
+    """
+
+    spread: Tensor
+
+    def __init__(self, below: int, beside: int, outputs: int, condition: int) -> None:
+        super().__init__(below + beside, outputs, condition)
+        self.inputs = [below, beside]
+        # A pixel of what is below meets those of two neighbouring taps, of the outermost one alone.
+        spread = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        self.register_buffer("spread", spread, persistent=False)
+
+    def forward(self, hidden: Tensor, condition: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        assert beside is not None
+        of_below, of_beside = self.convolution.weight.split(self.inputs, dim=1)
+        spread = torch.einsum("iy,ncyx,jx->cnij", self.spread, of_below, self.spread)
+        enlarged = F.conv_transpose2d(hidden, spread, self.convolution.bias, stride=2, padding=1)
+        return self._finished(enlarged + F.conv2d(beside, of_beside, padding=1), condition)
 
 
 def _shrunk(
@@ -237,7 +264,7 @@ def _carried_out(
     """The part of the frames inside a box, moved, shaded and covered; pixels with a plan of zeros stay, to the bit."""
     flow, shade, opacity, paint = plan.split([2, 1, 1, 3], dim=1)
     own = frames[box.pixels]
-    grid = pose_grid(flow.new_zeros(len(flow), 4), *frames.shape[-2:])[:, box.rows, box.columns]
+    grid = pose_grid(flow.new_zeros(1, 4), *frames.shape[-2:])[:, box.rows, box.columns]
     moved = torch.where((flow == 0).all(1, keepdim=True), own, sample(frames, grid + flow.movedim(1, -1)))
     shaded = (moved + (moved + 1) * shade.expm1()).clamp(-1, 1)
     # More than opaque, as an exaggerated plan may be, is opaque in the same colour. No clamp at zero, where opacities

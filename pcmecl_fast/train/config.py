@@ -230,12 +230,15 @@ class EditingOptions:
     """Frames a step, over all ranks."""
     accumulate: int = 1
     """Parts that a step's frames are taken in, one after the other, for batches larger than memory."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """How the layers of the generator, and of the critic that knows the emotion, learn: by Adam as all else, or by
+    Muon, which makes more of a step and takes longer for it; `demo` takes muon."""
     lr: float = 3e-3
-    """Learning rate of the generator (Adam)."""
+    """Learning rate of the generator."""
     critic_lr: float = 4e-4
-    """Learning rate of the critic of patches (Adam)."""
+    """Learning rate of the critic of patches."""
     emotion_lr: float = 2e-3
-    """Learning rate of the critic that knows the emotion (Adam)."""
+    """Learning rate of the critic that knows the emotion."""
     emotion_fakes: float = 0.25
     """How far edits count against their target in that critic's loss; 0: it learns from real frames alone."""
     average: float = 0.95
@@ -324,6 +327,8 @@ class DemoConfig(TrainConfig):
     """Optimiser steps of the generator."""
     batch: int = 16
     """Frames a step, over all ranks."""
+    optimizer: Literal["adam", "muon"] = "muon"
+    """How the layers of the generator, and of the critic that knows the emotion, learn; `train` takes adam."""
     w_emotion: float = 2.0
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     out: Path = Path("runs/demo")

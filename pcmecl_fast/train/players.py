@@ -16,7 +16,7 @@ from pcmecl_fast.models.discriminator import Scores, emotion_loss, naming_loss, 
 from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Stateful
-from pcmecl_fast.train.optimizers import fused_adam
+from pcmecl_fast.train.optimizers import Learning, matrices_of
 from pcmecl_fast.wording import name_some
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -57,8 +57,8 @@ class Players:
         self.generator = generator
         self.average = Average(generator, config.average)
         self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
-        self.optimizer = fused_adam(generator.parameters(), betas=(0.5, 0.99))
-        self._rates = {self.optimizer: [config.lr]}
+        muon = config.optimizer == "muon"
+        self.optimizer = Learning([(generator, config.lr)], matrices_of(generator) if muon else ())
         self.critic: Critics | None = None
         self._fakes = config.emotion_fakes
         if config.w_adversarial or config.w_emotion:
@@ -69,8 +69,8 @@ class Players:
             self._judging = _over_ranks(_Judging(self.critic))
             rates = ((self.critic.patches, config.critic_lr), (self.critic.emotion, config.emotion_lr))
             critics = [(x, rate) for x, rate in rates if x is not None]
-            self.critic_optimizer = fused_adam(*(x.parameters() for x, _ in critics), betas=(0.5, 0.99))
-            self._rates[self.critic_optimizer] = [rate for _, rate in critics]
+            matrices = () if critic.emotion is None or not muon else matrices_of(critic.emotion)
+            self.critic_optimizer = Learning(critics, matrices)
         self.set_rates(1.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
@@ -81,9 +81,9 @@ class Players:
         return {name: getattr(self, name) for name in ("generator", "average", "optimizer", "scaler", *of_critic)}
 
     def set_rates(self, part: float) -> None:
-        for optimizer, rates in self._rates.items():
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * part
+        self.optimizer.set_rates(part)
+        if self.critic is not None:
+            self.critic_optimizer.set_rates(part)
 
     def improve(self, terms_of: TermsOf, parts: Sequence[Batch]) -> dict[str, Tensor]:
         """A step on all parts of a batch: the terms of the whole, and the critic's loss if there is one."""
@@ -112,7 +112,7 @@ class Players:
 
     def _improve_generator(self, terms_of: TermsOf, parts: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The edited frames of each part, and the terms of the whole batch."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         edits, totals = list[Tensor](), dict[str, Tensor]()
         for number, part in enumerate(parts, 1):
             with _averaging(self.editing, last=number == len(parts)):
@@ -122,9 +122,9 @@ class Players:
             edits.append(edited.detach())
             totals = {name: totals.get(name, 0.0) + term.detach() for name, term in terms.items()}
         self._check_used()
-        self.scaler.unscale_(self.optimizer)
+        self.optimizer.unscale(self.scaler)
         nn.utils.clip_grad_norm_(self.generator.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
+        self.optimizer.step(self.scaler)
         self.average.update(self.generator)
         first = next(iter(totals.values()))
         whole = summed(torch.stack([term.to(first) for term in totals.values()]))
@@ -133,7 +133,7 @@ class Players:
     def _improve_critic(self, parts: Sequence[Batch], edits: Sequence[Tensor]) -> Tensor:
         assert self.critic is not None
         self.critic.requires_grad_(True)
-        self.critic_optimizer.zero_grad(set_to_none=True)
+        self.critic_optimizer.zero_grad()
         total = torch.zeros((), device=edits[0].device)
         for number, (part, edited) in enumerate(zip(parts, edits, strict=True), 1):
             with _averaging(self._judging, last=number == len(parts)):
@@ -149,7 +149,7 @@ class Players:
                 loss = loss * part.of_all
                 self.scaler.scale(loss * ranks()).backward()
             total += loss.detach()
-        self.scaler.step(self.critic_optimizer)
+        self.critic_optimizer.step(self.scaler)
         return summed(total)
 
     def _check_used(self) -> None:
@@ -178,14 +178,16 @@ class _Editing(nn.Module):
 
 
 class _Judging(nn.Module):
-    """The critic's passes of a step as one."""
+    """What the critic says of real frames and of edits, in one pass."""
 
     def __init__(self, critic: Critics) -> None:
         super().__init__()
         self.critic = critic
 
     def forward(self, real: Tensor, fake: Tensor) -> tuple[Scores, Scores]:
-        return self.critic(real), self.critic(fake)
+        both = self.critic(torch.cat([real, fake]))
+        halves = [(x, x) if x is None else x.split([len(real), len(fake)]) for x in both]
+        return Scores(*(half[0] for half in halves)), Scores(*(half[1] for half in halves))
 
 
 def _over_ranks(module: nn.Module) -> nn.Module:

@@ -55,18 +55,17 @@ def seen_alike(
     """
     if not jitter:
         return source, edited
-    theta = torch.zeros(len(source), 2, 3)
-    noise = torch.empty(source.shape)
-    for k, number in enumerate(view.tolist()):
-        random = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        zoom, right, down = (torch.rand(3, generator=random) * 2 - 1).tolist()
+    random = torch.Generator()
+    theta, noise = [], torch.empty(source.shape)
+    for number, its_noise in zip(view.tolist(), noise.unbind(), strict=True):
+        random.manual_seed((seed * 1_000_003 + number) % 2**63)
+        zoom, right, down = (jitter * (2 * x - 1) for x in torch.rand(3, generator=random).tolist())
         mirrored = int(torch.randint(2, (), generator=random))
         mirror = 1 - 2 * (number % 2 if kept else mirrored)
-        theta[k, 0, 0], theta[k, 1, 1] = (1 + jitter * zoom) * mirror, 1 + jitter * zoom
-        theta[k, 0, 2], theta[k, 1, 2] = jitter * right, jitter * down
-        noise[k].normal_(std=jitter, generator=random)
+        theta.append([[(1 + zoom) * mirror, 0, right], [0, 1 + zoom, down]])
+        its_noise.normal_(std=jitter, generator=random)
     noise = noise.to(source)
-    grid = F.affine_grid(theta.to(source), list(source.shape), align_corners=False)
+    grid = F.affine_grid(torch.tensor(theta).reshape(-1, 2, 3).to(source), list(source.shape), align_corners=False)
     seen = [F.grid_sample(x, grid, padding_mode="border", align_corners=False) + noise for x in (source, edited)]
     return seen[0], seen[1]
 
