@@ -332,8 +332,9 @@ class _Plain:
 
     def _improve_critic(self, real: Tensor, edited: Tensor) -> Tensor:
         self.critic.requires_grad_(True)
-        real, edited = (judged(self.generator, frames) for frames in (real, edited))
-        loss = F.relu(1 - self.critic(real)).mean() + F.relu(1 + self.critic(edited)).mean()
+        seen = torch.cat([judged(self.generator, frames) for frames in (real, edited)])
+        of_real, of_edited = self.critic(seen).chunk(2)
+        loss = F.relu(1 - of_real).mean() + F.relu(1 + of_edited).mean()
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.critic_optimizer.step()

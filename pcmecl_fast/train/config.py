@@ -262,7 +262,7 @@ class EditingOptions:
     """Weight of looking like a real frame."""
     w_emotion: float = 0.0
     """Weight of being named as the target emotion by a critic that learns it from the labelled frames; `demo` takes
-    2, which is measured on drawn faces alone."""
+    2.5, which is measured on drawn faces alone."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
@@ -329,7 +329,9 @@ class DemoConfig(TrainConfig):
     """Frames a step, over all ranks."""
     optimizer: Literal["adam", "muon"] = "muon"
     """How the layers of the generator, and of the critic that knows the emotion, learn; `train` takes adam."""
-    w_emotion: float = 2.0
+    w_pcmecl: float = 8.5
+    """Weight of PCMECL's loss."""
+    w_emotion: float = 2.5
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     out: Path = Path("runs/demo")
     """Output folder."""
