@@ -149,3 +149,16 @@ def test_networks_that_learn_together_go_on_from_a_checkpoint_at_their_own_rates
     assert all(torch.equal(x, y) for x, y in zip(whole[0].parameters(), cut[0].parameters(), strict=True))
     assert all(torch.equal(x, y) for x, y in zip(whole[1].parameters(), start, strict=True))
     assert not torch.equal(whole[0].weight, whole[1].weight)
+
+
+def test_a_network_of_matrices_alone_learns_in_half_precision_too():
+    network = nn.Linear(4, 3, bias=False)
+    learning = Learning([(network, 1e-2)], matrices_of(network))
+    scaler = torch.amp.GradScaler("cpu")
+    before = network.weight.detach().clone()
+    scaler.scale(network(torch.ones(2, 4)).square().mean()).backward()
+    learning.set_rates(1.0)
+    learning.unscale(scaler)
+    learning.step(scaler)
+    scaler.update()
+    assert not torch.equal(network.weight, before)

@@ -167,4 +167,6 @@ class Learning:
             self.muon.load_state_dict(state["muon"])
 
     def _all(self) -> list[torch.optim.Optimizer]:
-        return [self.adam] if self.muon is None else [self.adam, self.muon]
+        """Those that have something to learn: a scaler refuses to step without a gradient."""
+        both = [self.adam] if self.muon is None else [self.adam, self.muon]
+        return [x for x in both if any(group["params"] for group in x.param_groups)]
