@@ -88,8 +88,8 @@ def test_what_is_made_orthogonal_keeps_its_directions():
         seen = u.mT @ orthogonal([x])[0] @ vh.mT
         lengths = seen.diagonal()
         torch.testing.assert_close(seen, torch.diag(lengths), **TOLERANCES[torch.float64])
-        assert lengths.min() > (0.6 if shape != (16, 16) else 0)
-        assert lengths.max() < 1.3
+        assert lengths.min() > (0.65 if shape != (16, 16) else 0)
+        assert lengths.max() < 1.15
 
 
 def test_no_gradient_is_no_step():
@@ -113,12 +113,12 @@ def test_a_step_is_as_long_as_it_says(layout):
 def test_muon_learns_the_weights_of_layers_and_adam_all_else():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 4), nn.GroupNorm(8, 8), nn.Linear(4, 5), nn.Embedding(3, 4), spectral_norm(nn.Linear(4, 4)),
-        nn.Linear(2, 2, dtype=torch.complex64),
+        nn.Linear(2, 2, dtype=torch.complex64), nn.Linear(3, 3, bias=False).requires_grad_(False),
     )  # fmt: skip
     matrices = matrices_of(network)
     assert [id(x) for x in matrices] == [id(network[0].weight), id(network[2].weight)]
     learning = Learning([(network, 1e-3)], matrices)
-    assert [len(o.param_groups[0]["params"]) for o in (learning.adam, learning.muon)] == [9, 2]
+    assert [len(o.param_groups[0]["params"]) for o in (learning.adam, learning.muon)] == [10, 2]
 
 
 def test_networks_that_learn_together_go_on_from_a_checkpoint_at_their_own_rates():

@@ -9,7 +9,7 @@ from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
-from pcmecl_fast.models.warp_paint import Box, _Bounded, _Up
+from pcmecl_fast.models.warp_paint import Box, _Bounded, _Layer, _Up
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -225,14 +225,16 @@ def test_what_is_enlarged_by_spreading_is_the_convolution_of_what_is_enlarged_an
     torch.manual_seed(0)
     layer = _Up(16, 8, 24, 5).double()
     below, beside, condition = torch.randn(2, 16, 3, 4), torch.randn(2, 8, 6, 8), torch.randn(2, 5)
-    inputs = [x.double().requires_grad_() for x in (below, condition, beside)]
-    both = torch.cat([F.interpolate(inputs[0], scale_factor=2.0), inputs[2]], 1)
-    expected = layer._finished(layer.convolution(both), inputs[1])
-    found = layer(*inputs)
+    below, beside, condition = inputs = [x.double().requires_grad_() for x in (below, beside, condition)]
+    plain = _Layer(24, 24, 5).double()
+    plain.load_state_dict(layer.state_dict())
+    expected = plain(torch.cat([F.interpolate(below, scale_factor=2.0), beside], 1), condition=condition)
+    found = layer(below, beside, condition=condition)
     torch.testing.assert_close(found, expected, **TOLERANCES[torch.float64])
     upstream = torch.randn_like(found)
-    asked = [*inputs, *layer.parameters()]
-    for of_found, of_expected in zip(
-        *(torch.autograd.grad(x, asked, upstream) for x in (found, expected)), strict=True
-    ):
-        torch.testing.assert_close(of_found, of_expected, **TOLERANCES[torch.float64])
+    gradients = torch.autograd.grad(found, [*inputs, *layer.parameters()], upstream)
+    torch.testing.assert_close(
+        gradients,
+        torch.autograd.grad(expected, [*inputs, *plain.parameters()], upstream),
+        **TOLERANCES[torch.float64],
+    )

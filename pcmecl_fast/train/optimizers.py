@@ -79,15 +79,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def matrices_of(network: nn.Module) -> list[nn.Parameter]:
-    """The weights that `Muon` is for: those of linear layers and of convolutions."""
+    """The weights that `Muon` is for: those of linear layers and of convolutions, as far as they learn."""
     layers = [layer for layer in network.modules() if isinstance(layer, _LAYERS)]
     # Not `layer.weight`: what a parametrization computes is no parameter, and computing it changes spectral norms.
     weights = dict.fromkeys(dict(layer.named_parameters(recurse=False)).get("weight") for layer in layers)
-    return [x for x in weights if x is not None and x.is_floating_point()]
+    return [x for x in weights if x is not None and x.requires_grad and x.is_floating_point()]
 
 
 def orthogonal(matrices: Sequence[Tensor]) -> list[Tensor]:
-    r"""U Vᵀ of each X = U S Vᵀ, roughly: singular values between 0.7 and 1.2, small ones more or less.
+    r"""U Vᵀ of each X = U S Vᵀ, roughly: singular values become about 0.7 to 1.1, the smallest less.
 
         X ← X / ‖X‖,  then five times  X ← (a + b A + c A²) X,  A = X Xᵀ                          (Newton–Schulz)
 

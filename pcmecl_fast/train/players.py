@@ -186,8 +186,8 @@ class _Judging(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor) -> tuple[Scores, Scores]:
         both = self.critic(torch.cat([real, fake]))
-        halves = [(x, x) if x is None else x.split([len(real), len(fake)]) for x in both]
-        return Scores(*(half[0] for half in halves)), Scores(*(half[1] for half in halves))
+        of_real = Scores(*(None if x is None else x[: len(real)] for x in both))
+        return of_real, Scores(*(None if x is None else x[len(real) :] for x in both))
 
 
 def _over_ranks(module: nn.Module) -> nn.Module:
