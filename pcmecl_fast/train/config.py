@@ -231,8 +231,8 @@ class EditingOptions:
     accumulate: int = 1
     """Parts that a step's frames are taken in, one after the other, for batches larger than memory."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """How the layers of the generator, and of the critic that knows the emotion, learn: by Adam as all else, or by
-    Muon, which makes more of a step and takes longer for it; `demo` takes muon."""
+    """How the layers of the generator, and of the critic that knows the emotion, learn; all else learns by Adam. `demo`
+    takes muon, which is measured on drawn faces alone."""
     lr: float = 3e-3
     """Learning rate of the generator."""
     critic_lr: float = 4e-4
