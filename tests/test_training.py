@@ -363,6 +363,37 @@ def test_drawn_faces_are_compared_by_the_reader_and_others_by_pixels(clip, stage
     assert caplog.text.count("the reader knows drawn faces only") == 1
 
 
+@pytest.mark.parametrize("drawn", [True, False])
+def test_what_keeps_person_and_speech_begins_late_and_grows(clip, stage1, tmp_path, drawn):
+    bank, data = bank_and_data(clip, stage1)
+    config = train_config(tmp_path, steps=8, keep_from=0.25, w_person=3.0, w_identity=3.0)
+    _, loop = train_generator(clip, bank, data if drawn else data.subset(range(len(data))), config)
+    curves = {name.partition("/")[2]: dict(curve) for name, curve in loop.curves.items()}
+    late = ("person", "speech") if drawn else ("identity", "mouth")
+    weights = {name: getattr(config, f"w_{name}") for name in players.TERMS}
+    assert [list(curves[name]) for name in late] == [[2, 3, 4, 5, 6, 7]] * 2
+    for step, part in enumerate([0, 0, 0.5, 1, 1, 1, 1, 1]):
+        terms = {name: curve[step] for name, curve in curves.items() if step in curve and name not in players.RESERVED}
+        loss = sum(weights.get(name, 1.0) * (part if name in late else 1.0) * term for name, term in terms.items())
+        assert curves["loss"][step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_first_half_of_the_steps_may_take_fewer_frames(clip, stage1, tmp_path, monkeypatch):
+    bank, data = bank_and_data(clip, stage1)
+    taken, plain = [], stage_two.Step.__call__
+
+    def counting(self, batch, seed):
+        taken.append(len(batch.frames))
+        return plain(self, batch, seed)
+
+    monkeypatch.setattr(stage_two.Step, "__call__", counting)
+    train_generator(clip, bank, data, train_config(tmp_path / "fewer", steps=5, batch_early=2))
+    train_generator(clip, bank, data, train_config(tmp_path / "same", steps=2))
+    assert taken == [2, 2, 2, 4, 4] + [4, 4]
+    with pytest.raises(ValueError, match="batch_early: 3 frames cannot be divided among 2 parts; takes a multiple of"):
+        train_generator(clip, bank, data, train_config(tmp_path / "odd", batch_early=3, accumulate=2))
+
+
 def test_references_show_the_target_emotion():
     shown = torch.tensor([0, 1, 2, 1, 0, 2])
     target = torch.tensor([2, 2, 1, 0] * 10)
@@ -418,6 +449,7 @@ def summary_of(run):
         {"optimizer": "muon", "w_emotion": 1.0},
         {"optimizer": "muon", "generator": "warp-fields", "amp": "fp16"},
         {"missing": 1},
+        {"keep_from": 0.3, "batch_early": 2},
         {"seed": 3, "emotions": ["happy", "sad"]},
     ],
     ids=str,
@@ -591,7 +623,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_to_resume_from(clip, tmp_path, f
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(stage1, tmp_path):
-    config = train_config(tmp_path / "whole", prompts=stage1, size=16, steps=40)
+    config = train_config(tmp_path / "whole", prompts=stage1, size=16, steps=40, keep_from=0.1, batch_early=2)
     run_train(config)
     assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["steps"] == 40
 

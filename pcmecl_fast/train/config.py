@@ -14,20 +14,8 @@ from pcmecl_fast.options import option_name
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
-FREE_ON_RESUME = {
-    *(
-        "out",
-        "resume",
-        "overwrite",
-        "checkpoint_every",
-        "device",
-        "backend",
-        "cuda_graphs",
-        "features",
-        "workers",
-        "accumulate",
-    ),
-}
+_FREE = "out resume overwrite checkpoint_every device backend cuda_graphs features workers accumulate"
+FREE_ON_RESUME = frozenset(_FREE.split())
 """Where a run is kept, on what it runs and how often it saves: what may change between a kill and the resumption."""
 
 
@@ -56,6 +44,7 @@ checkpoint_every every accumulate
 _NOT_NEGATIVE = """
 missing workers around_seeds prompt_lr lr critic_lr emotion_lr emotion_fakes lambda_diff contrast min_change strength
 w_pcmecl w_adversarial w_emotion w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
+batch_early
 """
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
@@ -66,11 +55,10 @@ LIMITS: dict[str, Range] = {
     "margin": Range(0, 0.9),
     "fps": Range(1, 240),
     "crf": Range(0, 51),
-    "mouth_box": Range(0, 1),
+    **dict.fromkeys(("mouth_box", "keep_from", "smooth"), Range(0, 1)),
     "average": Range(0, 0.99999),
     "views": Range(0),
     "seed": Range(0, 2**32 - 1),
-    "smooth": Range(0, 1),
 }
 """Of every command's options; of a list, each element's."""
 
@@ -228,6 +216,8 @@ class EditingOptions:
     """The generator's own options: docs/generators.md lists those of the built-in ones."""
     batch: int = 24
     """Frames a step, over all ranks."""
+    batch_early: int = 0
+    """Frames a step in the first half of the steps, where fewer do; 0: as many as later."""
     accumulate: int = 1
     """Parts that a step's frames are taken in, one after the other, for batches larger than memory."""
     optimizer: Literal["adam", "muon"] = "adam"
@@ -277,6 +267,9 @@ class EditingOptions:
     """Other faces: weight of changing few pixels and keeping coarse colours and shapes."""
     w_mouth: float = 40.0
     """Other faces: weight of keeping the middle of the mouth, where speech shows."""
+    keep_from: float = 0.0
+    """After which part of the steps the four terms above begin to count; a quarter of the steps later, in full. Edits
+    that may change the speech learn sooner what an emotion looks like; `demo` takes 0.3."""
     mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])
     """Left, top, right, bottom of the middle of the mouth, as fractions of the frame."""
 
@@ -327,6 +320,12 @@ class DemoConfig(TrainConfig):
     """Optimiser steps of the generator."""
     batch: int = 16
     """Frames a step, over all ranks."""
+    batch_early: int = 12
+    """Frames a step in the first half of the steps; 0: as many as later."""
+    keep_from: float = 0.3
+    """After which part of the steps person and speech begin to count; their weights are full a quarter later."""
+    prompt_steps: int = 600
+    """Optimiser steps of the prompts."""
     optimizer: Literal["adam", "muon"] = "muon"
     """How the layers of the generator, and of the critic that knows the emotion, learn; `train` takes adam."""
     w_pcmecl: float = 8.5

@@ -10,8 +10,9 @@ is 0 is not computed, and a critic whose term has none is not made. What is eval
 the generator's weights.
 
 Person and speech are read from drawn faces by the shipped `FaceReader`. It cannot read real faces: there the pixel
-terms w_identity and w_mouth replace the two. Every eighth target is the source's own emotion: there PCMECL contributes
-nothing and the frame must not change.
+terms w_identity and w_mouth replace the two. With --keep-from these terms begin late, and are not computed before: kept
+from the first step on, a mouth learns to stay before it learns to smile. Every eighth target is the source's own
+emotion: there PCMECL contributes nothing and the frame must not change.
 
 Over ranks, and over the parts of --accumulate, each term is the mean over the whole batch: a part's mean counts as much
 as the part has samples that the term is about, so that one whose targets all equal their sources dilutes nothing.
@@ -48,6 +49,9 @@ from pcmecl_fast.train.views import FOLDER, KeptViews, half_mirrored, seen_alike
 
 log = logging.getLogger("pcmecl_fast")
 
+_KEEPING = ("person", "speech", "identity", "mouth")
+_GROWING = 0.25  # part of the steps
+
 
 def train_generator(
     clip: Clip,
@@ -83,11 +87,14 @@ def train_generator(
     if kept is not None:
         kept.load(loop.done, clip.device)
         loop.before_saving = kept.save
-    plans = (step_on.draw(config.batch, loop.generator(step)).own() for step in range(loop.done, config.steps))
+    plans = (
+        step_on.draw(_frames_at(step, config), loop.generator(step)).own() for step in range(loop.done, config.steps)
+    )
     for step, (plan, frames) in zip(loop, read_ahead(dataset, plans, Plan.wanted, workers=config.readers), strict=True):
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
         torch.manual_seed(loop.generator(step).initial_seed() + (rank() << 40))
         step_on.players.set_rates(_schedule(step, config.steps))
+        step_on.terms_of.keeping = _keeping(step, config)
         loop.record(step, **step_on(Batch.of(plan, frames), loop.generator(~step).initial_seed()))
         if preview is not None and is_main() and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(average))
@@ -144,11 +151,13 @@ def _signature(clip: Clip, dataset: FrameDataset, generator: Generator, config: 
 def check_batch(config: TrainConfig) -> None:
     """Refuse a batch that cannot be divided among ranks and the parts of --accumulate."""
     parts = ranks() * config.accumulate
-    if config.batch % parts:
-        among = [f"{ranks()} ranks"] * (ranks() > 1) + [f"{config.accumulate} parts"] * (config.accumulate > 1)
-        raise ValueError(
-            f"batch: {config.batch} frames cannot be divided among {' of '.join(among)}; takes a multiple of {parts}"
-        )
+    for name in ("batch", "batch_early"):
+        frames = getattr(config, name)
+        if frames % parts:
+            among = [f"{ranks()} ranks"] * (ranks() > 1) + [f"{config.accumulate} parts"] * (config.accumulate > 1)
+            raise ValueError(
+                f"{name}: {frames} frames cannot be divided among {' of '.join(among)}; takes a multiple of {parts}"
+            )
 
 
 def criterion_for(clip: Clip, bank: PromptBank, dataset: FrameDataset, config: TrainConfig) -> PCMECLCriterion:
@@ -179,6 +188,18 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 20) * min(1.0, 2 * (steps - step) / steps)
 
 
+def _frames_at(step: int, config: TrainConfig) -> int:
+    """How many frames a step takes: while the learning rate is full, noise in the gradients does little harm."""
+    return config.batch_early if config.batch_early and 2 * step < config.steps else config.batch
+
+
+def _keeping(step: int, config: TrainConfig) -> float:
+    """How much of their weights the terms that keep person and speech have."""
+    if not config.keep_from:
+        return 1.0
+    return min(1.0, max(0.0, ((step + 1) / config.steps - config.keep_from) / _GROWING))
+
+
 class _Terms:
     """The terms of the generator's loss on a part of a batch: what it adds to their means over the whole batch."""
 
@@ -191,14 +212,21 @@ class _Terms:
         # A random view of the source has different features, so stored ones do not apply.
         self.features = None if live or config.jitter else frame_features(clip, dataset, config)
         self.kept = KeptViews(config.out / FOLDER) if config.jitter and config.views and not live else None
-        self.weights = {name: getattr(config, f"w_{name}") for name in TERMS}
+        self._full = {name: getattr(config, f"w_{name}") for name in TERMS}
+        self.keeping = 1.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those of a step: `keeping` is the part that counts of those that keep person and speech."""
+        return {name: full * (self.keeping if name in _KEEPING else 1.0) for name, full in self._full.items()}
 
     def __call__(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(edited frames, terms, loss); terms are unweighted, except for the generator's own penalties."""
+        weights = self.weights
         with self.players.autocast:
             edit, again = self.players.editing(batch.frames, batch.drive, batch.back)
             terms: dict[str, Tensor] = {}
-            if self.weights["pcmecl"]:
+            if weights["pcmecl"]:
                 views = self._views(batch, edit.frames, seed)
                 known = self._known(views[0], batch)
                 terms["pcmecl"] = self.criterion(*views, batch.row, batch.source, batch.target, source_features=known)
@@ -206,11 +234,11 @@ class _Terms:
             terms |= {name: penalty.reshape(()) for name, penalty in edit.penalties.items()}
         if self.reader is None:
             terms |= self._pixels(batch.frames, edit.frames.float())
-        else:
+        elif self.keeping:
             # Not in CLIP's views: in their noise it reads mouths less exactly, and edits follow its errors.
             seen = half_mirrored(batch.view, batch.frames, edit.frames.float())
             terms["speech"], terms["person"] = reading_losses(self.reader, *seen)
-        if self.weights["reconstruction"]:
+        if weights["reconstruction"]:
             same = (batch.source == batch.target)[:, None, None, None]
             terms["reconstruction"] = _mean_where((edit.frames - batch.frames).abs(), same)
         if edit.shown is not None:  # without a weight, too: over ranks every parameter takes part
@@ -224,7 +252,8 @@ class _Terms:
     def weighted(self, terms: dict[str, Tensor]) -> Tensor:
         """The loss. The generator's penalties are already weighted; the critic's own loss is not part of it."""
         start = torch.zeros((), device=self.clip.device)
-        weighted = (self.weights.get(name, 1.0) * term for name, term in terms.items() if name != "critic")
+        weights = self.weights
+        weighted = (weights.get(name, 1.0) * term for name, term in terms.items() if name != "critic")
         return sum(weighted, start)
 
     def _views(self, batch: Batch, edited: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -250,10 +279,10 @@ class _Terms:
 
     def _pixels(self, source: Tensor, edited: Tensor) -> dict[str, Tensor]:
         """What keeps person and speech where no reader can tell."""
-        losses = {}
-        if self.weights["identity"]:
+        losses, weights = {}, self.weights
+        if weights["identity"]:
             losses["identity"] = identity_loss(source, edited)
-        if self.weights["mouth"]:
+        if weights["mouth"]:
             losses["mouth"] = mouth_loss(source, edited, self.config.mouth_box)
         return losses
 
