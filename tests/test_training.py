@@ -389,7 +389,7 @@ def test_the_first_half_of_the_steps_may_take_fewer_frames(clip, stage1, tmp_pat
     monkeypatch.setattr(stage_two.Step, "__call__", counting)
     train_generator(clip, bank, data, train_config(tmp_path / "fewer", steps=5, batch_early=2))
     train_generator(clip, bank, data, train_config(tmp_path / "same", steps=2))
-    assert taken == [2, 2, 2, 4, 4] + [4, 4]
+    assert taken == [2, 2, 2, 4, 4, 4, 4]
     with pytest.raises(ValueError, match="batch_early: 3 frames cannot be divided among 2 parts; takes a multiple of"):
         train_generator(clip, bank, data, train_config(tmp_path / "odd", batch_early=3, accumulate=2))
 

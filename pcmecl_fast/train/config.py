@@ -44,20 +44,17 @@ checkpoint_every every accumulate
 _NOT_NEGATIVE = """
 missing workers around_seeds prompt_lr lr critic_lr emotion_lr emotion_fakes lambda_diff contrast min_change strength
 w_pcmecl w_adversarial w_emotion w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
-batch_early
+batch_early views
 """
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
     **dict.fromkeys(_NOT_NEGATIVE.split(), Range(0)),
-    "every": Range(1),
     "holdout": Range(0, 1, open=True),
-    "jitter": Range(0, 1),
     "margin": Range(0, 0.9),
     "fps": Range(1, 240),
     "crf": Range(0, 51),
-    **dict.fromkeys(("mouth_box", "keep_from", "smooth"), Range(0, 1)),
+    **dict.fromkeys(("mouth_box", "keep_from", "smooth", "jitter"), Range(0, 1)),
     "average": Range(0, 0.99999),
-    "views": Range(0),
     "seed": Range(0, 2**32 - 1),
 }
 """Of every command's options; of a list, each element's."""
@@ -268,8 +265,7 @@ class EditingOptions:
     w_mouth: float = 40.0
     """Other faces: weight of keeping the middle of the mouth, where speech shows."""
     keep_from: float = 0.0
-    """After which part of the steps the four terms above begin to count; a quarter of the steps later, in full. Edits
-    that may change the speech learn sooner what an emotion looks like; `demo` takes 0.3."""
+    """After which part of the steps the four terms above begin to count, in full a quarter of the steps later."""
     mouth_box: list[float] = field(default_factory=lambda: [0.42, 0.62, 0.58, 0.86])
     """Left, top, right, bottom of the middle of the mouth, as fractions of the frame."""
 
@@ -328,10 +324,16 @@ class DemoConfig(TrainConfig):
     """Optimiser steps of the prompts."""
     optimizer: Literal["adam", "muon"] = "muon"
     """How the layers of the generator, and of the critic that knows the emotion, learn; `train` takes adam."""
+    contrast: float = 0.1
+    """Weight of the contrast with other emotions inside PCMECL's loss: less where a critic names them, too."""
+    strength: float = 0.9
+    """Weight of the penalty inside PCMECL's loss on edits that fall short of real changes."""
     w_pcmecl: float = 8.5
     """Weight of PCMECL's loss."""
     w_emotion: float = 2.5
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
+    w_speech: float = 66.0
+    """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""
 
@@ -369,8 +371,7 @@ class AblateConfig(TrainConfig):
     w_speech: float = 45.0
     """Drawn faces: weight of unchanged speech to the frozen reader, as used for the committed results."""
     generator: str = "warp-fields"
-    """warp-fields or warp-paint (built in), or your own as package.module:Class; the committed results are of
-    warp-fields."""
+    """warp-fields (of the committed results), warp-paint, or your own as package.module:Class."""
     average: float = 0.0
     """Decay of the running average of the generator's weights; the committed results are of the last weights."""
     w_direct: float = 60.0
