@@ -50,8 +50,6 @@ class WarpPaintConfig(WarpFieldsConfig):
     """P: how many learned places of the face lend their colours to the paint."""
     mirrored: bool = True
     """Once trained, look at the mirror image of a frame, too; only where the window is in the middle."""
-    w_smooth: float = 100.0
-    """Weight of the total variation of flow and shade."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
     w_paint: float = 20.0
