@@ -214,7 +214,7 @@ class EditingOptions:
     batch: int = 24
     """Frames a step, over all ranks."""
     batch_early: int = 0
-    """Frames a step in the first half of the steps, where fewer do; 0: as many as later."""
+    """Frames a step in the first half of the steps, where fewer may do; 0: as many as later."""
     accumulate: int = 1
     """Parts that a step's frames are taken in, one after the other, for batches larger than memory."""
     optimizer: Literal["adam", "muon"] = "adam"
