@@ -1,13 +1,25 @@
 """The critic that knows emotions, the running average of a generator, and terms without a weight."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pcmecl_fast.models import Average, Critics, EmotionCritic, Generator, PatchDiscriminator, make_generator
-from pcmecl_fast.models.discriminator import emotion_loss, naming_loss, realism_loss, score_of
+from pcmecl_fast.models.discriminator import (
+    MOUTH,
+    Views,
+    blurred,
+    emotion_loss,
+    mouths_of,
+    naming_loss,
+    realism_loss,
+    score_of,
+)
 from pcmecl_fast.models.warp_fields import WarpFields, WarpFieldsConfig
 from pcmecl_fast.synthetic import SyntheticFaces
+from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.players import Players, judged
 
@@ -63,15 +75,44 @@ def test_frames_of_any_size_are_scored(size):
 
 
 def test_only_the_wanted_critics_are_made():
-    frames = torch.randn(2, 3, 32, 32)
-    both, patches, emotion = (
-        Critics(3, patches=p, emotion=e)(frames) for p, e in ((True, True), (True, False), (False, True))
-    )
-    assert both.patches.shape == (2, 1, 4, 4)
-    assert both.emotion.shape == (2, 3)
-    assert patches.emotion is None
-    assert emotion.patches is None
-    assert not any(isinstance(x, PatchDiscriminator) for x in Critics(3, patches=False, emotion=True).modules())
+    views = Views(torch.randn(2, 3, 32, 32), torch.randn(2, 3, *MOUTH))
+    shapes = {"patches": (2, 1, 4, 4), "emotion": (2, 3), "emotion_mouth": (2, 3)}
+    for wanted in itertools.product((False, True), repeat=3):
+        critics = Critics(3, **dict(zip(shapes, wanted, strict=True)))
+        for (name, shape), is_wanted in zip(shapes.items(), wanted, strict=True):
+            scores = getattr(critics(views), name)
+            assert scores is None if not is_wanted else scores.shape == shape
+        assert any(isinstance(x, PatchDiscriminator) for x in critics.modules()) == wanted[0]
+
+
+def test_what_alternates_between_pixels_neither_pleases_a_critic_nor_comes_back_from_one():
+    torch.manual_seed(0)
+    critic, frames = EmotionCritic(3), torch.rand(2, 3, 32, 32) * 2 - 1
+    rows = torch.ones(32, 1)
+    rows[1::2] = -1
+    # All but the border, where a pixel has no neighbour on one side.
+    stripes = F.pad((0.2 * rows * torch.ones(32, 32))[2:-2, 2:-2], (2, 2, 2, 2))
+    moved = (blurred(frames + stripes) - blurred(frames))[..., 4:-4, 4:-4]
+    torch.testing.assert_close(moved, torch.zeros_like(moved))
+    frames.requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(frames).sum(), frames)
+    alternating = (gradient * rows)[..., 4:-4, 4:-4].sum((-1, -2)).abs()
+    assert (alternating < 0.05 * gradient.abs()[..., 4:-4, 4:-4].sum((-1, -2))).all()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (256, 256), (40, 30), (8, 8)])
+def test_mouths_of_any_size_are_seen_alike(size):
+    box = [0.4, 0.6, 0.6, 0.9]
+    frames = torch.zeros(1, 1, *size)
+    seen = mouths_of(frames, box)
+    assert seen.shape == (1, 1, *MOUTH)
+    height, width = size
+    frames[..., round(0.6 * height) : round(0.9 * height), round(0.25 * width) : round(0.75 * width)] = 1.0
+    torch.testing.assert_close(mouths_of(frames, box), torch.ones_like(seen))
+
+
+def test_a_box_at_the_edge_is_seen_as_far_as_the_frame_goes():
+    assert mouths_of(torch.rand(2, 3, 16, 16), [0.9, 0.99, 1.0, 1.0]).shape == (2, 3, *MOUTH)
 
 
 # Where they look
@@ -121,6 +162,24 @@ def test_what_no_edit_reaches_is_not_judged():
     assert all(torch.equal(one[name], other[name]) for name in one)
     changed[..., 40, 32] += 0.5
     assert players.of_critic(changed, target)["emotion"] != one["emotion"]
+
+
+def test_the_critic_of_mouths_sees_the_mouth_alone_and_learns():
+    torch.manual_seed(0)
+    config = TrainConfig(w_adversarial=0.0, w_emotion_mouth=1.0, optimizer="muon")
+    players = Players(WarpFields(EMOTIONS, 64), config, torch.device("cpu"))
+    frames, target = torch.rand(2, 3, 64, 64) * 2 - 1, torch.tensor([0, 2])
+    changed = frames.clone()
+    changed[..., :38, :], changed[..., :16] = 0.5, -0.5
+    one, other = players.of_critic(frames, target), players.of_critic(changed, target)
+    assert one.keys() == {"emotion_mouth"}
+    assert torch.equal(one["emotion_mouth"], other["emotion_mouth"])
+    changed[..., 48, 32] += 0.5
+    assert players.of_critic(changed, target)["emotion_mouth"] != one["emotion_mouth"]
+    before = [x.clone() for x in players.critic.parameters()]
+    batch = Batch(torch.zeros(2), frames, target, target, target, target.flip(0), target, torch.zeros(2))
+    players._improve_critic([batch], [changed])
+    assert not any(torch.equal(x, y) for x, y in zip(before, players.critic.parameters(), strict=True))
 
 
 # The running average

@@ -10,8 +10,6 @@ from pcmecl_fast.models import (
     PatchDiscriminator,
     WarpFields,
     WarpFieldsConfig,
-    WarpPaint,
-    WarpPaintConfig,
     load_generator,
     save_generator,
 )
@@ -193,20 +191,14 @@ def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
     assert torch.equal(again(source, target), model.eval()(source, target))
 
 
-@pytest.mark.parametrize(
-    ("model", "option", "then"),
-    [
-        (WarpFields(EMOTIONS, 32, WarpFieldsConfig(fields=4, cells=16)), "cells", 16),
-        (WarpPaint(EMOTIONS, 32, WarpPaintConfig(fields=4, widths=[8, 16], last=32)), "last", 32),
-    ],
-)
-def test_a_file_from_before_an_option_has_the_value_of_then(tmp_path, model, option, then):
+def test_a_file_from_before_an_option_has_the_value_of_then(tmp_path):
+    model = WarpFields(EMOTIONS, 32, WarpFieldsConfig(fields=4, cells=16))
     save_generator(tmp_path / "model", model)
     tensors, header = load_tensors(tmp_path / "model", "generator")
-    del header["options"][option]
+    del header["options"]["cells"]
     save_tensors(tmp_path / "model", "generator", tensors, header)
     again = load_generator(tmp_path / "model")
-    assert getattr(again.config, option) == then
+    assert again.config.cells == 16
     source, target = frames(2, 3, 32, 32), torch.tensor([1, 2])
     assert torch.equal(again(source, target), model.eval()(source, target))
 

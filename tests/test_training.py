@@ -446,7 +446,7 @@ def summary_of(run):
         {"condition": "none", "negatives": "distinct", "ending": "."},
         {"context": "per-emotion", "descriptions": ["calm", "a happy face", "a sad face"], "n_ctx": 2},
         {"generator_options": {"driven_by": "reference"}},
-        {"optimizer": "muon", "w_emotion": 1.0},
+        {"optimizer": "muon", "w_emotion": 1.0, "w_emotion_mouth": 0.5},
         {"optimizer": "muon", "generator": "warp-fields", "amp": "fp16"},
         {"missing": 1},
         {"keep_from": 0.3, "batch_early": 2},

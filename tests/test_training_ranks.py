@@ -148,7 +148,7 @@ def train(
         config = TrainConfig(
             out=out, steps=6, batch=batch, accumulate=accumulate, size=32, strength=0.0, w_cycle=1.0, w_person=0.0,
             w_speech=0.0, w_adversarial=adversarial, checkpoint_every=4, generator=generator, views=views,
-            w_emotion=emotion, optimizer=optimizer,
+            w_emotion=emotion, w_emotion_mouth=emotion, optimizer=optimizer,
         )  # fmt: skip
         with ops.use_backend(backend):
             trained, loop = stage2.train_generator(clip, bank, data, config)

@@ -5,11 +5,10 @@ import torch
 import torch.nn.functional as F
 from tolerances import TOLERANCES
 
-from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
-from pcmecl_fast.models.warp_paint import Box, _Bounded, _Layer, _Up
+from pcmecl_fast.models.warp_paint import Box, _Bounded, _Layer, _Up, covered, local_contrast
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -51,7 +50,7 @@ def test_a_gradient_reaches_the_opacities_from_the_start_and_everything_after_a_
         edit = model.edit(source, target)
         loss = (edit.frames - source.flip(-1)).square().mean()
         (loss + torch.nn.functional.cross_entropy(edit.shown, torch.tensor([2, 0, 1]))).backward()
-        assert model.head.weight.grad[3].norm() > 0
+        assert (model.head.weight.grad[3:].flatten(1).norm(dim=1) > 0).all()
         optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
@@ -137,6 +136,26 @@ def test_paint_is_mixed_of_white_black_and_the_faces_own_colours():
     assert (colour[:, 0] > colour[:, 1] - 1e-4)[covered].all()
 
 
+def test_a_veil_costs_more_than_the_same_paint_in_one_place():
+    veil, cover, nothing = torch.full((1, 1, 10, 10), 0.1), torch.zeros(1, 1, 10, 10), torch.zeros(1, 1, 10, 10)
+    cover[..., 0, :] = 1.0
+    assert veil.mean() == pytest.approx(cover.mean().item())
+    assert covered(nothing) == 0
+    assert covered(cover) == pytest.approx(0.1)
+    assert covered(veil) == pytest.approx(0.289, abs=1e-3)
+
+
+def test_contrast_is_the_same_on_dark_skin_and_light_and_nothing_where_all_is_alike():
+    lines = frames(1, 3, 16, 16)
+    light, dark = 0.4 + 0.5 * lines, -0.6 + 0.25 * lines
+    torch.testing.assert_close(local_contrast(light), local_contrast(dark), rtol=0, atol=0.1)
+    plain = torch.full((1, 3, 16, 16), 0.3, requires_grad=True)
+    seen = local_contrast(plain)
+    torch.testing.assert_close(seen, torch.zeros_like(seen), rtol=0, atol=1e-5)
+    (gradient,) = torch.autograd.grad(seen[..., 8, 8].sum(), plain)
+    assert gradient.isfinite().all()
+
+
 def test_what_is_outside_its_bounds_can_come_back_but_is_not_pushed_further():
     x = torch.tensor([-0.5, -0.5, 0.0, 0.5, 1.5, 1.5], requires_grad=True)
     bounded = _Bounded.apply(x)
@@ -182,7 +201,7 @@ def test_once_trained_it_edits_a_mirrored_frame_as_it_does_the_frame(size, drive
 
 @pytest.mark.parametrize("options", [{"mirrored": False}, {"window": [0.45, 0.6, 0.27, 0.27]}])
 def test_it_looks_once_where_that_is_wanted_or_the_window_is_not_in_the_middle(options):
-    model, source, target = painting(**options), frames(2, 3, 32, 32), torch.tensor([1, 2])
+    model, source, target = painting(least=0.0, **options), frames(2, 3, 32, 32), torch.tensor([1, 2])
     edited = model(source, target)
     assert torch.equal(model.eval()(source, target), edited)
 
@@ -199,14 +218,24 @@ def test_what_is_saved_is_loaded_frozen(tmp_path, driven_by):
     assert torch.equal(again(source, target), model.eval()(source, target))
 
 
-def test_one_saved_before_an_option_was_there_edits_as_it_did(tmp_path):
-    model = painting(mirrored=False).eval()
-    save_generator(tmp_path / "model", model)
-    state, header = load_tensors(tmp_path / "model", "generator")
-    del header["options"]["mirrored"]
-    save_tensors(tmp_path / "earlier", "generator", state, header)
+def test_once_trained_it_leaves_out_what_hardly_covers():
     source, target = frames(2, 3, 32, 32), torch.tensor([1, 2])
-    assert torch.equal(load_generator(tmp_path / "earlier")(source, target), model(source, target))
+    models = [painting(least=least, mirrored=False).eval() for least in (0.0, 0.3)]
+    with torch.no_grad():
+        whole, left = (model.plan(source, target)[:, 3] for model in models)
+    assert (left <= whole + 1e-6).all()
+    middle = (..., slice(16, 22), slice(12, 20))  # where the window does not weigh
+    assert ((whole > 0) & (whole < 0.3))[middle].any()
+    assert (left[middle][whole[middle] < 0.3] == 0).all()
+    assert left.max() > 0.3
+    training = [model.train().plan(source, target) for model in models]
+    assert torch.equal(*training)
+
+
+@pytest.mark.parametrize("least", [-0.1, 1.0])
+def test_a_least_cover_that_is_none_is_refused(least):
+    with pytest.raises(ValueError, match=f"least: takes 0 to less than 1, got {least}"):
+        generator(least=least)
 
 
 @pytest.mark.parametrize("widths", [[], [8], [8, 12], [8, 0]])

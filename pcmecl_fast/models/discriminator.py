@@ -1,8 +1,9 @@
 """The critics of the adversarial losses: is each patch of a frame real, and is the frame a real one of an emotion?
 
-`PatchDiscriminator` is not given the emotion. `EmotionCritic` scores a whole frame as one of each emotion (ours, after
-matching-aware critics: Reed et al. 2016). For real frames x that show e, edits y to the emotion t, their scores, and
-h(s) = max(0, 1 − s), the two losses are
+`PatchDiscriminator` is not given the emotion. `EmotionCritic` scores a picture as one of each emotion (ours, after
+matching-aware critics: Reed et al. 2016). One sees the face, another the mouth alone, as in GFPGAN (Wang et al. 2021)
+some see eyes and mouths: the first is content with brows and lids, and edits grew no teeth. For real frames x that show
+e, edits y to the emotion t, their scores, and h(s) = max(0, 1 − s), the losses are
 
     naming(s, e) = h(s_e) + mean_{f ≠ e} h(−s_f)
     patches      = mean h(patch(x)) + mean h(−patch(y))
@@ -11,14 +12,18 @@ h(s) = max(0, 1 − s), the two losses are
 and the generator's are −mean patch(y) and naming(s(y), t): an edit gains nothing beyond what real frames of the target
 have. What the critics are trained on is real, labelled and unpaired. `fakes` says how far edits count against their
 target's score: with 1, the critic of a run of 400 steps names 51 % of new people's real frames, and edits gain nothing;
-with 0.25 it names 86 %, and they do. It has no spectral norms, with which it learns too slowly.
+with 0.25 it names 86 %, and they do. It has no spectral norms, with which it learns too slowly, and sees everything
+slightly blurred: the gradient of convolutions that skip pixels alternates from one to the next, and edits followed it
+in ripples.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -39,39 +44,96 @@ class PatchDiscriminator(nn.Module):
         return self.body(frames)
 
 
-class Scores(NamedTuple):
-    """What a critic says of B frames, positive for real; None where it was not asked."""
+class Views(NamedTuple):
+    """What critics see of B frames; None where none wants it."""
 
-    patches: Tensor | None  # (B, 1, H/8, W/8)
+    face: Tensor | None  # (B, 3, h, w)
+    mouth: Tensor | None  # (B, 3, *MOUTH)
+
+
+class Scores(NamedTuple):
+    """What critics say of B frames, positive for real; None where there is no such critic."""
+
+    patches: Tensor | None  # (B, 1, h/8, w/8)
     emotion: Tensor | None  # (B, E)
+    emotion_mouth: Tensor | None  # (B, E)
 
 
 class EmotionCritic(nn.Module):
-    """(B, 3, H, W) in [-1, 1] to a score for each emotion, (B, E)."""
+    """(B, 3, H, W) in [-1, 1] to a score for each emotion, (B, E).
 
-    def __init__(self, emotions: int, widths: tuple[int, ...] = (24, 48, 64, 64)) -> None:
+    Args:
+        widths: channels of its layers, each of which halves the picture.
+        cells: rows and columns in which it is read in the end.
+    """
+
+    def __init__(
+        self, emotions: int, widths: Sequence[int] = (24, 48, 64, 64), cells: tuple[int, int] = (4, 4)
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise((3, *widths)):
             layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.GroupNorm(8, outputs), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * widths[-1], emotions))
+        read = nn.Linear(cells[0] * cells[1] * widths[-1], emotions)
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(cells), nn.Flatten(), read)
 
     def forward(self, frames: Tensor) -> Tensor:
-        return self.body(frames)
+        return self.body(blurred(frames))
+
+
+def blurred(
+    frames: Tensor,  # (B, C, H, W)
+) -> Tensor:
+    """Weighed with their neighbours, [1, 2, 1] / 4 in both directions: what alternates between pixels is gone."""
+    channels = frames.shape[1]
+    row = frames.new_tensor([0.25, 0.5, 0.25])
+    kernel = (row[:, None] * row).expand(channels, 1, 3, 3)
+    return F.conv2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
+
+
+MOUTH = (32, 48)
+"""Rows and columns in which the critic of mouths sees them, whatever the frames' size."""
+
+
+def mouths_of(
+    frames: Tensor,  # (B, C, H, W)
+    box: Sequence[float],  # left, top, right, bottom of the strip between the lips, as fractions of the frame
+) -> Tensor:  # (B, C, *MOUTH)
+    """The mouths: the strip, two and a half times as wide."""
+    height, width = frames.shape[-2:]
+    middle, reach = (box[0] + box[2]) / 2, 1.25 * (box[2] - box[0])
+    rows = _span(box[1], box[3], height)
+    columns = _span(middle - reach, middle + reach, width)
+    shrinks = rows.stop - rows.start > MOUTH[0] or columns.stop - columns.start > MOUTH[1]
+    mouths = F.interpolate(frames[..., rows, columns], MOUTH, mode="bilinear", antialias=shrinks)
+    return mouths.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else mouths
+
+
+def _span(start: float, stop: float, side: int) -> slice:
+    """At least one pixel, inside the frame."""
+    first = min(max(round(start * side), 0), side - 1)
+    return slice(first, max(min(round(stop * side), side), first + 1))
 
 
 class Critics(nn.Module):
     """The critics that are wanted, as one."""
 
-    def __init__(self, emotions: int, *, patches: bool, emotion: bool) -> None:
+    def __init__(self, emotions: int, *, patches: bool, emotion: bool, emotion_mouth: bool = False) -> None:
         super().__init__()
         self.patches = PatchDiscriminator() if patches else None
         self.emotion = EmotionCritic(emotions) if emotion else None
+        self.emotion_mouth = EmotionCritic(emotions, (16, 32, 48), (4, 6)) if emotion_mouth else None
 
-    def forward(self, frames: Tensor) -> Scores:
+    def forward(self, views: Views) -> Scores:
         return Scores(
-            None if self.patches is None else self.patches(frames),
-            None if self.emotion is None else self.emotion(frames),
+            *(
+                None if critic is None or seen is None else critic(seen)
+                for critic, seen in (
+                    (self.patches, views.face),
+                    (self.emotion, views.face),
+                    (self.emotion_mouth, views.mouth),
+                )
+            )
         )
 
 

@@ -1,22 +1,26 @@
 """The built-in generator: the learned fields of `warp-fields`, refined and painted over by a network that looks (ours).
 
     change = style(target) − style(shown)                               the emotion shown is recognised
-    seen   = gate(change) ⊙ U-Net(frame, place; change)                 the change scales and shifts its channels
-    flow', shade', α, m = head(seen)                                    no biases: zero for no change
+    seen   = gate(change) ⊙ U-Net(frame, contrast, place; change)       the change scales and shifts its channels
+    flow', shade', α = head(seen)                                       no biases: zero for no change
     flow   = window · reach · tanh(flow of the fields + flow'),  shade = window · shading · tanh(… + shade')
-    edited = clamp( (1 − α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + α · c ),  α = window · clamp(α, 0, 1)
-    c      = softmax(m) · [white, black, Σ_x softmax(place_p)(x) frame(x) for p = 1 … P]
+    edited = clamp( (1 − Σ α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + Σ_c α_c · colour_c )
+    α_c    = window · clamp(α_c, 0, 1) / max(1, Σ clamp(α, 0, 1)),  one for each colour
+    colour = [white, black, Σ_x softmax(place_p)(x) frame(x) for p = 1 … P]
 
 Fields that everyone shares learn soon what a face does, but not where this face has its lids and lips: alone, they
 smear wide eyes. The network alone learns that, and takes twice as many steps to show as much. Moved skin has no teeth,
 no white around the iris and no fold in it: that is painted, with a mask and a colour as in GANimation (Pumarola et al.
 2018), over as little of the face as the penalties leave to it: what the frame has keeps its texture where it is moved.
-A colour is mixed of white, black and the frame's own at P learned places: free ones were magenta where that pleased.
+The colours are white, black and the frame's own at P learned places: free ones were magenta where that pleased. Each
+has an opacity of its own, so that a pixel says from the start which it would rather be: one opacity for a mixture,
+which begins as the mean of the colours, was wanted nowhere and stayed at zero.
 
-The network sees the window at `detail` pixels for the whole frame, whatever the frame's size. Flow, shade, α and
-α · c are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as much. Trained,
-the network looks twice, at the frame and at its mirror image, and the plan is the mean of both: where one look puts a
-brow or a lip a pixel off, the other seldom does.
+The network sees the window at `detail` pixels for the whole frame, whatever the frame's size, and beside the colours
+their local contrast, in which lips and lids are as plain on dark skin as on light. Flow, shade, Σ α and
+Σ α_c · colour_c are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as
+much. Trained, the network looks twice, at the frame and at its mirror image, and the plan is the mean of both: where
+one look puts a brow or a lip a pixel off, the other seldom does.
 The weights start so close to zero that the untrained generator is the identity, and opacities at exactly zero. A plan
 of zeros gives the frame back to the bit, and so does every pixel outside the window.
 """
@@ -24,9 +28,10 @@ of zeros gives the frame back to the bit, and so does every pixel outside the wi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +57,16 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Once trained, look at the mirror image of a frame, too; only where the window is in the middle."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
+    least: float = 0.05
+    """Once trained, paint that covers less than this is left out: it is what leaks out of teeth into cheeks."""
     w_paint: float = 20.0
-    """Weight of the mean opacity: skin that can be moved or shaded is not painted over."""
+    """Weight of what the paint covers, mean log(1 + 10 Σ α) / log 11: a tenth of a cover costs 29 % of it."""
 
 
 class WarpPaint(WarpFields):
     """Moves, shades and paints a face, by fields and by what a network sees; frames may have any size."""
 
     Config = WarpPaintConfig
-    before: ClassVar[Mapping[str, Any]] = {**WarpFields.before, "last": 32, "mirrored": False}
     config: WarpPaintConfig
 
     def __init__(self, emotions: Sequence[str], size: int, config: WarpPaintConfig | None = None) -> None:
@@ -70,9 +76,12 @@ class WarpPaint(WarpFields):
             raise ValueError(f"widths: takes two or more multiples of 8, got {widths}")
         if last < 8 or last % 8:
             raise ValueError(f"last: takes a multiple of 8, got {last}")
+        if not 0 <= self.config.least < 1:
+            raise ValueError(f"least: takes 0 to less than 1, got {self.config.least}")
         self.condition = nn.Sequential(nn.Linear(STYLE, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
-        # Colour and place, x and y.
-        self.down = nn.ModuleList([_Layer(5, widths[0])])
+        # Colour, its contrast, and place, x and y.
+        self.entry = _Layer(3 + 3 + 2, widths[0])
+        self.down = nn.ModuleList([_Layer(widths[0], widths[0])])
         self.down.extend(_Layer(i, o, halved=True) for i, o in itertools.pairwise(widths))
         self.middle = nn.ModuleList(_Layer(widths[-1], widths[-1], 128) for _ in range(2))
         self.up = nn.ModuleList(
@@ -81,18 +90,18 @@ class WarpPaint(WarpFields):
         self.up.append(_Up(widths[1], widths[0], last, 128))
         # Neither has a bias: no change, no edit.
         self.gate = nn.Linear(STYLE, last, bias=False)
-        self.head = nn.Conv2d(last, 4 + 2 + self.config.places, 3, padding=1, bias=False)
+        self.head = nn.Conv2d(last, 3 + 2 + self.config.places, 3, padding=1, bias=False)
         self.place = nn.Parameter(torch.randn(self.config.places, 16 * 16))
         with torch.no_grad():
             # Not exactly zero: a zero change has a zero gradient in a directional loss, and training would never start.
             self.head.weight[:3] *= 0.1
-            self.head.weight[3] = 0
+            self.head.weight[3:] = 0
 
     def edit(self, frames: Tensor, target: Tensor) -> Edit:
         plan, shown = self._plan(frames, target)
         flow, shade, opacity, _ = plan.float().split([2, 1, 1, 3], dim=1)
         penalties = self._penalties(flow, shade)
-        penalties["paint"] = self.config.w_paint * opacity.mean()
+        penalties["paint"] = self.config.w_paint * covered(opacity)
         box = Box.around(self.config.window, *frames.shape[-2:])
         edited = frames.clone()
         edited[box.pixels] = _carried_out(frames, enlarge(plan, frames)[box.pixels], box)
@@ -132,16 +141,20 @@ class WarpPaint(WarpFields):
         box = Box.around(config.window, *size)
         place = pose_grid(frames.new_zeros(1, 4), *size).movedim(-1, 1)[box.pixels]
         part = frames[box.pixels]
-        seen = self._seen(torch.cat([part, place.expand(len(part), -1, -1, -1)], 1), self.condition(change))
+        inputs = [part, local_contrast(part), place.expand(len(part), -1, -1, -1)]
+        seen = self._seen(torch.cat(inputs, 1), self.condition(change))
         out = self.head(seen * self.gate(change)[..., None, None])[..., : part.shape[-2], : part.shape[-1]]
         window = soft_window(height, width, config.window).to(out)[box.rows, box.columns]
-        flow, shade, opacity, mix = out.split([2, 1, 1, out.shape[1] - 4], dim=1)
+        flow, shade, opacities = out.split([2, 1, out.shape[1] - 3], dim=1)
         shared_flow, shared_shade = self._mixed(frames, change, (box.rows, box.columns))
         flow = window * 2 * config.reach * torch.tanh(shared_flow + flow)
         shade = window * config.shading * torch.tanh(shared_shade + shade)
-        opacity = window * _Bounded.apply(opacity)
-        colour = torch.einsum("bphw,bpc->bchw", mix.softmax(1), self._palette(part))
-        return F.pad(torch.cat([flow, shade, opacity, opacity * colour], 1), box.padding)
+        opacities = _Bounded.apply(opacities)
+        if not self.training:
+            opacities = (opacities - config.least).clamp(min=0) / (1 - config.least)
+        opacities = window * opacities / opacities.sum(1, keepdim=True).clamp(min=1)
+        paint = torch.einsum("bphw,bpc->bchw", opacities, self._palette(part))
+        return F.pad(torch.cat([flow, shade, opacities.sum(1, keepdim=True), paint], 1), box.padding)
 
     def _palette(
         self,
@@ -157,7 +170,7 @@ class WarpPaint(WarpFields):
         height, width = part.shape[-2:]
         halvings = 2 ** (len(self.down) - 1)
         hidden = F.pad(part, (0, -width % halvings, 0, -height % halvings), mode="replicate")
-        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        hidden = self.entry(hidden.contiguous(memory_format=torch.channels_last))
         beside = []
         for layer in self.down:
             hidden = layer(hidden)
@@ -167,6 +180,26 @@ class WarpPaint(WarpFields):
         for layer, skipped in zip(self.up, beside[-2::-1], strict=True):
             hidden = layer(hidden, skipped, condition=condition)
         return hidden
+
+
+def covered(
+    opacity: Tensor,  # (B, 1, h, w) in [0, 1]
+) -> Tensor:
+    """mean log(1 + 10 α) / log 11: for as much paint, a little everywhere costs more than all of it in few places."""
+    return (10 * opacity).log1p().mean() / math.log(11)
+
+
+def local_contrast(
+    frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+    around: int = 7,
+) -> Tensor:
+    """(x − mean) / √(variance + 0.03²), each of `around` × `around` pixels; the variance is that of all channels."""
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, around, 1, around // 2, count_include_pad=False)
+
+    apart = frames - mean(frames)
+    return apart * (mean(apart.square().mean(1, keepdim=True)) + 0.03**2).rsqrt()
 
 
 def _mirrored(

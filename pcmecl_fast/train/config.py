@@ -1,63 +1,22 @@
-"""The options of every command: typed defaults that become command lines and config files, and their limits."""
+"""The options of every command: typed defaults that become command lines and config files."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pcmecl_fast.machine import default_workers
 from pcmecl_fast.options import option_name
+from pcmecl_fast.train.limits import LIMITS
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
 _FREE = "out resume overwrite checkpoint_every device backend cuda_graphs features workers accumulate"
 FREE_ON_RESUME = frozenset(_FREE.split())
 """Where a run is kept, on what it runs and how often it saves: what may change between a kill and the resumption."""
-
-
-class Range(NamedTuple):
-    """What a number may be; `open` leaves the two ends out."""
-
-    least: float
-    most: float = math.inf
-    open: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return False
-        return self.least < value < self.most if self.open else self.least <= value <= self.most
-
-    def __str__(self) -> str:
-        if self.most == math.inf:
-            return f"{self.least} or more"
-        return f"{'more than ' * self.open}{self.least} to {'less than ' * self.open}{self.most}"
-
-
-_AT_LEAST_ONE = """
-size individuals clips frames_per_clip n_ctx batch batch_individuals steps prompt_steps quick_steps seeds
-checkpoint_every every accumulate
-"""
-_NOT_NEGATIVE = """
-missing workers around_seeds prompt_lr lr critic_lr emotion_lr emotion_fakes lambda_diff contrast min_change strength
-w_pcmecl w_adversarial w_emotion w_cycle w_reconstruction w_recognition w_person w_speech w_identity w_mouth w_direct
-batch_early views
-"""
-LIMITS: dict[str, Range] = {
-    **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
-    **dict.fromkeys(_NOT_NEGATIVE.split(), Range(0)),
-    "holdout": Range(0, 1, open=True),
-    "margin": Range(0, 0.9),
-    "fps": Range(1, 240),
-    "crf": Range(0, 51),
-    **dict.fromkeys(("mouth_box", "keep_from", "smooth", "jitter"), Range(0, 1)),
-    "average": Range(0, 0.99999),
-    "seed": Range(0, 2**32 - 1),
-}
-"""Of every command's options; of a list, each element's."""
 
 Run = TypeVar("Run", bound="RunConfig")
 
@@ -218,16 +177,16 @@ class EditingOptions:
     accumulate: int = 1
     """Parts that a step's frames are taken in, one after the other, for batches larger than memory."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """How the layers of the generator, and of the critic that knows the emotion, learn; all else learns by Adam. `demo`
+    """How the layers of the generator, and of the critics that know the emotion, learn; all else learns by Adam. `demo`
     takes muon, which is measured on drawn faces alone."""
     lr: float = 3e-3
     """Learning rate of the generator."""
     critic_lr: float = 4e-4
     """Learning rate of the critic of patches."""
     emotion_lr: float = 2e-3
-    """Learning rate of the critic that knows the emotion."""
+    """Learning rate of the critics that know the emotion."""
     emotion_fakes: float = 0.25
-    """How far edits count against their target in that critic's loss; 0: it learns from real frames alone."""
+    """How far edits count against their target in these critics' loss; 0: they learn from real frames alone."""
     average: float = 0.95
     """Decay of the running average of the generator's weights, which is evaluated and saved; 0: the last weights."""
     contrast: float = 0.5
@@ -249,7 +208,10 @@ class EditingOptions:
     """Weight of looking like a real frame."""
     w_emotion: float = 0.0
     """Weight of being named as the target emotion by a critic that learns it from the labelled frames; `demo` takes
-    2.5, which is measured on drawn faces alone."""
+    3, which is measured on drawn faces alone."""
+    w_emotion_mouth: float = 0.0
+    """Weight of the mouth alone being named as the target emotion, by a critic of mouths: asks for teeth where they
+    belong; `demo` takes 1.5. Mouths are what is in --mouth-box and a good width beside it."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
@@ -318,7 +280,7 @@ class DemoConfig(TrainConfig):
     """Frames a step, over all ranks."""
     batch_early: int = 12
     """Frames a step in the first half of the steps; 0: as many as later."""
-    keep_from: float = 0.3
+    keep_from: float = 0.4
     """After which part of the steps person and speech begin to count; their weights are full a quarter later."""
     prompt_steps: int = 600
     """Optimiser steps of the prompts."""
@@ -328,11 +290,13 @@ class DemoConfig(TrainConfig):
     """Weight of the contrast with other emotions inside PCMECL's loss: less where a critic names them, too."""
     strength: float = 0.9
     """Weight of the penalty inside PCMECL's loss on edits that fall short of real changes."""
-    w_pcmecl: float = 8.5
+    w_pcmecl: float = 6.0
     """Weight of PCMECL's loss."""
-    w_emotion: float = 2.5
+    w_emotion: float = 3.0
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
-    w_speech: float = 66.0
+    w_emotion_mouth: float = 1.5
+    """Weight of the mouth alone being named as the target emotion; `train` is without."""
+    w_speech: float = 90.0
     """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcmecl_fast.distributed import ranks, summed
 from pcmecl_fast.models import Average, Critics, Edit, Generator
-from pcmecl_fast.models.discriminator import Scores, emotion_loss, naming_loss, realism_loss
+from pcmecl_fast.models.discriminator import Scores, Views, emotion_loss, mouths_of, naming_loss, realism_loss
 from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.loop import Stateful
@@ -25,6 +25,7 @@ TERMS = (
     "pcmecl",
     "adversarial",
     "emotion",
+    "emotion_mouth",
     "cycle",
     "reconstruction",
     "identity",
@@ -60,17 +61,20 @@ class Players:
         muon = config.optimizer == "muon"
         self.optimizer = Learning([(generator, config.lr)], matrices_of(generator) if muon else ())
         self.critic: Critics | None = None
-        self._fakes = config.emotion_fakes
-        if config.w_adversarial or config.w_emotion:
+        self._fakes, self._mouth_box = config.emotion_fakes, config.mouth_box
+        if config.w_adversarial or config.w_emotion or config.w_emotion_mouth:
             critic = Critics(
-                len(generator.emotions), patches=bool(config.w_adversarial), emotion=bool(config.w_emotion)
+                len(generator.emotions),
+                patches=bool(config.w_adversarial),
+                emotion=bool(config.w_emotion),
+                emotion_mouth=bool(config.w_emotion_mouth),
             )
             self.critic = laid_out(critic.to(device))
             self._judging = _over_ranks(_Judging(self.critic))
-            rates = ((self.critic.patches, config.critic_lr), (self.critic.emotion, config.emotion_lr))
-            critics = [(x, rate) for x, rate in rates if x is not None]
-            matrices = () if critic.emotion is None or not muon else matrices_of(critic.emotion)
-            self.critic_optimizer = Learning(critics, matrices)
+            of_emotion = [x for x in (critic.emotion, critic.emotion_mouth) if x is not None]
+            rates = [(critic.patches, config.critic_lr), *((x, config.emotion_lr) for x in of_emotion)]
+            matrices = [weight for x in of_emotion for weight in matrices_of(x)] if muon else []
+            self.critic_optimizer = Learning([(x, rate) for x, rate in rates if x is not None], matrices)
         self.set_rates(1.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
@@ -102,13 +106,26 @@ class Players:
         if self.critic is None:
             return {}
         self.critic.requires_grad_(False)
-        scores = self.critic(judged(self.generator, edited))
+        scores = self.critic(self._views(edited))
         terms = {}
         if scores.patches is not None:
             terms["adversarial"] = -scores.patches.float().mean()
-        if scores.emotion is not None:
-            terms["emotion"] = naming_loss(scores.emotion, target)
+        for name in ("emotion", "emotion_mouth"):
+            if (of_emotion := getattr(scores, name)) is not None:
+                terms[name] = naming_loss(of_emotion, target)
         return terms
+
+    def _views(
+        self,
+        frames: Tensor,  # (B, 3, H, W)
+    ) -> Views:
+        """What the critics see of frames."""
+        assert self.critic is not None
+        whole = self.critic.patches is not None or self.critic.emotion is not None
+        return Views(
+            judged(self.generator, frames) if whole else None,
+            None if self.critic.emotion_mouth is None else mouths_of(frames, self._mouth_box),
+        )
 
     def _improve_generator(self, terms_of: TermsOf, parts: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The edited frames of each part, and the terms of the whole batch."""
@@ -138,14 +155,13 @@ class Players:
         for number, (part, edited) in enumerate(zip(parts, edits, strict=True), 1):
             with _averaging(self._judging, last=number == len(parts)):
                 with self.autocast:
-                    real, fake = self._judging(*(judged(self.generator, x) for x in (part.frames, edited)))
+                    real, fake = self._judging(self._views(part.frames), self._views(edited))
                     loss = torch.zeros((), device=total.device)
                     if real.patches is not None and fake.patches is not None:
                         loss = loss + realism_loss(real.patches, fake.patches)
-                    if real.emotion is not None and fake.emotion is not None:
-                        loss = loss + emotion_loss(
-                            real.emotion, part.source, fake.emotion, part.target, fakes=self._fakes
-                        )
+                    for ours, theirs in ((real.emotion, fake.emotion), (real.emotion_mouth, fake.emotion_mouth)):
+                        if ours is not None and theirs is not None:
+                            loss = loss + emotion_loss(ours, part.source, theirs, part.target, fakes=self._fakes)
                 loss = loss * part.of_all
                 self.scaler.scale(loss * ranks()).backward()
             total += loss.detach()
@@ -184,10 +200,12 @@ class _Judging(nn.Module):
         super().__init__()
         self.critic = critic
 
-    def forward(self, real: Tensor, fake: Tensor) -> tuple[Scores, Scores]:
-        both = self.critic(torch.cat([real, fake]))
-        of_real = Scores(*(None if x is None else x[: len(real)] for x in both))
-        return of_real, Scores(*(None if x is None else x[len(real) :] for x in both))
+    def forward(self, real: Views, fake: Views) -> tuple[Scores, Scores]:
+        pairs = zip(real, fake, strict=True)
+        both = self.critic(Views(*(None if x is None or y is None else torch.cat([x, y]) for x, y in pairs)))
+        # As many of one as of the other.
+        of_real, of_fake = zip(*((None, None) if x is None else x.chunk(2) for x in both), strict=True)
+        return Scores(*of_real), Scores(*of_fake)
 
 
 def _over_ranks(module: nn.Module) -> nn.Module:
