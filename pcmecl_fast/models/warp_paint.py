@@ -57,8 +57,9 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Once trained, look at the mirror image of a frame, too; only where the window is in the middle."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
-    least: float = 0.05
-    """Once trained, paint that covers less than this is left out: it is what leaks out of teeth into cheeks."""
+    least: float = 0.03
+    """Once trained, paint that covers less than this is left out, and from twice as much on stays: it is what leaks out
+    of teeth into cheeks."""
     w_paint: float = 20.0
     """Weight of what the paint covers, mean log(1 + 10 Σ α) / log 11: a tenth of a cover costs 29 % of it."""
 
@@ -150,8 +151,8 @@ class WarpPaint(WarpFields):
         flow = window * 2 * config.reach * torch.tanh(shared_flow + flow)
         shade = window * config.shading * torch.tanh(shared_shade + shade)
         opacities = _Bounded.apply(opacities)
-        if not self.training:
-            opacities = (opacities - config.least).clamp(min=0) / (1 - config.least)
+        if not self.training and config.least:
+            opacities = opacities * (opacities.sum(1, keepdim=True) / config.least - 1).clamp(0, 1)
         opacities = window * opacities / opacities.sum(1, keepdim=True).clamp(min=1)
         paint = torch.einsum("bphw,bpc->bchw", opacities, self._palette(part))
         return F.pad(torch.cat([flow, shade, opacities.sum(1, keepdim=True), paint], 1), box.padding)

@@ -274,11 +274,11 @@ class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
 class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in a few minutes on a laptop."""
 
-    steps: int = 800
+    steps: int = 900
     """Optimiser steps of the generator."""
     batch: int = 16
     """Frames a step, over all ranks."""
-    batch_early: int = 12
+    batch_early: int = 10
     """Frames a step in the first half of the steps; 0: as many as later."""
     keep_from: float = 0.4
     """After which part of the steps person and speech begin to count; their weights are full a quarter later."""
@@ -296,7 +296,7 @@ class DemoConfig(TrainConfig):
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     w_emotion_mouth: float = 1.5
     """Weight of the mouth alone being named as the target emotion; `train` is without."""
-    w_speech: float = 90.0
+    w_speech: float = 93.0
     """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""
