@@ -1,11 +1,12 @@
 """Stage 2: training a generator on unpaired frames, supervised by PCMECL.
 
     loss = w_pcmecl · PCMECL + w_adversarial · (looks real) + w_emotion · (looks like a real frame of the target)
-         + w_cycle · (edits back) + w_reconstruction · (unchanged for its own emotion)
+         + w_emotion_mouth · (its mouth does) + w_cycle · (edits back)
+         + w_reconstruction · (unchanged for its own emotion)
          + w_recognition · (names the emotion shown) + w_person · (same person) + w_speech · (same speech)
          + Σ (the generator's own penalties)
 
-The critics' two terms, and the losses that they learn from, are those of `models/discriminator.py`. A term whose weight
+The critics' three terms, and the losses that they learn from, are those of `models/discriminator.py`. A term whose weight
 is 0 is not computed, and a critic whose term has none is not made. What is evaluated and saved is a running average of
 the generator's weights.
 
