@@ -6,9 +6,9 @@
          + w_recognition · (names the emotion shown) + w_person · (same person) + w_speech · (same speech)
          + Σ (the generator's own penalties)
 
-The critics' three terms, and the losses that they learn from, are those of `models/discriminator.py`. A term whose weight
-is 0 is not computed, and a critic whose term has none is not made. What is evaluated and saved is a running average of
-the generator's weights.
+The critics' three terms, and the losses that they learn from, are those of `models/discriminator.py`. A term whose
+weight is 0 is not computed, and a critic whose term has none is not made. What is evaluated and saved is a running
+average of the generator's weights.
 
 Person and speech are read from drawn faces by the shipped `FaceReader`. It cannot read real faces: there the pixel
 terms w_identity and w_mouth replace the two. With --keep-from these terms begin late, and are not computed before: kept
