@@ -86,7 +86,8 @@ def blurred(
 ) -> Tensor:
     """Weighed with their neighbours, [1, 2, 1] / 4 in both directions: what alternates between pixels is gone."""
     channels = frames.shape[1]
-    row = frames.new_tensor([0.25, 0.5, 0.25])
+    row = frames.new_full((3,), 0.25)  # nothing comes from the host
+    row[1] = 0.5
     kernel = (row[:, None] * row).expand(channels, 1, 3, 3)
     return F.conv2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), kernel, groups=channels)
 
@@ -126,15 +127,14 @@ class Critics(nn.Module):
 
     def forward(self, views: Views) -> Scores:
         return Scores(
-            *(
-                None if critic is None or seen is None else critic(seen)
-                for critic, seen in (
-                    (self.patches, views.face),
-                    (self.emotion, views.face),
-                    (self.emotion_mouth, views.mouth),
-                )
-            )
+            _asked(self.patches, views.face),
+            _asked(self.emotion, views.face),
+            _asked(self.emotion_mouth, views.mouth),
         )
+
+
+def _asked(critic: nn.Module | None, seen: Tensor | None) -> Tensor | None:
+    return None if critic is None or seen is None else critic(seen)
 
 
 def realism_loss(
