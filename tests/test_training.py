@@ -24,14 +24,14 @@ from pcmecl_fast.criterion import MIN_CHANGE
 from pcmecl_fast.data import features
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.features import LiveFeatures, individual_conditions
-from pcmecl_fast.models import make_generator
+from pcmecl_fast.models import Edit, make_generator
 from pcmecl_fast.prompts import load_prompts
 from pcmecl_fast.run import open_data, run_evaluate, run_train
 from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.train import generator as stage_two
 from pcmecl_fast.train import players
 from pcmecl_fast.train import prompts as stage_one
-from pcmecl_fast.train.batches import FramesByEmotion
+from pcmecl_fast.train.batches import Batch, FramesByEmotion
 from pcmecl_fast.train.config import EvaluateConfig, PromptsConfig, TrainConfig
 from pcmecl_fast.train.generator import criterion_for, mouth_loss, train_generator
 from pcmecl_fast.train.loop import Loop
@@ -375,6 +375,46 @@ def test_what_keeps_person_and_speech_begins_late_and_grows(clip, stage1, tmp_pa
     for step, part in enumerate([0, 0, 0.5, 1, 1, 1, 1, 1]):
         terms = {name: curve[step] for name, curve in curves.items() if step in curve and name not in players.RESERVED}
         loss = sum(weights.get(name, 1.0) * (part if name in late else 1.0) * term for name, term in terms.items())
+        assert curves["loss"][step] == pytest.approx(loss, rel=1e-5)
+
+
+def test_what_a_reader_says_teaches_the_lower_face_alone():
+    frames = torch.rand(2, 3, 20, 40, requires_grad=True)
+    below = stage_two.learning_below(frames, [0.4, 0.6, 0.6, 0.8])
+    assert torch.equal(below, frames)
+    below.sum().backward()
+    expected = torch.zeros(20, 40)
+    expected[12:, 5:35] = 1
+    assert torch.equal(frames.grad, expected.expand(2, 3, -1, -1))
+    # As wide as the frame where the box is.
+    stage_two.learning_below(frames, [0, 0, 1, 1]).sum().backward()
+    assert torch.equal(frames.grad, (1 + expected).expand(2, 3, -1, -1))
+
+
+@pytest.mark.parametrize(("kept", "first_row"), [("speech", 0.62), ("person", 0)])
+def test_speech_is_kept_by_the_lower_face_and_the_person_by_all_of_it(clip, stage1, tmp_path, kept, first_row):
+    bank, data = bank_and_data(clip, stage1)
+    weights = {f"w_{name}": 0.0 for name in players.TERMS if name != "recognition"}
+    step = stage_two.Step(clip, bank, data, train_config(tmp_path, **weights | {f"w_{kept}": 5.0}))
+    plan = step.draw(4, torch.Generator().manual_seed(0))
+    batch = Batch.of(plan, data.frames(plan.index)).parts(1)[0]
+    painted = batch.frames.mul(0.9).requires_grad_()
+    step.players.editing = lambda frames, drive, back: (Edit(painted, {}), None)
+    step.terms_of(batch, 0)[2].backward()
+    reached = painted.grad.abs().amax((0, 1, 3)) > 0
+    assert reached.nonzero()[0].item() == round(first_row * len(reached))
+
+
+def test_the_critic_of_mouths_may_count_for_more_at_first(clip, stage1, tmp_path):
+    bank, data = bank_and_data(clip, stage1)
+    config = train_config(tmp_path, steps=10, w_emotion_mouth=1.5, emotion_mouth_early=3.0)
+    _, loop = train_generator(clip, bank, data, config)
+    curves = {name.partition("/")[2]: dict(curve) for name, curve in loop.curves.items()}
+    weights = {name: getattr(config, f"w_{name}") for name in players.TERMS}
+    for step, factor in enumerate([3, 3, 3, 3, 3, 1 + 2 / 3, 1, 1, 1, 1]):
+        terms = {name: curve[step] for name, curve in curves.items() if name not in players.RESERVED}
+        factors = {"emotion_mouth": factor}
+        loss = sum(weights.get(name, 1.0) * factors.get(name, 1.0) * term for name, term in terms.items())
         assert curves["loss"][step] == pytest.approx(loss, rel=1e-5)
 
 

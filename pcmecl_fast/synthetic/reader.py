@@ -113,18 +113,23 @@ def reading_losses(
     reader: FaceReader,
     source: Tensor,  # (B, 3, H, W) in [-1, 1]
     edited: Tensor,  # (B, 3, H, W)
+    talking: Tensor | None = None,  # (B, 3, H, W)
 ) -> tuple[Tensor, Tensor]:
     """How far the edits change the speech, as a fraction of its range, and the person.
 
+    Args:
+        talking: the edited frames once more, for the speech to have gradients of its own; by default `edited`.
+
     Returns:
         (speech, person): mean |difference| of what is read, and 1 − mean cosine of the identities; gradients reach
-        `edited` only.
+        `talking` and `edited` only.
     """
     with torch.no_grad():
         before = reader(source)
-    pairs = list(zip(before, reader(edited), strict=True))
-    speech = [speech_difference(y.speech, x.speech).mean() for x, y in pairs]
-    person = [1 - F.cosine_similarity(x.identity, y.identity).mean() for x, y in pairs]
+    after = reader(edited)
+    said = after if talking is None else reader(talking)
+    speech = [speech_difference(y.speech, x.speech).mean() for x, y in zip(before, said, strict=True)]
+    person = [1 - F.cosine_similarity(x.identity, y.identity).mean() for x, y in zip(before, after, strict=True)]
     return torch.stack(speech).mean(), torch.stack(person).mean()
 
 

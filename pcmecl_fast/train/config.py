@@ -212,6 +212,9 @@ class EditingOptions:
     w_emotion_mouth: float = 0.0
     """Weight of the mouth alone being named as the target emotion, by a critic of mouths: asks for teeth where they
     belong; `demo` takes 1.5. Mouths are what is in --mouth-box and a good width beside it."""
+    emotion_mouth_early: float = 1.0
+    """How many times that weight counts in the first half of the steps, before it falls to once: teeth that edits have
+    learned by then mostly stay."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
@@ -288,15 +291,17 @@ class DemoConfig(TrainConfig):
     """How the layers of the generator, and of the critic that knows the emotion, learn; `train` takes adam."""
     contrast: float = 0.1
     """Weight of the contrast with other emotions inside PCMECL's loss: less where a critic names them, too."""
-    strength: float = 0.9
+    strength: float = 0.8
     """Weight of the penalty inside PCMECL's loss on edits that fall short of real changes."""
-    w_pcmecl: float = 6.0
+    w_pcmecl: float = 5.0
     """Weight of PCMECL's loss."""
     w_emotion: float = 3.0
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
     w_emotion_mouth: float = 1.5
     """Weight of the mouth alone being named as the target emotion; `train` is without."""
-    w_speech: float = 93.0
+    emotion_mouth_early: float = 4.0
+    """How many times that weight counts in the first half of the steps."""
+    w_speech: float = 98.0
     """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""

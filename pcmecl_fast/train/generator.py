@@ -12,8 +12,10 @@ average of the generator's weights.
 
 Person and speech are read from drawn faces by the shipped `FaceReader`. It cannot read real faces: there the pixel
 terms w_identity and w_mouth replace the two. With --keep-from these terms begin late, and are not computed before: kept
-from the first step on, a mouth learns to stay before it learns to smile. Every eighth target is the source's own
-emotion: there PCMECL contributes nothing and the frame must not change.
+from the first step on, a mouth learns to stay before it learns to smile. What speech has to say of an edit reaches
+the lower face alone: the rest of a face can be drawn so that any mouth is taken for a still one, and was, in faint
+lines across the cheeks. Every eighth target is the source's own emotion: there PCMECL contributes nothing and the frame
+must not change.
 
 Over ranks, and over the parts of --accumulate, each term is the mean over the whole batch: a part's mean counts as much
 as the part has samples that the term is about, so that one whose targets all equal their sources dilutes nothing.
@@ -52,6 +54,7 @@ log = logging.getLogger("pcmecl_fast")
 
 _KEEPING = ("person", "speech", "identity", "mouth")
 _GROWING = 0.25  # part of the steps
+_EARLY, _FADING = 0.5, 0.15  # parts of the steps
 
 
 def train_generator(
@@ -95,7 +98,7 @@ def train_generator(
         # Layers with random draws of their own, such as dropout, must draw the same after resuming.
         torch.manual_seed(loop.generator(step).initial_seed() + (rank() << 40))
         step_on.players.set_rates(_schedule(step, config.steps))
-        step_on.terms_of.keeping = _keeping(step, config)
+        step_on.terms_of.counting = _counting(step, config)
         loop.record(step, **step_on(Batch.of(plan, frames), loop.generator(~step).initial_seed()))
         if preview is not None and is_main() and (step + 1) % max(50, config.steps // 6) == 0:
             loop.picture(step, "edits", preview(average))
@@ -194,11 +197,18 @@ def _frames_at(step: int, config: TrainConfig) -> int:
     return config.batch_early if config.batch_early and 2 * step < config.steps else config.batch
 
 
-def _keeping(step: int, config: TrainConfig) -> float:
-    """How much of their weights the terms that keep person and speech have."""
-    if not config.keep_from:
-        return 1.0
-    return min(1.0, max(0.0, ((step + 1) / config.steps - config.keep_from) / _GROWING))
+def _counting(step: int, config: TrainConfig) -> dict[str, float]:
+    """How much of its weight a term has in a step: of those that keep person and speech, and of the critic of mouths'.
+
+    Terms that are not in it have their own weight in every step.
+    """
+    done, parts = (step + 1) / config.steps, dict[str, float]()
+    if config.keep_from:
+        parts |= dict.fromkeys(_KEEPING, min(1.0, max(0.0, (done - config.keep_from) / _GROWING)))
+    if config.emotion_mouth_early != 1:
+        early = min(1.0, max(0.0, 1 - (done - _EARLY) / _FADING))
+        parts["emotion_mouth"] = 1 + (config.emotion_mouth_early - 1) * early
+    return parts
 
 
 class _Terms:
@@ -214,12 +224,12 @@ class _Terms:
         self.features = None if live or config.jitter else frame_features(clip, dataset, config)
         self.kept = KeptViews(config.out / FOLDER) if config.jitter and config.views and not live else None
         self._full = {name: getattr(config, f"w_{name}") for name in TERMS}
-        self.keeping = 1.0
+        self.counting: dict[str, float] = {}
 
     @property
     def weights(self) -> dict[str, float]:
-        """Those of a step: `keeping` is the part that counts of those that keep person and speech."""
-        return {name: full * (self.keeping if name in _KEEPING else 1.0) for name, full in self._full.items()}
+        """Those of a step: `counting` says how much of a full weight is left."""
+        return {name: full * self.counting.get(name, 1.0) for name, full in self._full.items()}
 
     def __call__(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(edited frames, terms, loss); terms are unweighted, except for the generator's own penalties."""
@@ -235,9 +245,10 @@ class _Terms:
             terms |= {name: penalty.reshape(()) for name, penalty in edit.penalties.items()}
         if self.reader is None:
             terms |= self._pixels(batch.frames, edit.frames.float())
-        elif self.keeping:
+        elif weights["speech"] or weights["person"]:
             # Not in CLIP's views: in their noise it reads mouths less exactly, and edits follow its errors.
-            seen = half_mirrored(batch.view, batch.frames, edit.frames.float())
+            edited = edit.frames.float()
+            seen = half_mirrored(batch.view, batch.frames, edited, learning_below(edited, self.config.mouth_box))
             terms["speech"], terms["person"] = reading_losses(self.reader, *seen)
         if weights["reconstruction"]:
             same = (batch.source == batch.target)[:, None, None, None]
@@ -298,6 +309,22 @@ def _reader_for(dataset: FrameDataset, config: TrainConfig, device: torch.device
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
     weight = where.to(values.dtype).expand_as(values)
     return (values * weight).sum() / weight.sum().clamp(min=1)
+
+
+def learning_below(
+    frames: Tensor,  # (B, 3, H, W)
+    box: list[float],  # left, top, right, bottom of the middle of the mouth, as fractions of the frame
+) -> Tensor:
+    """The frames, whose gradients are those of the lower face: mouth, chin and what is beside them.
+
+    Its top is that of the box; it is 3.75 times as wide and ends where the frame does.
+    """
+    height, width = frames.shape[-2:]
+    middle, reach = (box[0] + box[2]) / 2, 1.875 * (box[2] - box[0])
+    top, left, right = round(box[1] * height), round(max(0.0, middle - reach) * width), round((middle + reach) * width)
+    below = torch.zeros(height, width, dtype=torch.bool, device=frames.device)
+    below[top:, left:right] = True
+    return torch.where(below, frames, frames.detach())
 
 
 def identity_loss(

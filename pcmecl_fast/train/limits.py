@@ -31,7 +31,7 @@ checkpoint_every every accumulate
 _NOT_NEGATIVE = """
 missing workers around_seeds prompt_lr lr critic_lr emotion_lr emotion_fakes lambda_diff contrast min_change strength
 w_pcmecl w_adversarial w_emotion w_emotion_mouth w_cycle w_reconstruction w_recognition w_person w_speech w_identity
-w_mouth w_direct batch_early views
+w_mouth w_direct batch_early views emotion_mouth_early
 """
 LIMITS: dict[str, Range] = {
     **dict.fromkeys(_AT_LEAST_ONE.split(), Range(1)),
