@@ -291,10 +291,11 @@ def test_the_noise_of_training_is_not_pointed_out(clip, stage1, tmp_path, caplog
 
 def test_stage_two_learns(clip, stage1, tmp_path):
     bank, data = bank_and_data(clip, stage1)
-    config = train_config(tmp_path, steps=40, batch=8, w_adversarial=0.0)
+    # In 40 steps it is chance with some seeds.
+    config = train_config(tmp_path, steps=120, batch=8, w_adversarial=0.0)
     _, loop = train_generator(clip, bank, data, config)
     first, last = ends(loop.curves["stage 2/pcmecl"], count=8)
-    assert last < first - 0.1
+    assert last < first - 0.3
 
 
 def test_a_frozen_clip_is_untouched_by_both_stages(clip, tmp_path):
