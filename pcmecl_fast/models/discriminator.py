@@ -102,12 +102,16 @@ def mouths_of(
 ) -> Tensor:  # (B, C, *MOUTH)
     """The mouths: the strip, two and a half times as wide."""
     height, width = frames.shape[-2:]
-    middle, reach = (box[0] + box[2]) / 2, 1.25 * (box[2] - box[0])
-    rows = _span(box[1], box[3], height)
-    columns = _span(middle - reach, middle + reach, width)
+    rows, columns = _span(box[1], box[3], height), columns_around(box, 2.5, width)
     shrinks = rows.stop - rows.start > MOUTH[0] or columns.stop - columns.start > MOUTH[1]
     mouths = F.interpolate(frames[..., rows, columns], MOUTH, mode="bilinear", antialias=shrinks)
     return mouths.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else mouths
+
+
+def columns_around(box: Sequence[float], times: float, width: int) -> slice:
+    """Those of a strip around the middle of a box, so many times as wide as the box, in a frame of `width` pixels."""
+    middle, reach = (box[0] + box[2]) / 2, times / 2 * (box[2] - box[0])
+    return _span(middle - reach, middle + reach, width)
 
 
 def _span(start: float, stop: float, side: int) -> slice:

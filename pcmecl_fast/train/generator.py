@@ -38,6 +38,7 @@ from pcmecl_fast.data.loading import read_ahead
 from pcmecl_fast.distributed import is_main, rank, ranks
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.models import Generator, make_generator
+from pcmecl_fast.models.discriminator import columns_around
 from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.options import plain_options
 from pcmecl_fast.prompts import PromptBank
@@ -320,10 +321,8 @@ def learning_below(
     Its top is that of the box; it is 3.75 times as wide and ends where the frame does.
     """
     height, width = frames.shape[-2:]
-    middle, reach = (box[0] + box[2]) / 2, 1.875 * (box[2] - box[0])
-    top, left, right = round(box[1] * height), round(max(0.0, middle - reach) * width), round((middle + reach) * width)
     below = torch.zeros(height, width, dtype=torch.bool, device=frames.device)
-    below[top:, left:right] = True
+    below[round(box[1] * height) :, columns_around(box, 3.75, width)] = True
     return torch.where(below, frames, frames.detach())
 
 
