@@ -213,8 +213,8 @@ class EditingOptions:
     """Weight of the mouth alone being named as the target emotion, by a critic of mouths: asks for teeth where they
     belong; `demo` takes 1.5. Mouths are what is in --mouth-box and a good width beside it."""
     emotion_mouth_early: float = 1.0
-    """How many times that weight counts in the first half of the steps, before it falls to once: teeth that edits have
-    learned by then mostly stay."""
+    """How many times that weight counts in the first half of the steps, before it falls to once: for teeth, in drawn
+    faces; of few real ones it covered mouths with paint."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
