@@ -44,7 +44,7 @@ from pcmecl_fast.synthetic import SyntheticFaces
 from pcmecl_fast.synthetic.reader import load_reader, reading_losses
 from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
-from pcmecl_fast.train.generator import Step, identity_loss, mouth_loss
+from pcmecl_fast.train.generator import Step, identity_loss, learning_below, mouth_loss
 from pcmecl_fast.train.players import judged
 from pcmecl_fast.train.views import half_mirrored, seen_alike
 
@@ -322,13 +322,8 @@ class _Plain:
         if self.reader is None:
             box = self.work.config.mouth_box
             return {"identity": identity_loss(source, edited), "mouth": mouth_loss(source, edited, box)}
-        return dict(
-            zip(
-                ("speech", "person"),
-                reading_losses(self.reader, *half_mirrored(batch.view, source, edited)),
-                strict=True,
-            )
-        )
+        seen = half_mirrored(batch.view, source, edited, learning_below(edited, self.work.config.mouth_box))
+        return dict(zip(("speech", "person"), reading_losses(self.reader, *seen), strict=True))
 
     def _improve_critic(self, real: Tensor, edited: Tensor) -> Tensor:
         self.critic.requires_grad_(True)
