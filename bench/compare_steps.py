@@ -46,7 +46,7 @@ from pcmecl_fast.train.batches import Batch
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.generator import Step, identity_loss, learning_below, mouth_loss
 from pcmecl_fast.train.players import judged
-from pcmecl_fast.train.views import half_mirrored, seen_alike
+from pcmecl_fast.train.views import gradients_blurred, half_mirrored, seen_alike
 
 KEPT_VIEWS, OURS = "pcmecl_fast, --views 8", "pcmecl_fast"
 STEP = (*CRITERION, "pcmecl_fast/models/*.py", "pcmecl_fast/train/*.py", "pcmecl_fast/synthetic/reader.py")
@@ -279,7 +279,8 @@ class _Plain:
         config = self.work.config
         self.critic.requires_grad_(False)
         edit = self.generator.edit(batch.frames, batch.drive)
-        views = seen_alike(batch.frames, edit.frames, batch.view, jitter=config.jitter, seed=SEED, kept=False)
+        seen = gradients_blurred(edit.frames)
+        views = seen_alike(batch.frames, seen, batch.view, jitter=config.jitter, seed=SEED, kept=False)
         kept = batch.source == batch.target
         unchanged = (edit.frames - batch.frames).abs().flatten(1).mean(1)
         assert edit.shown is not None
@@ -288,7 +289,7 @@ class _Plain:
             "adversarial": -self.critic(judged(self.generator, edit.frames)).mean(),
             "reconstruction": (unchanged * kept).sum() / kept.sum().clamp(min=1),
             "recognition": F.cross_entropy(edit.shown, batch.source),
-            **self._fidelity(batch, edit.frames),
+            **self._fidelity(batch, edit.frames, seen),
         }
         loss = sum(getattr(config, f"w_{name}") * term for name, term in terms.items())
         loss = loss + torch.stack(list(edit.penalties.values())).sum()
@@ -317,13 +318,13 @@ class _Plain:
         changed = batch.source != batch.target
         return loss + config.strength * (short * changed).sum() / changed.sum().clamp(min=1)
 
-    def _fidelity(self, batch: Batch, edited: Tensor) -> dict[str, Tensor]:
+    def _fidelity(self, batch: Batch, edited: Tensor, seen: Tensor) -> dict[str, Tensor]:
         source = batch.frames
         if self.reader is None:
             box = self.work.config.mouth_box
             return {"identity": identity_loss(source, edited), "mouth": mouth_loss(source, edited, box)}
-        seen = half_mirrored(batch.view, source, edited, learning_below(edited, self.work.config.mouth_box))
-        return dict(zip(("speech", "person"), reading_losses(self.reader, *seen), strict=True))
+        read = half_mirrored(batch.view, source, seen, learning_below(seen, self.work.config.mouth_box))
+        return dict(zip(("speech", "person"), reading_losses(self.reader, *read), strict=True))
 
     def _improve_critic(self, real: Tensor, edited: Tensor) -> Tensor:
         self.critic.requires_grad_(True)

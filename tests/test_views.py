@@ -15,7 +15,7 @@ from pcmecl_fast.train import generator as stage_two
 from pcmecl_fast.train.batches import Plans
 from pcmecl_fast.train.config import TrainConfig
 from pcmecl_fast.train.generator import train_generator
-from pcmecl_fast.train.views import KeptViews, draw_views, half_mirrored, seen_alike
+from pcmecl_fast.train.views import KeptViews, draw_views, gradients_blurred, half_mirrored, seen_alike
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -129,6 +129,16 @@ def test_frames_of_odd_views_are_mirrored_and_no_others():
     for before, after in zip((frames, moved), half_mirrored(torch.tensor([4, 7, 1, 0]), frames, moved), strict=True):
         assert torch.equal(after[[0, 3]], before[[0, 3]])
         assert torch.equal(after[[1, 2]].flip(-1), before[[1, 2]])
+
+
+def test_gradients_are_blurred_and_frames_are_not():
+    frames = torch.rand(2, 3, 6, 8, requires_grad=True)
+    seen = gradients_blurred(frames)
+    assert torch.equal(seen, frames)
+    seen[0, 1, 2, 3].backward()
+    row = torch.tensor([0.25, 0.5, 0.25])
+    assert torch.equal(frames.grad[0, 1, 1:4, 2:5], row[:, None] * row)
+    assert frames.grad.sum() == 1
 
 
 # ---- What is kept ----------------------------------------------------------------------------------------------------

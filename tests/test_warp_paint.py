@@ -8,7 +8,7 @@ from tolerances import TOLERANCES
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
-from pcmecl_fast.models.warp_paint import Box, _Bounded, _Layer, _Up, covered, local_contrast
+from pcmecl_fast.models.warp_paint import Box, _Bounded, _Layer, _Up, covered, local_contrast, opened
 
 EMOTIONS = ["neutral", "happy", "sad"]
 
@@ -58,12 +58,13 @@ def test_a_gradient_reaches_the_opacities_from_the_start_and_everything_after_a_
 
 
 def test_it_paints_what_no_move_or_shade_of_a_frame_can_make():
-    model, source = generator(w_paint=0.0), torch.full((2, 3, 32, 32), -0.9)  # dark all over
+    model, source = generator(w_paint=1.0), torch.full((2, 3, 32, 32), -0.9)  # dark all over
     truth, target = source.clone(), torch.tensor([0, 1])
     truth[1, :, 16:20, 12:20] = 1.0
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(80):
-        loss = (model(source, target) - truth).square().mean()
+        edit = model.edit(source, target)
+        loss = (edit.frames - truth).square().mean() + edit.penalties["paint"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -230,6 +231,39 @@ def test_once_trained_it_leaves_out_what_hardly_covers():
     assert left.max() > 0.3
     training = [model.train().plan(source, target) for model in models]
     assert torch.equal(*training)
+
+
+def test_it_paints_strokes_and_no_veils():
+    cover = torch.zeros(1, 1, 20, 30)
+    cover[..., 2:6, 3:28] = 0.7  # a stroke four pixels wide
+    strokes = cover.clone()
+    cover[..., 10:16, 4:12] = 0.5  # a square of five fits
+    wide = opened(cover, 5)
+    assert torch.equal(cover - wide, strokes)
+    assert torch.equal(opened(cover, 6), cover - strokes)
+    assert (opened(cover, 7) == 0).all()
+
+
+@pytest.mark.parametrize("side", [32, 16])
+def test_whatever_is_wanted_a_whole_window_is_never_covered(side):
+    source, target = frames(2, 3, side, side), torch.tensor([1, 2])
+    covers = []
+    for stroke in (0.125, 1.0):
+        model = painting(stroke=stroke)
+        with torch.no_grad():
+            model.head.weight[3] = 50  # white everywhere
+            model.gate.weight.abs_()
+        covers.append(model.plan(source, target)[:, 3:4])
+    strokes, all_of_it = covers
+    assert opened(strokes, 1 + side // 8).max() < 1e-6
+    assert (strokes <= all_of_it + 1e-6).all()
+    assert opened(all_of_it, 1 + side // 8).max() > 0.1
+
+
+@pytest.mark.parametrize("stroke", [0, 1.5])
+def test_a_stroke_that_is_none_is_refused(stroke):
+    with pytest.raises(ValueError, match=f"stroke: takes more than 0, up to 1, got {stroke}"):
+        generator(stroke=stroke)
 
 
 @pytest.mark.parametrize("least", [-0.1, 1.0])

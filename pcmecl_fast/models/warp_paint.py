@@ -5,7 +5,7 @@
     flow', shade', α = head(seen)                                       no biases: zero for no change
     flow   = window · reach · tanh(flow of the fields + flow'),  shade = window · shading · tanh(… + shade')
     edited = clamp( (1 − Σ α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + Σ_c α_c · colour_c )
-    α_c    = window · clamp(α_c, 0, 1) / max(1, Σ clamp(α, 0, 1)),  one for each colour
+    α_c    = window · strokes(clamp(α_c, 0, 1) / max(1, Σ clamp(α, 0, 1))),  one for each colour; Σ α less its opening
     colour = [white, black, Σ_x softmax(place_p)(x) frame(x) for p = 1 … P]
 
 Fields that everyone shares learn soon what a face does, but not where this face has its lids and lips: alone, they
@@ -14,7 +14,8 @@ no white around the iris and no fold in it: that is painted, with a mask and a c
 2018), over as little of the face as the penalties leave to it: what the frame has keeps its texture where it is moved.
 The colours are white, black and the frame's own at P learned places: free ones were magenta where that pleased. Each
 has an opacity of its own, so that a pixel says from the start which it would rather be: one opacity for a mixture,
-which begins as the mean of the colours, was wanted nowhere and stayed at zero.
+which begins as the mean of the colours, was wanted nowhere and stayed at zero. Paint comes in strokes: where cover holds
+a wide square it is taken away, and costs as much as if it were there, so that no critic gains anything by a veil.
 
 The network sees the window at `detail` pixels for the whole frame, whatever the frame's size, and beside the colours
 their local contrast, in which lips and lids are as plain on dark skin as on light. Flow, shade, Σ α and
@@ -60,8 +61,12 @@ class WarpPaintConfig(WarpFieldsConfig):
     least: float = 0.03
     """Once trained, paint that covers less than this is left out, and from twice as much on stays: it is what leaks out
     of teeth into cheeks."""
+    stroke: float = 0.25
+    """The widest that a stroke of paint may be, as a fraction of a frame's longer side: cover that holds a wider square
+    is taken away, whatever the losses want. Without it (1), critics of few real faces covered whole mouths."""
     w_paint: float = 20.0
-    """Weight of what the paint covers, mean log(1 + 10 Σ α) / log 11: a tenth of a cover costs 29 % of it."""
+    """Weight of what the paint covers, or would without `stroke`, mean log(1 + 10 Σ α) / log 11: a tenth of a cover
+    costs 29 % of it."""
 
 
 class WarpPaint(WarpFields):
@@ -79,6 +84,8 @@ class WarpPaint(WarpFields):
             raise ValueError(f"last: takes a multiple of 8, got {last}")
         if not 0 <= self.config.least < 1:
             raise ValueError(f"least: takes 0 to less than 1, got {self.config.least}")
+        if not 0 < self.config.stroke <= 1:
+            raise ValueError(f"stroke: takes more than 0, up to 1, got {self.config.stroke}")
         self.condition = nn.Sequential(nn.Linear(STYLE, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
         # Colour, its contrast, and place, x and y.
         self.entry = _Layer(3 + 3 + 2, widths[0])
@@ -99,10 +106,10 @@ class WarpPaint(WarpFields):
             self.head.weight[3:] = 0
 
     def edit(self, frames: Tensor, target: Tensor) -> Edit:
-        plan, shown = self._plan(frames, target)
-        flow, shade, opacity, _ = plan.float().split([2, 1, 1, 3], dim=1)
+        plan, wanted, shown = self._plan(frames, target)
+        flow, shade, _ = plan.float().split([2, 1, 4], dim=1)
         penalties = self._penalties(flow, shade)
-        penalties["paint"] = self.config.w_paint * covered(opacity)
+        penalties["paint"] = self.config.w_paint * covered(wanted.float())
         box = Box.around(self.config.window, *frames.shape[-2:])
         edited = frames.clone()
         edited[box.pixels] = _carried_out(frames, enlarge(plan, frames)[box.pixels], box)
@@ -117,26 +124,28 @@ class WarpPaint(WarpFields):
         """The plan enlarged, and the frames' own pixels moved, shaded and covered by it."""
         return _carried_out(frames, enlarge(plan, frames), Box.whole(*frames.shape[-2:]))
 
-    def _plan(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The plan at the size that the network sees, and the emotion shown."""
+    def _plan(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The plan at the size that the network sees, the cover that was wanted, and the emotion shown."""
         config = self.config
         frames = _shrunk(frames, config.detail)
         target = target if target.dim() == 1 else _shrunk(target, config.detail)
         # Not while it trains: two looks that learn together err together.
         if self.training or not config.mirrored or config.window[0] != 0.5:
             change, shown = self._change(frames, target)
-            return self._look(frames, change), shown
+            return *self._look(frames, change), shown
         count, looks = len(frames), torch.cat([frames, frames.flip(-1)])
         change, shown = self._change(looks, torch.cat([target, target]))
         change = change.unflatten(0, (2, count)).mean(0)
-        plan, turned = self._look(looks, torch.cat([change, change])).split(count)
-        return (plan + _mirrored(turned)) / 2, None if shown is None else shown[:count]
+        both, wanted = self._look(looks, torch.cat([change, change]))
+        plan, turned = both.split(count)
+        return (plan + _mirrored(turned)) / 2, wanted[:count], None if shown is None else shown[:count]
 
     def _look(
         self,
         frames: Tensor,  # (B, 3, S, S)
         change: Tensor,  # (B, STYLE)
-    ) -> Tensor:  # (B, 7, S, S)
+    ) -> tuple[Tensor, Tensor]:  # (B, 7, S, S) and (B, 1, S, S)
+        """The plan, and Σ α with what is too wide for a stroke."""
         config = self.config
         size = height, width = frames.shape[-2], frames.shape[-1]
         box = Box.around(config.window, *size)
@@ -151,11 +160,15 @@ class WarpPaint(WarpFields):
         flow = window * 2 * config.reach * torch.tanh(shared_flow + flow)
         shade = window * config.shading * torch.tanh(shared_shade + shade)
         opacities = _Bounded.apply(opacities)
+        opacities = opacities / opacities.sum(1, keepdim=True).clamp(min=1)
+        cover = opacities.sum(1, keepdim=True)
+        left = 1 - opened(cover, 1 + round(config.stroke * max(size))) / cover.clamp(min=1e-6)
         if not self.training and config.least:
-            opacities = opacities * (opacities.sum(1, keepdim=True) / config.least - 1).clamp(0, 1)
-        opacities = window * opacities / opacities.sum(1, keepdim=True).clamp(min=1)
+            left = left * (left * cover / config.least - 1).clamp(0, 1)
+        opacities = window * opacities * left
+        cover = F.pad(window * cover, box.padding)
         paint = torch.einsum("bphw,bpc->bchw", opacities, self._palette(part))
-        return F.pad(torch.cat([flow, shade, opacities.sum(1, keepdim=True), paint], 1), box.padding)
+        return F.pad(torch.cat([flow, shade, opacities.sum(1, keepdim=True), paint], 1), box.padding), cover
 
     def _palette(
         self,
@@ -181,6 +194,19 @@ class WarpPaint(WarpFields):
         for layer, skipped in zip(self.up, beside[-2::-1], strict=True):
             hidden = layer(hidden, skipped, condition=condition)
         return hidden
+
+
+def opened(
+    cover: Tensor,  # (B, 1, h, w), at least 0
+    side: int,
+) -> Tensor:
+    """The morphological opening, max of min: what is left of a cover where it holds `side` × `side` pixels."""
+    before, after = (side - 1) // 2, side // 2
+
+    def most(x: Tensor) -> Tensor:  # a square's is that of its columns' own
+        return F.max_pool2d(F.max_pool2d(x, (side, 1), 1), (1, side), 1)
+
+    return most(F.pad(-most(-F.pad(cover, (before, after) * 2)), (after, before) * 2))
 
 
 def covered(

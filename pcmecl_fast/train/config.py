@@ -213,8 +213,7 @@ class EditingOptions:
     """Weight of the mouth alone being named as the target emotion, by a critic of mouths: asks for teeth where they
     belong; `demo` takes 1.5. Mouths are what is in --mouth-box and a good width beside it."""
     emotion_mouth_early: float = 1.0
-    """How many times that weight counts in the first half of the steps, before it falls to once: for teeth, in drawn
-    faces; of few real ones it covered mouths with paint."""
+    """How many times that weight counts in the first half of the steps, before it falls to once: for teeth."""
     w_cycle: float = 0.0
     """Weight of editing back to the source (L1); takes a second pass of the generator."""
     w_reconstruction: float = 20.0
@@ -277,7 +276,7 @@ class TrainConfig(RunConfig, PromptsOptions, EditingOptions):
 class DemoConfig(TrainConfig):
     """Synthetic faces, tiny-face, both stages, evaluation and a report: everything, in a few minutes on a laptop."""
 
-    steps: int = 900
+    steps: int = 1800
     """Optimiser steps of the generator."""
     batch: int = 16
     """Frames a step, over all ranks."""
@@ -301,7 +300,7 @@ class DemoConfig(TrainConfig):
     """Weight of the mouth alone being named as the target emotion; `train` is without."""
     emotion_mouth_early: float = 4.0
     """How many times that weight counts in the first half of the steps."""
-    w_speech: float = 98.0
+    w_speech: float = 130.0
     """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""
