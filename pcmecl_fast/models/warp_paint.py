@@ -58,7 +58,7 @@ class WarpPaintConfig(WarpFieldsConfig):
     """Once trained, look at the mirror image of a frame, too; only where the window is in the middle."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
-    least: float = 0.03
+    least: float = 0.05
     """Once trained, paint that covers less than this is left out, and from twice as much on stays: it is what leaks out
     of teeth into cheeks."""
     stroke: float = 0.25
