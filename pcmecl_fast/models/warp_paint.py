@@ -14,8 +14,8 @@ no white around the iris and no fold in it: that is painted, with a mask and a c
 2018), over as little of the face as the penalties leave to it: what the frame has keeps its texture where it is moved.
 The colours are white, black and the frame's own at P learned places: free ones were magenta where that pleased. Each
 has an opacity of its own, so that a pixel says from the start which it would rather be: one opacity for a mixture,
-which begins as the mean of the colours, was wanted nowhere and stayed at zero. Paint comes in strokes: where cover holds
-a wide square it is taken away, and costs as much as if it were there, so that no critic gains anything by a veil.
+which begins as the mean of the colours, was wanted nowhere and stayed at zero. Paint comes in strokes: where cover
+holds a wide square it is taken away, and costs as much as if it were there, so that no critic gains anything by a veil.
 
 The network sees the window at `detail` pixels for the whole frame, whatever the frame's size, and beside the colours
 their local contrast, in which lips and lids are as plain on dark skin as on light. Flow, shade, Σ α and
