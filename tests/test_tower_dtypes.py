@@ -78,8 +78,11 @@ def test_both_stages_train_in_half_precision_as_in_float32(in_float32, tmp_path,
     for name in ("stage 1/loss", "stage 2/pcmecl"):
         half, full = torch.tensor(curves[name]), torch.tensor(expected[name])
         assert torch.equal(half[:, 0], full[:, 0])  # the steps
-        # The first edits are smaller than bfloat16's rounding: from then on single steps differ by some .07.
-        for of in (lambda curve: curve[0, 1], lambda curve: curve[:, 1].mean()):
+        compared = [lambda curve: curve]
+        if (name, dtype) == ("stage 2/pcmecl", "bfloat16"):
+            # The first edits are smaller than its rounding: after the first step, single ones differ by up to 0.07.
+            compared = [lambda curve: curve[0], lambda curve: curve.mean(0)]
+        for of in compared:
             torch.testing.assert_close(of(half), of(full), rtol=0.02, atol=0.02)
 
 

@@ -58,7 +58,8 @@ def test_a_gradient_reaches_the_opacities_from_the_start_and_everything_after_a_
 
 
 def test_it_paints_what_no_move_or_shade_of_a_frame_can_make():
-    model, source = generator(w_paint=1.0), torch.full((2, 3, 32, 32), -0.9)  # dark all over
+    # Dark all over; without a price, paint is wanted everywhere at once, which no stroke is.
+    model, source = generator(w_paint=1.0), torch.full((2, 3, 32, 32), -0.9)
     truth, target = source.clone(), torch.tensor([0, 1])
     truth[1, :, 16:20, 12:20] = 1.0
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
