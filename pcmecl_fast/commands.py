@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -87,9 +88,11 @@ def run_command(arguments: Sequence[str]) -> int:
             raise
         message = missing_library(error) or (error.args[0] if isinstance(error, KeyError) and error.args else error)
         message = in_options(" ".join(str(message).split()), words)  # one line only: libraries write pages
-        # Until the ranks know of each other, each comes to the same error: one of a machine says so.
-        if begun or os.environ.get("LOCAL_RANK", "0") == "0":
-            _say(f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)")
+        if not begun and os.environ.get("LOCAL_RANK", "0") != "0":
+            # The ranks do not know of each other yet, and each comes to the same error: a machine's first says so.
+            # torchrun ends all with the first that ends, so it must not be this one; alone with the error, it speaks.
+            time.sleep(_UNTIL_THE_FIRST_SPEAKS)
+        _say(f"{command}: {message}  (PCMECL_TRACEBACK=1 shows where)")
         return 1
     except KeyboardInterrupt:
         if os.environ.get("PCMECL_TRACEBACK"):
@@ -375,6 +378,9 @@ def _backends(config: BackendsConfig, command: str) -> None:
 
 _SPREAD = ("prepare", "prompts", "train", "demo", "evaluate", "ablate")
 """What torchrun spreads over ranks."""
+
+_UNTIL_THE_FIRST_SPEAKS = 20.0  # seconds: ranks start at different moments
+
 _LONG = ("demo", "prepare", "measure", "prompts", "train", "evaluate", "ablate")
 
 COMMANDS: dict[str, tuple[type, Callable[[Any, str], None]]] = {

@@ -97,3 +97,12 @@ def test_what_ranks_cannot_do_is_said_in_one_line(tmp_path, words, message):
     assert running.returncode != 0
     assert message in " ".join(told.split())
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_the_line_is_said_however_late_the_first_rank_starts(tmp_path):
+    late = "import os, time\ntime.sleep(6 if os.environ.get('LOCAL_RANK') == '0' else 0)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    (tmp_path / "r").mkdir()
+    running = torchrun(2, "edit", "--run", tmp_path / "r", "--input", "v.mp4", PYTHONPATH=str(tmp_path))
+    told, _ = running.communicate(timeout=240)
+    assert " ".join(told.split()).count("edit runs as one process; torchrun is for") == 1
