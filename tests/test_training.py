@@ -379,13 +379,13 @@ def test_what_keeps_person_and_speech_begins_late_and_grows(clip, stage1, tmp_pa
         assert curves["loss"][step] == pytest.approx(loss, rel=1e-5)
 
 
-def test_what_a_reader_says_teaches_the_lower_face_alone():
+def test_what_a_reader_says_teaches_mouth_and_chin_alone():
     frames = torch.rand(2, 3, 20, 40, requires_grad=True)
     below = stage_two.learning_below(frames, [0.4, 0.6, 0.6, 0.8])
     assert torch.equal(below, frames)
     below.sum().backward()
     expected = torch.zeros(20, 40)
-    expected[12:, 5:35] = 1
+    expected[12:, 10:30] = 1
     assert torch.equal(frames.grad, expected.expand(2, 3, -1, -1))
     # As wide as the frame where the box is.
     stage_two.learning_below(frames, [0, 0, 1, 1]).sum().backward()
@@ -393,7 +393,7 @@ def test_what_a_reader_says_teaches_the_lower_face_alone():
 
 
 @pytest.mark.parametrize(("kept", "first_row"), [("speech", 0.62), ("person", 0)])
-def test_speech_is_kept_by_the_lower_face_and_the_person_by_all_of_it(clip, stage1, tmp_path, kept, first_row):
+def test_speech_is_kept_by_mouth_and_chin_and_the_person_by_all_of_the_face(clip, stage1, tmp_path, kept, first_row):
     bank, data = bank_and_data(clip, stage1)
     weights = {f"w_{name}": 0.0 for name in players.TERMS if name != "recognition"}
     step = stage_two.Step(clip, bank, data, train_config(tmp_path, **weights | {f"w_{kept}": 5.0}))

@@ -95,14 +95,17 @@ def blurred(
 MOUTH = (32, 48)
 """Rows and columns in which the critic of mouths sees them, whatever the frames' size."""
 
+MOUTH_WIDTH = 2.5
+"""How wide a mouth is with its corners, in widths of the box between the lips."""
+
 
 def mouths_of(
     frames: Tensor,  # (B, C, H, W)
     box: Sequence[float],  # left, top, right, bottom of the strip between the lips, as fractions of the frame
 ) -> Tensor:  # (B, C, *MOUTH)
-    """The mouths: the strip, two and a half times as wide."""
+    """The mouths: the strip, `MOUTH_WIDTH` times as wide."""
     height, width = frames.shape[-2:]
-    rows, columns = _span(box[1], box[3], height), columns_around(box, 2.5, width)
+    rows, columns = _span(box[1], box[3], height), columns_around(box, MOUTH_WIDTH, width)
     shrinks = rows.stop - rows.start > MOUTH[0] or columns.stop - columns.start > MOUTH[1]
     mouths = F.interpolate(frames[..., rows, columns], MOUTH, mode="bilinear", antialias=shrinks)
     return mouths.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else mouths

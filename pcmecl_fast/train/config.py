@@ -300,7 +300,7 @@ class DemoConfig(TrainConfig):
     """Weight of the mouth alone being named as the target emotion; `train` is without."""
     emotion_mouth_early: float = 4.0
     """How many times that weight counts in the first half of the steps."""
-    w_speech: float = 130.0
+    w_speech: float = 100.0
     """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""

@@ -13,7 +13,7 @@ average of the generator's weights.
 Person and speech are read from drawn faces by the shipped `FaceReader`. It cannot read real faces: there the pixel
 terms w_identity and w_mouth replace the two. With --keep-from these terms begin late, and are not computed before: kept
 from the first step on, a mouth learns to stay before it learns to smile. What speech has to say of an edit reaches
-the lower face alone: the rest of a face can be drawn so that any mouth is taken for a still one, and was, in faint
+mouth and chin alone: the rest of a face can be drawn so that any mouth is taken for a still one, and was, in faint
 lines across the cheeks. What CLIP and the reader have to say is blurred by a pixel (`gradients_blurred`): twice as many
 steps make edits better with it, and draw lines all over them without. Every eighth target is the source's own emotion:
 there PCMECL contributes nothing and the frame must not change.
@@ -39,7 +39,7 @@ from pcmecl_fast.data.loading import read_ahead
 from pcmecl_fast.distributed import is_main, rank, ranks
 from pcmecl_fast.lengths import personal_lengths, real_lengths
 from pcmecl_fast.models import Generator, make_generator
-from pcmecl_fast.models.discriminator import columns_around
+from pcmecl_fast.models.discriminator import MOUTH_WIDTH, columns_around
 from pcmecl_fast.ops.operator import requested_backend
 from pcmecl_fast.options import plain_options
 from pcmecl_fast.prompts import PromptBank
@@ -318,13 +318,14 @@ def learning_below(
     frames: Tensor,  # (B, 3, H, W)
     box: list[float],  # left, top, right, bottom of the middle of the mouth, as fractions of the frame
 ) -> Tensor:
-    """The frames, whose gradients are those of the lower face: mouth, chin and what is beside them.
+    """The frames, whose gradients are those of the mouth and the chin.
 
-    Its top is that of the box; it is 3.75 times as wide and ends where the frame does.
+    Their top is that of the box; they are `MOUTH_WIDTH` times as wide and end where the frame does. On cheeks, which
+    say nothing, gradients of what reads mouths draw lines.
     """
     height, width = frames.shape[-2:]
     below = torch.zeros(height, width, dtype=torch.bool, device=frames.device)
-    below[round(box[1] * height) :, columns_around(box, 3.75, width)] = True
+    below[round(box[1] * height) :, columns_around(box, MOUTH_WIDTH, width)] = True
     return torch.where(below, frames, frames.detach())
 
 
