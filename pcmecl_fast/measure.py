@@ -20,7 +20,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 from pcmecl_fast.data.media import is_hidden, need_av
 from pcmecl_fast.evaluate.field.clips import FaceClip
@@ -43,6 +42,7 @@ from pcmecl_fast.evaluate.field.table import as_json, as_latex, heading, table_o
 from pcmecl_fast.evaluate.origin import origin
 from pcmecl_fast.files import remove_unfinished, write_atomically
 from pcmecl_fast.machine import cores
+from pcmecl_fast.progress import progress_bar
 from pcmecl_fast.run_folder import locked
 from pcmecl_fast.train.config import MeasureConfig, check_options, device_named
 from pcmecl_fast.wording import name_some
@@ -244,7 +244,7 @@ def _measure(jobs: list[_Job], records: Records, tools: Tools, config: MeasureCo
             # Of the parent, they have the networks; their memory is shared as long as nobody writes it.
             done = in_workers(_do, jobs, workers, begin=_begin, arguments=(tools, config))
         total = sum(job.frames for job in jobs)
-        progress = stack.enter_context(tqdm(total=total, desc="measuring", unit="frame", disable=not jobs))
+        progress = stack.enter_context(progress_bar(total=total, desc="measuring", unit="frame", quiet=not jobs))
         for job, result in done:
             if broken := result.why.get(_BROKEN):
                 log.warning("not measured: %s", broken)

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from pcmecl_fast.data.cutting import SUFFIXES, Cutting, NoFaceError, cut_clip, hash_of
 from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
@@ -46,6 +45,7 @@ from pcmecl_fast.evaluate.contact_sheet import write_contact_sheet
 from pcmecl_fast.files import remove, remove_unfinished, unfinished
 from pcmecl_fast.machine import cores
 from pcmecl_fast.options import named_differences
+from pcmecl_fast.progress import progress_bar
 from pcmecl_fast.run_folder import locked
 from pcmecl_fast.train.config import PrepareConfig, check_options
 from pcmecl_fast.wording import name_some
@@ -314,7 +314,7 @@ def _prepare(jobs: list[_Job], cutting: Cutting, config: PrepareConfig, index: P
     workers = min(config.workers or max(1, cores() // beside), max(1, len(jobs)))
     done = in_workers(partial(_do, cutting=cutting, out=config.out), jobs, workers)
     try:
-        for entry in tqdm(done, total=len(jobs), desc="preparing", unit="clip", disable=not jobs):
+        for entry in progress_bar(done, total=len(jobs), desc="preparing", unit="clip", quiet=not jobs):
             writer.append(entry)
             if entry.broken:
                 log.warning("not prepared: %s", entry.broken)

@@ -128,6 +128,16 @@ def test_it_runs_as_a_program(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_bars_are_not_drawn_where_tqdm_is_told_so(folder, tmp_path):
+    words = ["prompts", "--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "2"]
+    command = [sys.executable, "-m", "pcmecl_fast", *words]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (tmp_path / "out" / "bank.safetensors").exists()
+    assert "it/s" not in told.stderr
+    assert "frame/s" not in told.stderr
+
+
 # A folder of pictures, from the first command to the last
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pcmecl_fast"
 # From the bottom layer to the top. Files of one layer may import each other.
 LAYERS = (
-    ("files", "wording", "libraries", "options", "hub", "machine", "workers", "distributed"),
+    ("files", "wording", "libraries", "options", "hub", "machine", "progress", "workers", "distributed"),
     ("ops", "kernels"),
     ("towers", "preprocessing", "weights", "clip"),
     ("prompts",),

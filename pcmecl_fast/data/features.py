@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.data.base import FrameDataset
 from pcmecl_fast.data.loading import read_ahead
 from pcmecl_fast.distributed import barrier, from_main, is_main, rank, ranks, share, summed
 from pcmecl_fast.files import load_tensors, naming_damage, remove_unfinished, save_tensors
+from pcmecl_fast.progress import progress_bar
 
 log = logging.getLogger("pcmecl_fast")
 
@@ -134,7 +134,9 @@ class FeatureStore:
         if not len(missing):
             return
         held = len(dataset) - len(all_missing)
-        bar = tqdm(total=held + len(missing), initial=held, desc="image features", unit="frame", disable=not is_main())
+        bar = progress_bar(
+            total=held + len(missing), initial=held, desc="image features", unit="frame", quiet=not is_main()
+        )
         batches: list[Tensor] = []
         done, written, since = 0, 0, time.monotonic()
         chunks = missing.split(min(batch_size, self.shard_frames))

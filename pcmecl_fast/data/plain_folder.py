@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pcmecl_fast.data.emotions import KNOWN_EMOTIONS
 from pcmecl_fast.data.index import Entry, packed_pts, read_index, write_index
 from pcmecl_fast.data.layout import LAYOUT, check_root
@@ -22,6 +20,7 @@ from pcmecl_fast.data.layouts.base import natural
 from pcmecl_fast.data.media import check_picture, is_hidden, is_media, is_video, need_av
 from pcmecl_fast.data.video import scan
 from pcmecl_fast.machine import cores
+from pcmecl_fast.progress import progress_bar
 from pcmecl_fast.wording import did_you_mean, name_some
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def plain_entries(root: Path, wanted: tuple[str, ...], *, explicit: bool, reserv
     new = [i for i, entry in enumerate(entries) if entry is None]
     with (
         ThreadPoolExecutor(cores()) as pool,
-        tqdm(total=len(new), desc="indexing faces", unit="file", disable=len(new) <= _BAR_FROM) as bar,
+        progress_bar(total=len(new), desc="indexing faces", unit="file", quiet=len(new) <= _BAR_FROM) as bar,
     ):
         for begin in range(0, len(new), _AT_ONCE):
             some = new[begin : begin + _AT_ONCE]
