@@ -177,8 +177,8 @@ class EditingOptions:
     accumulate: int = 1
     """Parts that a step's frames are taken in, one after the other, for batches larger than memory."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """How the layers of the generator, and of the critics that know the emotion, learn; all else learns by Adam. `demo`
-    takes muon, which is measured on drawn faces alone."""
+    """How the layers of the generator learn; all else learns by Adam. `demo` takes muon, which is measured on drawn
+    faces alone."""
     lr: float = 3e-3
     """Learning rate of the generator."""
     critic_lr: float = 4e-4
@@ -287,7 +287,7 @@ class DemoConfig(TrainConfig):
     prompt_steps: int = 600
     """Optimiser steps of the prompts."""
     optimizer: Literal["adam", "muon"] = "muon"
-    """How the layers of the generator, and of the critic that knows the emotion, learn; `train` takes adam."""
+    """How the layers of the generator learn; `train` takes adam."""
     contrast: float = 0.1
     """Weight of the contrast with other emotions inside PCMECL's loss: less where a critic names them, too."""
     strength: float = 0.8
@@ -300,7 +300,7 @@ class DemoConfig(TrainConfig):
     """Weight of the mouth alone being named as the target emotion; `train` is without."""
     emotion_mouth_early: float = 4.0
     """How many times that weight counts in the first half of the steps."""
-    w_speech: float = 100.0
+    w_speech: float = 115.0
     """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""

@@ -58,8 +58,8 @@ class Players:
         self.generator = generator
         self.average = Average(generator, config.average)
         self.editing = _over_ranks(_Editing(generator, again=bool(config.w_cycle)))
-        muon = config.optimizer == "muon"
-        self.optimizer = Learning([(generator, config.lr)], matrices_of(generator) if muon else ())
+        matrices = matrices_of(generator) if config.optimizer == "muon" else ()
+        self.optimizer = Learning([(generator, config.lr)], matrices)
         self.critic: Critics | None = None
         self._fakes, self._mouth_box = config.emotion_fakes, config.mouth_box
         if config.w_adversarial or config.w_emotion or config.w_emotion_mouth:
@@ -73,8 +73,8 @@ class Players:
             self._judging = _over_ranks(_Judging(self.critic))
             of_emotion = [x for x in (critic.emotion, critic.emotion_mouth) if x is not None]
             rates = [(critic.patches, config.critic_lr), *((x, config.emotion_lr) for x in of_emotion)]
-            matrices = [weight for x in of_emotion for weight in matrices_of(x)] if muon else []
-            self.critic_optimizer = Learning([(x, rate) for x, rate in rates if x is not None], matrices)
+            # By Adam in any case: with Muon's momentum, two that play against each other go in circles.
+            self.critic_optimizer = Learning([(x, rate) for x, rate in rates if x is not None])
         self.set_rates(1.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         half = torch.float16 if config.amp == "fp16" else torch.bfloat16
