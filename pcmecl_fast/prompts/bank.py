@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from pcmecl_fast.clip import Clip
 from pcmecl_fast.distributed import is_main, ranks
 from pcmecl_fast.files import MappedRows, load_tensors, naming_damage, save_rows, save_tensors
-from pcmecl_fast.progress import progress_bar
 from pcmecl_fast.prompts.learner import PersonalizedPrompts
 from pcmecl_fast.prompts.shards import FILES, files_of, remove_files, write_parts
 from pcmecl_fast.towers.fingerprint import VERSION
@@ -341,7 +341,7 @@ def _rows(
 ) -> Iterator[Tensor]:  # each (n, E, D)
     """Rows of a bank, a batch at a time."""
     quick = len(which) < 50 * batch_size or not is_main()
-    chunks = progress_bar(torch.arange(which.start, which.stop).split(batch_size), desc="prompt bank", quiet=quick)
+    chunks = tqdm(torch.arange(which.start, which.stop).split(batch_size), desc="prompt bank", disable=quick)
     if prompts.condition is None:
         shared = prompts(backend=backend).to(dtype)  # (1, E, D)
         yield from (shared.expand(len(chunk), -1, -1) for chunk in chunks)
