@@ -176,6 +176,7 @@ def test_the_critic_of_mouths_sees_the_mouth_alone_and_learns():
     assert torch.equal(one["emotion_mouth"], other["emotion_mouth"])
     changed[..., 48, 32] += 0.5
     assert players.of_critic(changed, target)["emotion_mouth"] != one["emotion_mouth"]
+    assert players.critic_optimizer.muon is None  # the generator's alone
     before = [x.clone() for x in players.critic.parameters()]
     batch = Batch(torch.zeros(2), frames, target, target, target, target.flip(0), target, torch.zeros(2))
     players._improve_critic([batch], [changed])

@@ -71,9 +71,12 @@ class Players:
             )
             self.critic = laid_out(critic.to(device))
             self._judging = _over_ranks(_Judging(self.critic))
-            of_emotion = [x for x in (critic.emotion, critic.emotion_mouth) if x is not None]
-            rates = [(critic.patches, config.critic_lr), *((x, config.emotion_lr) for x in of_emotion)]
-            # By Adam in any case: with Muon's momentum, two that play against each other go in circles.
+            rates = [
+                (critic.patches, config.critic_lr),
+                (critic.emotion, config.emotion_lr),
+                (critic.emotion_mouth, config.emotion_lr),
+            ]
+            # By Adam in any case: players with as much momentum as Muon's go in circles (Gidel et al. 2019).
             self.critic_optimizer = Learning([(x, rate) for x, rate in rates if x is not None])
         self.set_rates(1.0)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
