@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import TOLERANCES
 
+from pcmecl_fast.files import load_tensors, save_tensors
 from pcmecl_fast.models import WarpPaint, WarpPaintConfig, load_generator, save_generator
 from pcmecl_fast.models.base import enlarge
 from pcmecl_fast.models.warp_fields import move_and_shade
@@ -108,8 +109,8 @@ def test_a_plan_is_carried_out_at_any_size_and_strength():
 
 def test_paint_covers_in_proportion_and_never_more_than_all():
     model, source = generator(), torch.full((1, 3, 8, 8), -0.5)
-    plan = torch.zeros(1, 7, 8, 8)
-    plan[:, 3], plan[:, 4:] = 0.8, 0.8 * 0.5  # opacity, and colour 0.5 times it
+    plan = torch.zeros(1, 8, 8, 8)
+    plan[:, 3], plan[:, 4:7] = 0.8, 0.8 * 0.5  # opacity, and colour 0.5 times it
     for strength, expected in ((0.5, 0.6 * -0.5 + 0.4 * 0.5), (1.0, 0.2 * -0.5 + 0.8 * 0.5), (1.5, 0.5)):
         edited = model.carry_out(source, strength * plan)
         torch.testing.assert_close(edited, torch.full_like(edited, expected))
@@ -119,7 +120,7 @@ def test_opacities_and_colours_are_bounded():
     model, source = painting(), frames(4, 3, 32, 32)
     with torch.no_grad():
         model.head.weight.mul_(1000)
-    _, opacity, paint = model.plan(source, torch.tensor([0, 1, 2, 0])).split([3, 1, 3], dim=1)
+    _, opacity, paint, _ = model.plan(source, torch.tensor([0, 1, 2, 0])).split([3, 1, 3, 1], dim=1)
     assert 0 <= opacity.min() <= opacity.max() <= 1.0 + 1e-6
     assert (paint.abs() <= opacity + 1e-6).all()
     assert opacity.max() > 0.99
@@ -130,7 +131,7 @@ def test_paint_is_mixed_of_white_black_and_the_faces_own_colours():
     red = torch.full((1, 3, 32, 32), -1.0)
     red[:, 0] = 0.5
     with torch.no_grad():
-        _, opacity, paint = model.plan(red, torch.tensor([1])).split([3, 1, 3], dim=1)
+        _, opacity, paint, _ = model.plan(red, torch.tensor([1])).split([3, 1, 3, 1], dim=1)
     colour = paint / opacity.clamp(min=1e-3)
     covered = opacity[:, 0] > 0.1
     assert covered.any()
@@ -180,9 +181,10 @@ def test_a_large_frame_is_planned_small_and_keeps_its_texture():
     small = frames(2, 3, 64, 64)
     large = torch.nn.functional.interpolate(small, scale_factor=4.0)  # the means of 4 × 4 pixels are small's
     plan = model.plan(large, target)
-    assert plan.shape == (2, 7, 256, 256)
+    assert plan.shape == (2, 8, 256, 256)
     inside = Box.around(model.config.window, 256, 256).pixels
-    torch.testing.assert_close(plan[inside], enlarge(model.plan(small, target), large)[inside])
+    expected = enlarge(model.plan(small, target), large)
+    torch.testing.assert_close(plan[inside], expected[inside], **TOLERANCES[torch.float32])
     torch.testing.assert_close(model(large, target), model.carry_out(large, plan), rtol=0, atol=2e-3)
 
 
@@ -259,6 +261,69 @@ def test_whatever_is_wanted_a_whole_window_is_never_covered(side):
     assert opened(strokes, 1 + side // 8).max() < 1e-6
     assert (strokes <= all_of_it + 1e-6).all()
     assert opened(all_of_it, 1 + side // 8).max() > 0.1
+
+
+def test_sharpened_lines_grow_brighter_and_the_dark_beside_them_darker_in_the_mouth_alone():
+    model = generator(mouth=[0.5, 0.75, 0.2, 0.12])
+    source = torch.full((1, 3, 32, 32), -0.4)
+    source[:, :, [10, 24]] = 0.2  # a line across the eyes, and one across the mouth
+    plan = torch.zeros(1, 8, 32, 32)
+    plan[:, 7] = 1.0
+    middle = model.carry_out(source, plan)[..., 16]
+    assert torch.equal(middle[..., :16], source[..., :16, 16])
+    torch.testing.assert_close(middle[..., 24], torch.full((1, 3), 0.2 + 0.4))  # the mean of 3 × 3 is -0.2
+    for beside in (23, 25):
+        torch.testing.assert_close(middle[..., beside], torch.full((1, 3), -0.4 - 0.2))
+
+
+@pytest.mark.parametrize("window", [[0.5, 0.6, 0.27, 0.27], [0.5, 0.5, 0.2, 0.2], [0.1, 0.9, 0.1, 0.1]])
+@pytest.mark.parametrize("size", [(32, 32), (37, 29), (96, 80)])
+def test_what_is_sharpened_is_carried_out_as_it_is_edited_wherever_the_window_is(size, window):
+    model, source, target = painting(window=window), frames(2, 3, *size), torch.tensor([1, 2])
+    with torch.no_grad():
+        model.head.weight[-1].mul_(10)
+        plan, edited = model.plan(source, target), model(source, target)
+    sharpened = plan[:, 7] > 0
+    assert sharpened.any() == (window[0] == 0.5)
+    if max(size) <= model.config.detail:
+        assert plan[:, 7].max() <= model.config.sharpness
+        assert torch.equal(model.carry_out(source, plan), edited)
+    else:
+        torch.testing.assert_close(model.carry_out(source, plan), edited, rtol=0, atol=2e-3)
+    model.config.sharpness = 0.0
+    assert torch.equal(model.carry_out(source, plan), edited) == (not sharpened.any())
+
+
+def test_a_large_mouth_is_sharpened_by_means_of_the_networks_pixels():
+    model = generator(detail=32)
+    small = frames(1, 3, 32, 32) / 2
+    large = small.repeat_interleave(8, -1).repeat_interleave(8, -2)
+    plan = torch.zeros(1, 8, 32, 32)
+    plan[:, 7, 22:26, 14:18] = 0.5
+    sharp = model.carry_out(small, plan)[..., 23:25, 15:17]
+    found = model.carry_out(large, plan)
+    # The pixel in the middle of one of the network's, whose 23 × 23 pixels are nearly 3 × 3 of those.
+    torch.testing.assert_close(found[..., 188:200:8, 124:136:8], sharp, rtol=0, atol=0.05)
+    assert (sharp - small[..., 23:25, 15:17]).abs().max() > 0.1
+
+
+def test_a_file_from_before_mouths_were_sharpened_edits_as_it_did(tmp_path):
+    model = painting(sharpness=0.0)
+    assert len(model.head.weight) == len(painting().head.weight) - 1
+    save_generator(tmp_path / "model", model)
+    tensors, header = load_tensors(tmp_path / "model", "generator")
+    for option in ("sharpness", "mouth", "w_sharpness"):
+        del header["options"][option]
+    save_tensors(tmp_path / "model", "generator", tensors, header)
+    again = load_generator(tmp_path / "model")
+    assert again.config.sharpness == 0
+    source, target = frames(2, 3, 32, 32), torch.tensor([1, 2])
+    assert torch.equal(again(source, target), model.eval()(source, target))
+
+
+def test_a_sharpness_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="sharpness: takes 0 or more, got -1"):
+        generator(sharpness=-1.0)
 
 
 @pytest.mark.parametrize("stroke", [0, 1.5])

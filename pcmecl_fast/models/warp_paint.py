@@ -2,9 +2,11 @@
 
     change = style(target) − style(shown)                               the emotion shown is recognised
     seen   = gate(change) ⊙ U-Net(frame, contrast, place; change)       the change scales and shifts its channels
-    flow', shade', α = head(seen)                                       no biases: zero for no change
+    flow', shade', α, crisp = head(seen)                                no biases: zero for no change
     flow   = window · reach · tanh(flow of the fields + flow'),  shade = window · shading · tanh(… + shade')
-    edited = clamp( (1 − Σ α) · ((1 + warp(frame, flow)) · exp(shade) − 1) + Σ_c α_c · colour_c )
+    own    = (1 + warp(frame, flow)) · exp(shade) − 1,  own ← own + crisp · (own − mean of 3 × 3 (own))
+    edited = clamp( (1 − Σ α) · own + Σ_c α_c · colour_c )
+    crisp  = mouth · window · sharpness · clamp(crisp, 0, 1),  a window of its own around the mouth
     α_c    = window · strokes(clamp(α_c, 0, 1) / max(1, Σ clamp(α, 0, 1))),  one for each colour; Σ α less its opening
     colour = [white, black, Σ_x softmax(place_p)(x) frame(x) for p = 1 … P]
 
@@ -17,11 +19,15 @@ has an opacity of its own, so that a pixel says from the start which it would ra
 which begins as the mean of the colours, was wanted nowhere and stayed at zero. Paint comes in strokes: where cover
 holds a wide square it is taken away, and costs as much as if it were there, so that no critic gains anything by a veil.
 
+Teeth that a raised lip bares are a line of one pixel, and so is the dark below them. A line that is moved by parts of a
+pixel grows dull, and to paint it each of its pixels has to be met. So mouths are sharpened, too: it takes a place and
+no line, and what is bright gets brighter while what is dark gets darker. Around eyes, irises became slits by it.
+
 The network sees the window at `detail` pixels for the whole frame, whatever the frame's size, and beside the colours
-their local contrast, in which lips and lids are as plain on dark skin as on light. Flow, shade, Σ α and
-Σ α_c · colour_c are an edit's plan, which is enlarged to the frame: halved, it moves half as far and covers half as
-much. Trained, the network looks twice, at the frame and at its mirror image, and the plan is the mean of both: where
-one look puts a brow or a lip a pixel off, the other seldom does.
+their local contrast, in which lips and lids are as plain on dark skin as on light. Flow, shade, Σ α, Σ α_c · colour_c
+and crisp are an edit's plan, which is enlarged to the frame (and a mean is over 3 × 3 of the network's pixels): halved,
+it moves half as far and covers half as much. Trained, the network looks twice, at the frame and at its mirror image,
+and the plan is the mean of both: where one look puts a brow or a lip a pixel off, the other seldom does.
 The weights start so close to zero that the untrained generator is the identity, and opacities at exactly zero. A plan
 of zeros gives the frame back to the bit, and so does every pixel outside the window.
 """
@@ -30,9 +36,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +70,12 @@ class WarpPaintConfig(WarpFieldsConfig):
     stroke: float = 0.25
     """The widest that a stroke of paint may be, as a fraction of a frame's longer side: cover that holds a wider square
     is taken away, whatever the losses want. Without it (1), critics of few real faces covered whole mouths."""
+    sharpness: float = 3.0
+    """The most of its difference from its surroundings that is added to a pixel of the mouth; 0 sharpens nothing."""
+    mouth: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.2, 0.13])
+    """Centre x, y and half-axes of the region that may be sharpened, in fractions of the frame."""
+    w_sharpness: float = 5.0
+    """Weight of the mean sharpness."""
     w_paint: float = 20.0
     """Weight of what the paint covers, or would without `stroke`, mean log(1 + 10 Σ α) / log 11: a tenth of a cover
     costs 29 % of it."""
@@ -73,6 +85,7 @@ class WarpPaint(WarpFields):
     """Moves, shades and paints a face, by fields and by what a network sees; frames may have any size."""
 
     Config = WarpPaintConfig
+    before: ClassVar[Mapping[str, Any]] = {**WarpFields.before, "sharpness": 0.0}
     config: WarpPaintConfig
 
     def __init__(self, emotions: Sequence[str], size: int, config: WarpPaintConfig | None = None) -> None:
@@ -86,6 +99,8 @@ class WarpPaint(WarpFields):
             raise ValueError(f"least: takes 0 to less than 1, got {self.config.least}")
         if not 0 < self.config.stroke <= 1:
             raise ValueError(f"stroke: takes more than 0, up to 1, got {self.config.stroke}")
+        if self.config.sharpness < 0:
+            raise ValueError(f"sharpness: takes 0 or more, got {self.config.sharpness}")
         self.condition = nn.Sequential(nn.Linear(STYLE, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
         # Colour, its contrast, and place, x and y.
         self.entry = _Layer(3 + 3 + 2, widths[0])
@@ -98,7 +113,8 @@ class WarpPaint(WarpFields):
         self.up.append(_Up(widths[1], widths[0], last, 128))
         # Neither has a bias: no change, no edit.
         self.gate = nn.Linear(STYLE, last, bias=False)
-        self.head = nn.Conv2d(last, 3 + 2 + self.config.places, 3, padding=1, bias=False)
+        outputs = 3 + 2 + self.config.places + bool(self.config.sharpness)
+        self.head = nn.Conv2d(last, outputs, 3, padding=1, bias=False)
         self.place = nn.Parameter(torch.randn(self.config.places, 16 * 16))
         with torch.no_grad():
             # Not exactly zero: a zero change has a zero gradient in a directional loss, and training would never start.
@@ -107,22 +123,54 @@ class WarpPaint(WarpFields):
 
     def edit(self, frames: Tensor, target: Tensor) -> Edit:
         plan, wanted, shown = self._plan(frames, target)
-        flow, shade, _ = plan.float().split([2, 1, 4], dim=1)
+        flow, shade, _, crisp = plan.float().split([2, 1, 4, 1], dim=1)
         penalties = self._penalties(flow, shade)
+        penalties["sharpness"] = self.config.w_sharpness * crisp.mean()
         penalties["paint"] = self.config.w_paint * covered(wanted.float())
         box = Box.around(self.config.window, *frames.shape[-2:])
         edited = frames.clone()
-        edited[box.pixels] = _carried_out(frames, enlarge(plan, frames)[box.pixels], box)
+        edited[box.pixels] = self._carried_out(frames, enlarge(plan, frames)[box.pixels], box)
         return Edit(edited, penalties, shown)
 
-    def plan(self, frames: Tensor, target: Tensor) -> Tensor:  # (B, 7, S, S)
-        """Flow, x and y, shade, the paint's opacity, and its colour times opacity."""
+    def plan(self, frames: Tensor, target: Tensor) -> Tensor:  # (B, 8, S, S)
+        """Flow, x and y, shade, the paint's opacity, its colour times opacity, and how much is sharpened."""
         box = Box.around(self.config.window, *frames.shape[-2:])
         return F.pad(enlarge(self._plan(frames, target)[0], frames)[box.pixels], box.padding)
 
     def carry_out(self, frames: Tensor, plan: Tensor) -> Tensor:
-        """The plan enlarged, and the frames' own pixels moved, shaded and covered by it."""
-        return _carried_out(frames, enlarge(plan, frames), Box.whole(*frames.shape[-2:]))
+        """The plan enlarged, and the frames' own pixels moved, shaded, sharpened and covered by it."""
+        return self._carried_out(frames, enlarge(plan, frames), Box.whole(*frames.shape[-2:]))
+
+    def _carried_out(
+        self,
+        frames: Tensor,  # (B, 3, H, W) in [-1, 1]
+        plan: Tensor,  # (B, 8, h, w), inside the box
+        box: Box,
+    ) -> Tensor:  # (B, 3, h, w) in [-1, 1]
+        """The part of the frames inside a box, moved, shaded, sharpened and covered.
+
+        Pixels with a plan of zeros stay, to the bit.
+        """
+        flow, shade, opacity, paint, crisp = plan.split([2, 1, 1, 3, 1], dim=1)
+        own = frames[box.pixels]
+        grid = pose_grid(flow.new_zeros(1, 4), *frames.shape[-2:])[:, box.rows, box.columns]
+        moved = torch.where((flow == 0).all(1, keepdim=True), own, sample(frames, grid + flow.movedim(1, -1)))
+        shaded = (moved + (moved + 1) * shade.expm1()).clamp(-1, 1)
+        mouth = self._mouth(*frames.shape[-2:])
+        if mouth is not None:
+            near = mouth.seen_from(box).pixels
+            lips = shaded[near]
+            sharp = lips + crisp[near] * (lips - _around(lips, 3 * max(frames.shape[-2:]) / self.config.detail))
+            shaded = shaded.clone()
+            shaded[near] = sharp.clamp(-1, 1)
+        # More than opaque, as an exaggerated plan may be, is opaque in the same colour. No clamp at zero, where
+        # opacities begin: it would have no gradient there.
+        return (shaded - opacity.clamp(max=1) * shaded + paint / opacity.clamp(min=1)).clamp(-1, 1)
+
+    def _mouth(self, height: int, width: int) -> Box | None:
+        """What may be sharpened, if anything may."""
+        box = Box.around(self.config.mouth, height, width).within(Box.around(self.config.window, height, width))
+        return box if self.config.sharpness and all(box.shape) else None
 
     def _plan(self, frames: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The plan at the size that the network sees, the cover that was wanted, and the emotion shown."""
@@ -144,7 +192,7 @@ class WarpPaint(WarpFields):
         self,
         frames: Tensor,  # (B, 3, S, S)
         change: Tensor,  # (B, STYLE)
-    ) -> tuple[Tensor, Tensor]:  # (B, 7, S, S) and (B, 1, S, S)
+    ) -> tuple[Tensor, Tensor]:  # (B, 8, S, S) and (B, 1, S, S)
         """The plan, and Σ α with what is too wide for a stroke."""
         config = self.config
         size = height, width = frames.shape[-2], frames.shape[-1]
@@ -155,10 +203,15 @@ class WarpPaint(WarpFields):
         seen = self._seen(torch.cat(inputs, 1), self.condition(change))
         out = self.head(seen * self.gate(change)[..., None, None])[..., : part.shape[-2], : part.shape[-1]]
         window = soft_window(height, width, config.window).to(out)[box.rows, box.columns]
-        flow, shade, opacities = out.split([2, 1, out.shape[1] - 3], dim=1)
+        flow, shade, opacities, crisp = out.split([2, 1, 2 + config.places, out.shape[1] - 5 - config.places], dim=1)
         shared_flow, shared_shade = self._mixed(frames, change, (box.rows, box.columns))
         flow = window * 2 * config.reach * torch.tanh(shared_flow + flow)
         shade = window * config.shading * torch.tanh(shared_shade + shade)
+        if config.sharpness:
+            mouth = window * soft_window(height, width, config.mouth).to(out)[box.rows, box.columns]
+            crisp = mouth * config.sharpness * _Bounded.apply(crisp)
+        else:
+            crisp = torch.zeros_like(shade)
         opacities = _Bounded.apply(opacities)
         opacities = opacities / opacities.sum(1, keepdim=True).clamp(min=1)
         cover = opacities.sum(1, keepdim=True)
@@ -168,7 +221,8 @@ class WarpPaint(WarpFields):
         opacities = window * opacities * left
         cover = F.pad(window * cover, box.padding)
         paint = torch.einsum("bphw,bpc->bchw", opacities, self._palette(part))
-        return F.pad(torch.cat([flow, shade, opacities.sum(1, keepdim=True), paint], 1), box.padding), cover
+        plan = torch.cat([flow, shade, opacities.sum(1, keepdim=True), paint, crisp], 1)
+        return F.pad(plan, box.padding), cover
 
     def _palette(
         self,
@@ -230,9 +284,9 @@ def local_contrast(
 
 
 def _mirrored(
-    plan: Tensor,  # (B, 7, h, w)
+    plan: Tensor,  # (B, 8, h, w)
 ) -> Tensor:
-    x, others = plan.flip(-1).split([1, 6], dim=1)
+    x, others = plan.flip(-1).split([1, 7], dim=1)
     return torch.cat([-x, others], 1)
 
 
@@ -298,17 +352,44 @@ class Box(NamedTuple):
 
     rows: slice
     columns: slice
-    padding: tuple[int, int, int, int]  # left, right, top and bottom, to the whole frame
+    height: int  # of the whole frame
+    width: int
 
     @classmethod
     def around(cls, window: Sequence[float], height: int, width: int) -> Box:
         """What the window reaches."""
-        rows, columns = reached(height, width, window)
-        return cls(rows, columns, (columns.start, width - columns.stop, rows.start, height - rows.stop))
+        return cls(*reached(height, width, window), height, width)
 
     @classmethod
     def whole(cls, height: int, width: int) -> Box:
-        return cls(slice(0, height), slice(0, width), (0, 0, 0, 0))
+        return cls(slice(0, height), slice(0, width), height, width)
+
+    def within(self, other: Box) -> Box:
+        """What both boxes hold."""
+        rows, columns = (
+            slice(max(one.start, two.start), max(min(one.stop, two.stop), one.start, two.start))
+            for one, two in zip(self[:2], other[:2], strict=True)
+        )
+        return self._replace(rows=rows, columns=columns)
+
+    def seen_from(self, other: Box) -> Box:
+        """The same pixels, counted from the corner of a box that holds this one."""
+        rows, columns = (
+            slice(one.start - two.start, one.stop - two.start) for one, two in zip(self[:2], other[:2], strict=True)
+        )
+        return Box(rows, columns, *other.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        """Left, right, top and bottom, to the whole frame."""
+        return (
+            self.columns.start, self.width - self.columns.stop,
+            self.rows.start, self.height - self.rows.stop,
+        )  # fmt: skip
 
     @property
     def pixels(self) -> tuple[Any, ...]:
@@ -316,20 +397,14 @@ class Box(NamedTuple):
         return (..., self.rows, self.columns)
 
 
-def _carried_out(
-    frames: Tensor,  # (B, 3, H, W) in [-1, 1]
-    plan: Tensor,  # (B, 7, h, w), inside the box
-    box: Box,
-) -> Tensor:  # (B, 3, h, w) in [-1, 1]
-    """The part of the frames inside a box, moved, shaded and covered; pixels with a plan of zeros stay, to the bit."""
-    flow, shade, opacity, paint = plan.split([2, 1, 1, 3], dim=1)
-    own = frames[box.pixels]
-    grid = pose_grid(flow.new_zeros(1, 4), *frames.shape[-2:])[:, box.rows, box.columns]
-    moved = torch.where((flow == 0).all(1, keepdim=True), own, sample(frames, grid + flow.movedim(1, -1)))
-    shaded = (moved + (moved + 1) * shade.expm1()).clamp(-1, 1)
-    # More than opaque, as an exaggerated plan may be, is opaque in the same colour. No clamp at zero, where opacities
-    # begin: it would have no gradient there.
-    return (shaded - opacity.clamp(max=1) * shaded + paint / opacity.clamp(min=1)).clamp(-1, 1)
+def _around(
+    frames: Tensor,  # (B, C, h, w)
+    side: float,
+) -> Tensor:
+    """Each pixel's mean over a square of about this side: 3 × 3 pixels or more."""
+    reach = max(1, round((side - 1) / 2))
+    padded = F.pad(frames, (reach,) * 4, mode="replicate")
+    return F.avg_pool2d(F.avg_pool2d(padded, (2 * reach + 1, 1), 1), (1, 2 * reach + 1), 1)
 
 
 class _Bounded(torch.autograd.Function):

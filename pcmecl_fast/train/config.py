@@ -211,7 +211,7 @@ class EditingOptions:
     3, which is measured on drawn faces alone."""
     w_emotion_mouth: float = 0.0
     """Weight of the mouth alone being named as the target emotion, by a critic of mouths: asks for teeth where they
-    belong; `demo` takes 1.5. Mouths are what is in --mouth-box and a good width beside it."""
+    belong; `demo` takes 3. Mouths are what is in --mouth-box and a good width beside it."""
     emotion_mouth_early: float = 1.0
     """How many times that weight counts in the first half of the steps, before it falls to once: for teeth."""
     w_cycle: float = 0.0
@@ -296,11 +296,11 @@ class DemoConfig(TrainConfig):
     """Weight of PCMECL's loss."""
     w_emotion: float = 3.0
     """Weight of being named as the target emotion by a critic of real frames; `train` is without."""
-    w_emotion_mouth: float = 1.5
+    w_emotion_mouth: float = 3.0
     """Weight of the mouth alone being named as the target emotion; `train` is without."""
     emotion_mouth_early: float = 4.0
     """How many times that weight counts in the first half of the steps."""
-    w_speech: float = 115.0
+    w_speech: float = 180.0
     """Drawn faces: weight of unchanged speech to the frozen reader."""
     out: Path = Path("runs/demo")
     """Output folder."""
