@@ -203,8 +203,10 @@ def test_once_trained_it_edits_a_mirrored_frame_as_it_does_the_frame(size, drive
         torch.testing.assert_close(edited, turned, **TOLERANCES[torch.float32])
 
 
-@pytest.mark.parametrize("options", [{"mirrored": False}, {"window": [0.45, 0.6, 0.27, 0.27]}])
-def test_it_looks_once_where_that_is_wanted_or_the_window_is_not_in_the_middle(options):
+@pytest.mark.parametrize(
+    "options", [{"mirrored": False}, {"window": [0.45, 0.6, 0.27, 0.27]}, {"mouth": [0.55, 0.75, 0.2, 0.13]}]
+)
+def test_it_looks_once_where_that_is_wanted_or_a_window_is_not_in_the_middle(options):
     model, source, target = painting(least=0.0, **options), frames(2, 3, 32, 32), torch.tensor([1, 2])
     edited = model(source, target)
     assert torch.equal(model.eval()(source, target), edited)
@@ -319,6 +321,13 @@ def test_a_file_from_before_mouths_were_sharpened_edits_as_it_did(tmp_path):
     assert again.config.sharpness == 0
     source, target = frames(2, 3, 32, 32), torch.tensor([1, 2])
     assert torch.equal(again(source, target), model.eval()(source, target))
+
+
+@pytest.mark.parametrize("name", ["window", "mouth"])
+@pytest.mark.parametrize("window", [[0.5, 0.7], [0.5, 0.7, 0.0, 0.1]])
+def test_a_window_that_is_none_is_refused(name, window):
+    with pytest.raises(ValueError, match=rf"{name}: takes four numbers, .*, got \[0.5, 0.7"):
+        generator(**{name: window})
 
 
 def test_a_sharpness_that_is_none_is_refused():

@@ -64,6 +64,7 @@ class WarpFields(Generator):
     def __init__(self, emotions: Sequence[str], size: int, config: WarpFieldsConfig | None = None) -> None:
         super().__init__(emotions, size, config)
         config, style = self.config, STYLE
+        check_window("window", config.window)
         self.driven_by = config.driven_by
         self.shown: nn.Module | None = None
         if config.driven_by == "emotion":
@@ -161,6 +162,11 @@ def move_and_shade(
 ) -> Tensor:
     """clamp((1 + warp(frame, flow)) · exp(shade) - 1)."""
     return ((warp(frames, flow) + 1) * shade.exp() - 1).clamp(-1, 1)
+
+
+def check_window(name: str, window: Sequence[float]) -> None:
+    if len(window) != 4 or min(window[2:]) <= 0:
+        raise ValueError(f"{name}: takes four numbers, centre x, y and half-axes above 0, got {window}")
 
 
 def soft_window(

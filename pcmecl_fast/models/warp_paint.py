@@ -45,7 +45,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcmecl_fast.models.base import Edit, enlarge
-from pcmecl_fast.models.warp_fields import STYLE, WarpFields, WarpFieldsConfig, pose_grid, reached, sample, soft_window
+from pcmecl_fast.models.warp_fields import (
+    STYLE,
+    WarpFields,
+    WarpFieldsConfig,
+    check_window,
+    pose_grid,
+    reached,
+    sample,
+    soft_window,
+)
 
 
 @dataclass
@@ -61,7 +70,7 @@ class WarpPaintConfig(WarpFieldsConfig):
     places: int = 4
     """P: how many learned places of the face lend their colours to the paint."""
     mirrored: bool = True
-    """Once trained, look at the mirror image of a frame, too; only where the window is in the middle."""
+    """Once trained, look at the mirror image of a frame, too; only where window and mouth are in the middle."""
     w_folding: float = 100.0
     """Weight of moving neighbouring pixels apart further than skin stretches: what opens is painted."""
     least: float = 0.05
@@ -99,6 +108,7 @@ class WarpPaint(WarpFields):
             raise ValueError(f"least: takes 0 to less than 1, got {self.config.least}")
         if not 0 < self.config.stroke <= 1:
             raise ValueError(f"stroke: takes more than 0, up to 1, got {self.config.stroke}")
+        check_window("mouth", self.config.mouth)
         if self.config.sharpness < 0:
             raise ValueError(f"sharpness: takes 0 or more, got {self.config.sharpness}")
         self.condition = nn.Sequential(nn.Linear(STYLE, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
@@ -178,7 +188,7 @@ class WarpPaint(WarpFields):
         frames = _shrunk(frames, config.detail)
         target = target if target.dim() == 1 else _shrunk(target, config.detail)
         # Not while it trains: two looks that learn together err together.
-        if self.training or not config.mirrored or config.window[0] != 0.5:
+        if self.training or not config.mirrored or {config.window[0], config.mouth[0]} != {0.5}:
             change, shown = self._change(frames, target)
             return *self._look(frames, change), shown
         count, looks = len(frames), torch.cat([frames, frames.flip(-1)])
