@@ -339,7 +339,7 @@ def test_a_term_without_a_weight_is_not_computed(clip, stage1, tmp_path, monkeyp
     config = train_config(tmp_path / "none", **none, w_speech=0.0, strength=0.0, w_identity=0.0)
     _, loop = train_generator(clip, bank, data, config)
     terms = {name.partition("/")[2] for name in loop.curves}
-    assert terms == {"loss", "recognition", "mouth", "smooth", "folding", "shading", "paint"}
+    assert terms == {"loss", "recognition", "mouth", "smooth", "folding", "shading", "sharpness", "paint"}
 
 
 def test_the_mouth_loss_looks_at_the_mouth():
