@@ -63,8 +63,8 @@ def test_it_paints_what_no_move_or_shade_of_a_frame_can_make():
     model, source = generator(w_paint=1.0), torch.full((2, 3, 32, 32), -0.9)
     truth, target = source.clone(), torch.tensor([0, 1])
     truth[1, :, 16:20, 12:20] = 1.0
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(80):
+    optimizer = torch.optim.Adam(model.parameters(), 0.003)
+    for _ in range(100):
         edit = model.edit(source, target)
         loss = (edit.frames - truth).square().mean() + edit.penalties["paint"]
         optimizer.zero_grad()
@@ -184,7 +184,8 @@ def test_a_large_frame_is_planned_small_and_keeps_its_texture():
     assert plan.shape == (2, 8, 256, 256)
     inside = Box.around(model.config.window, 256, 256).pixels
     expected = enlarge(model.plan(small, target), large)
-    torch.testing.assert_close(plan[inside], expected[inside], **TOLERANCES[torch.float32])
+    ranges = torch.tensor([1.0] * 7 + [model.config.sharpness])[:, None, None]
+    torch.testing.assert_close(plan[inside] / ranges, expected[inside] / ranges)
     torch.testing.assert_close(model(large, target), model.carry_out(large, plan), rtol=0, atol=2e-3)
 
 
@@ -299,13 +300,13 @@ def test_what_is_sharpened_is_carried_out_as_it_is_edited_wherever_the_window_is
 def test_a_large_mouth_is_sharpened_by_means_of_the_networks_pixels():
     model = generator(detail=32)
     small = frames(1, 3, 32, 32) / 2
-    large = small.repeat_interleave(8, -1).repeat_interleave(8, -2)
+    large = small.repeat_interleave(9, -1).repeat_interleave(9, -2)
     plan = torch.zeros(1, 8, 32, 32)
     plan[:, 7, 22:26, 14:18] = 0.5
     sharp = model.carry_out(small, plan)[..., 23:25, 15:17]
     found = model.carry_out(large, plan)
-    # The pixel in the middle of one of the network's, whose 23 × 23 pixels are nearly 3 × 3 of those.
-    torch.testing.assert_close(found[..., 188:200:8, 124:136:8], sharp, rtol=0, atol=0.05)
+    # The pixel in the middle of one of the network's, around which 27 × 27 pixels are 3 × 3 of those.
+    torch.testing.assert_close(found[..., 211:229:9, 139:157:9], sharp)
     assert (sharp - small[..., 23:25, 15:17]).abs().max() > 0.1
 
 

@@ -169,10 +169,9 @@ class WarpPaint(WarpFields):
         mouth = self._mouth(*frames.shape[-2:])
         if mouth is not None:
             near = mouth.seen_from(box).pixels
-            lips = shaded[near]
-            sharp = lips + crisp[near] * (lips - _around(lips, 3 * max(frames.shape[-2:]) / self.config.detail))
-            shaded = shaded.clone()
-            shaded[near] = sharp.clamp(-1, 1)
+            lips = shaded[near].clone()  # backward needs what is written over
+            apart = lips - _around(lips, 3 * max(frames.shape[-2:]) / self.config.detail)
+            shaded[near] = (lips + crisp[near] * apart).clamp(-1, 1)
         # More than opaque, as an exaggerated plan may be, is opaque in the same colour. No clamp at zero, where
         # opacities begin: it would have no gradient there.
         return (shaded - opacity.clamp(max=1) * shaded + paint / opacity.clamp(min=1)).clamp(-1, 1)
@@ -212,14 +211,14 @@ class WarpPaint(WarpFields):
         inputs = [part, local_contrast(part), place.expand(len(part), -1, -1, -1)]
         seen = self._seen(torch.cat(inputs, 1), self.condition(change))
         out = self.head(seen * self.gate(change)[..., None, None])[..., : part.shape[-2], : part.shape[-1]]
-        window = soft_window(height, width, config.window).to(out)[box.rows, box.columns]
+        windows = [soft_window(height, width, window) for window in (config.window, config.mouth)]
+        window, mouth = torch.stack(windows).to(out)[:, box.rows, box.columns]
         flow, shade, opacities, crisp = out.split([2, 1, 2 + config.places, out.shape[1] - 5 - config.places], dim=1)
         shared_flow, shared_shade = self._mixed(frames, change, (box.rows, box.columns))
         flow = window * 2 * config.reach * torch.tanh(shared_flow + flow)
         shade = window * config.shading * torch.tanh(shared_shade + shade)
         if config.sharpness:
-            mouth = window * soft_window(height, width, config.mouth).to(out)[box.rows, box.columns]
-            crisp = mouth * config.sharpness * _Bounded.apply(crisp)
+            crisp = window * mouth * config.sharpness * _Bounded.apply(crisp)
         else:
             crisp = torch.zeros_like(shade)
         opacities = _Bounded.apply(opacities)
